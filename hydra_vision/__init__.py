@@ -1,0 +1,7 @@
+"""hydra_vision: Hydra-ViT vision backbones for timm. ``import hydra_vision`` registers the models."""
+
+from .mixers import Hydra
+from .models import HydraViT
+from .version import __version__
+
+__all__ = ['Hydra', 'HydraViT', '__version__']

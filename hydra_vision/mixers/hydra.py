@@ -1,0 +1,229 @@
+"""The Hydra mixer: a bidirectional state space model as one quasiseparable matrix.
+
+Paper: Hwang, Lahoti, Dao, Gu, "Hydra: Bidirectional State Space Models Through Generalized Matrix Mixers", NeurIPS
+2024, https://arxiv.org/abs/2407.09941. Parameter names and shapes are those of the released module
+(goombalab/hydra, ``hydra/modules/hydra.py``): state dicts move both ways.
+"""
+
+import math
+from typing import Optional, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops import hydra_inner, quasiseparable_matrix
+from ..ops.inner import unpack_zxbcdt
+from ..ops.reference import accumulation_dtype
+
+__all__ = ['Hydra']
+
+# torch.fx keeps the operator as one node: tracing into it would freeze shapes and backend. TorchScript calls it in
+# Python for the same reason.
+torch.fx.wrap('_hydra_inner')
+
+
+@torch.jit.ignore
+def _hydra_inner(
+        zxbcdt: Tensor,
+        conv_weight: Tensor,
+        conv_bias: Optional[Tensor],
+        dt_bias: Tensor,
+        A_log: Tensor,
+        D: Tensor,
+        fc_D_weight: Tensor,
+        norm_weight: Tensor,
+        init_states: Optional[Tensor],
+        headdim: int,
+        d_state: int,
+        ngroups: int,
+        share_bc: bool,
+        dt_min: float,
+        dt_max: float,
+        eps: float,
+        backend: str,
+) -> Tensor:
+    return hydra_inner(
+        zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight,
+        headdim=headdim, d_state=d_state, ngroups=ngroups, share_bc=share_bc, dt_limit=(dt_min, dt_max),
+        init_states=init_states, eps=eps, backend=backend,
+    )
+
+
+class GatedRMSNorm(nn.Module):
+    """Weight of y = RMSNorm(y) * weight * SiLU(z); the arithmetic belongs to ``hydra_inner``."""
+
+    def __init__(self, dim: int, eps: float = 1e-5, device=None, dtype=None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def extra_repr(self) -> str:
+        return f'{self.weight.shape[0]}, eps={self.eps}'
+
+
+class Hydra(nn.Module):
+    """Bidirectional sequence mixer, (B, L, d_model) -> (B, L, d_model), linear in L.
+
+    Args:
+        d_model: Width of the tokens.
+        d_state: State size N of each head.
+        d_conv: Width of the depthwise non-causal convolution; odd.
+        expand: ``d_inner = expand * d_model``.
+        headdim: Head width P; divides ``d_inner``. H = d_inner / headdim.
+        ngroups: Groups G of B and C; divides H.
+        dt_min: Smallest step size at initialisation (log-uniform in [dt_min, dt_max]).
+        dt_max: Largest step size at initialisation.
+        dt_init_floor: Lower bound of the initial step size.
+        dt_limit: (min, max) to which dt is clamped after softplus.
+        share_bc: Both directions share B and C (Hydra-ViT-B: 90.8 M instead of 93.2 M parameters). Not in the released
+            module, whose checkpoints need False.
+        learnable_init_states: Learn the state (H, P, N) from which both directions start, instead of zero.
+        bias: Bias of the two projections.
+        conv_bias: Bias of the convolution.
+        backend: As in ``quasiseparable_mix``.
+
+    Raises:
+        ValueError: A size that does not fit; an even ``d_conv`` (the released code silently changes the length).
+    """
+
+    def __init__(
+            self,
+            d_model: int,
+            d_state: int = 64,
+            d_conv: int = 7,
+            expand: int = 2,
+            headdim: int = 64,
+            ngroups: int = 1,
+            *,
+            dt_min: float = 0.001,
+            dt_max: float = 0.1,
+            dt_init_floor: float = 1e-4,
+            dt_limit: Tuple[float, float] = (0.0, float('inf')),
+            share_bc: bool = False,
+            learnable_init_states: bool = False,
+            bias: bool = False,
+            conv_bias: bool = True,
+            backend: str = 'auto',
+            device=None,
+            dtype=None,
+    ) -> None:
+        super().__init__()
+        for name, value in (('d_model', d_model), ('d_state', d_state), ('headdim', headdim), ('ngroups', ngroups)):
+            if value < 1:
+                raise ValueError(f'{name} = {value}; it must be at least 1')
+        if d_conv < 1 or d_conv % 2 == 0:
+            raise ValueError(f'd_conv = {d_conv}; it must be odd, so that the convolution keeps the length')
+        d_inner = int(expand * d_model)
+        if d_inner < 1 or d_inner % headdim:
+            raise ValueError(f'headdim = {headdim} does not divide d_inner = expand * d_model = {d_inner}')
+        nheads = d_inner // headdim
+        if nheads % ngroups:
+            raise ValueError(f'ngroups = {ngroups} does not divide the number of heads {nheads}')
+        if not 0 < dt_min <= dt_max:
+            raise ValueError(f'dt_min = {dt_min}, dt_max = {dt_max}; needed is 0 < dt_min <= dt_max')
+        if not 0.0 <= dt_limit[0] <= dt_limit[1]:
+            raise ValueError(f'dt_limit = {dt_limit}; it must be (min, max) with 0 <= min <= max')
+        dd = {'device': device, 'dtype': dtype}
+        self.d_model, self.d_inner, self.nheads = d_model, d_inner, nheads
+        self.d_state, self.d_conv, self.headdim, self.ngroups = d_state, d_conv, headdim, ngroups
+        self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
+        self.dt_limit_min, self.dt_limit_max = float(dt_limit[0]), float(dt_limit[1])
+        self.share_bc = share_bc
+        self.backend = backend
+
+        conv_dim = d_inner + (2 if share_bc else 4) * ngroups * d_state
+        self.in_proj = nn.Linear(d_model, d_inner + conv_dim + 2 * nheads, bias=bias, **dd)
+        self.conv1d = nn.Conv1d(
+            conv_dim, conv_dim, kernel_size=d_conv, groups=conv_dim, padding=d_conv // 2, bias=conv_bias, **dd
+        )
+        self.dt_bias = nn.Parameter(torch.empty(nheads, **dd))
+        self.A_log = nn.Parameter(torch.empty(nheads, **dd))
+        self.D = nn.Parameter(torch.empty(nheads, **dd))
+        self.fc_D = nn.Linear(d_inner, nheads, bias=False, **dd)
+        self.norm = GatedRMSNorm(d_inner, **dd)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=bias, **dd)
+        if learnable_init_states:
+            self.init_states = nn.Parameter(torch.empty(nheads, headdim, d_state, **dd))
+        else:
+            self.register_parameter('init_states', None)
+        self._reset_own_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise everything anew, submodules included, as the released module does."""
+        for module in (self.in_proj, self.conv1d, self.fc_D, self.norm, self.out_proj):
+            module.reset_parameters()
+        self._reset_own_parameters()
+
+    @torch.no_grad()
+    def _reset_own_parameters(self) -> None:
+        nn.init.zeros_(self.A_log)
+        nn.init.ones_(self.D)
+        # dt_bias is the inverse of softplus: softplus(dt_bias) = dt, drawn in float32 whatever the dtype
+        dt = torch.empty_like(self.dt_bias, dtype=torch.float32)
+        dt.uniform_(math.log(self.dt_min), math.log(self.dt_max)).exp_().clamp_(min=self.dt_init_floor)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        if self.init_states is not None:
+            nn.init.zeros_(self.init_states)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters, relative to this module, that should not use weight decay."""
+        return {'A_log', 'D', 'dt_bias', 'init_states'}
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Mix the tokens u (B, L, d_model)."""
+        y = _hydra_inner(
+            self.in_proj(u),
+            self.conv1d.weight,
+            self.conv1d.bias,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            self.fc_D.weight,
+            self.norm.weight,
+            self.init_states,
+            self.headdim,
+            self.d_state,
+            self.ngroups,
+            self.share_bc,
+            self.dt_limit_min,
+            self.dt_limit_max,
+            self.norm.eps,
+            self.backend,
+        )
+        return self.out_proj(y)
+
+    @torch.jit.ignore
+    def matrix(self, u: Tensor) -> Tensor:
+        """The mixing matrix M (B, H, L, L) that this module applies to its convolved x, for tests and pictures.
+
+        The diagonal holds fc_D(x) + D. What ``learnable_init_states`` adds is not a function of x and not in M.
+        float32, for float64 input float64; O(L^2) memory.
+        """
+        zxbcdt = self.in_proj(u)
+        _, x, dt_f, dt_b, B_f, C_f, B_b, C_b = unpack_zxbcdt(
+            zxbcdt,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            self.dt_bias,
+            headdim=self.headdim,
+            d_state=self.d_state,
+            ngroups=self.ngroups,
+            share_bc=self.share_bc,
+            dt_limit=(self.dt_limit_min, self.dt_limit_max),
+        )
+        acc = accumulation_dtype(zxbcdt.dtype)
+        diagonal = F.linear(x, self.fc_D.weight.to(x.dtype)) + self.D.to(acc)
+        return quasiseparable_matrix(dt_f, dt_b, -torch.exp(self.A_log.to(acc)), B_f, C_f, B_b, C_b, diagonal.to(acc))
+
+    def extra_repr(self) -> str:
+        return (
+            f'd_state={self.d_state}, headdim={self.headdim}, nheads={self.nheads}, ngroups={self.ngroups}, '
+            f'share_bc={self.share_bc}, backend={self.backend!r}'
+        )

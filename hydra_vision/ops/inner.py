@@ -1,0 +1,194 @@
+"""Everything between in_proj and out_proj of the Hydra mixer."""
+
+import importlib
+from typing import Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import choose_backend
+from .quasiseparable import mix_unchecked
+from .reference import accumulation_dtype
+
+__all__ = ['hydra_inner', 'split_zxbcdt', 'unpack_zxbcdt']
+
+NO_DT_LIMIT = (0.0, float('inf'))
+
+
+def hydra_inner(
+        zxbcdt: Tensor,
+        conv_weight: Tensor,
+        conv_bias: Optional[Tensor],
+        dt_bias: Tensor,
+        A_log: Tensor,
+        D: Tensor,
+        fc_D_weight: Tensor,
+        norm_weight: Tensor,
+        *,
+        headdim: int,
+        d_state: int,
+        ngroups: int = 1,
+        share_bc: bool = False,
+        dt_limit: Tuple[float, float] = NO_DT_LIMIT,
+        init_states: Optional[Tensor] = None,
+        eps: float = 1e-5,
+        backend: str = 'auto',
+) -> Tensor:
+    """The Hydra mixer without its two projections (goombalab/hydra, ``hydra/modules/hydra.py``).
+
+    Depthwise non-causal convolution + SiLU over [x, B, C]; dt = clamp(softplus(dt + dt_bias), dt_limit); mixing by
+    ``quasiseparable_mix`` with A = -exp(A_log) and the diagonal fc_D(x) + D; y = RMSNorm(y) * norm_weight * SiLU(z).
+
+    Args:
+        zxbcdt: (B, L, 2 * d_inner + k * G * N + 2 * H), the output of in_proj in the order
+            [z | x, B_f, C_f, B_b, C_b | dt_f, dt_b], k = 4; with ``share_bc`` [z | x, B, C | dt_f, dt_b], k = 2.
+        conv_weight: (d_inner + k * G * N, 1, d_conv), d_conv odd.
+        conv_bias: (d_inner + k * G * N,) or None.
+        dt_bias: (H,), shared by both directions.
+        A_log: (H,).
+        D: (H,).
+        fc_D_weight: (H, d_inner).
+        norm_weight: (d_inner,).
+        headdim: P.
+        d_state: N.
+        ngroups: G, divides H.
+        share_bc: one B and one C for both directions.
+        dt_limit: (min, max) of dt after softplus.
+        init_states: (H, P, N) or None; the state from which both directions start.
+        eps: of the RMS norm.
+        backend: as in ``quasiseparable_mix``. 'triton' runs all of it fused, the others only mix by the named backend.
+
+    A, dt, the decays and the norm's statistics are computed in float32 (float64 for float64 input) whatever the dtype
+    of ``zxbcdt``; the parameters may be wider than it, as they are under autocast.
+
+    Returns:
+        (B, L, d_inner), dtype of ``zxbcdt``: ready for out_proj.
+
+    Raises:
+        ValueError: a shape that does not fit, an even d_conv, an empty dt_limit, an unknown backend.
+        TypeError: ``zxbcdt`` is not a floating-point tensor.
+        RuntimeError: the named backend cannot run here.
+    """
+    H = dt_bias.shape[0]
+    d_inner = H * headdim
+    _check_inner(
+        zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight,
+        d_inner, headdim, d_state, ngroups, share_bc, dt_limit, init_states,
+    )
+    name = choose_backend(backend, zxbcdt.device)
+    if name == 'triton':
+        fused = importlib.import_module('hydra_vision.ops.triton').hydra_inner
+        return fused(
+            zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight,
+            headdim=headdim, d_state=d_state, ngroups=ngroups, share_bc=share_bc, dt_limit=dt_limit,
+            init_states=init_states, eps=eps,
+        )
+
+    dtype, acc = zxbcdt.dtype, accumulation_dtype(zxbcdt.dtype)
+    z, x, dt_f, dt_b, B_f, C_f, B_b, C_b = unpack_zxbcdt(
+        zxbcdt, conv_weight, conv_bias, dt_bias,
+        headdim=headdim, d_state=d_state, ngroups=ngroups, share_bc=share_bc, dt_limit=dt_limit,
+    )
+    diagonal = F.linear(x, fc_D_weight.to(dtype)) + D.to(acc)  # (B, L, H)
+    A = -torch.exp(A_log.to(acc))
+    y = mix_unchecked(
+        name, x.unflatten(-1, (H, headdim)), dt_f, dt_b, A, B_f, C_f, B_b, C_b, diagonal.to(acc), init_states
+    ).flatten(-2)
+    y = y.to(acc)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return (y * norm_weight.to(acc) * F.silu(z.to(acc))).to(dtype)
+
+
+def unpack_zxbcdt(
+        zxbcdt: Tensor,
+        conv_weight: Tensor,
+        conv_bias: Optional[Tensor],
+        dt_bias: Tensor,
+        *,
+        headdim: int,
+        d_state: int,
+        ngroups: int = 1,
+        share_bc: bool = False,
+        dt_limit: Tuple[float, float] = NO_DT_LIMIT,
+) -> Tuple[Tensor, ...]:
+    """in_proj's output -> z (B, L, d_inner), x (B, L, d_inner), dt_f, dt_b (B, L, H), B_f, C_f, B_b, C_b (B, L, G, N).
+
+    Convolution, SiLU, softplus and clamp are done. Arguments as in ``hydra_inner``.
+    """
+    H = dt_bias.shape[0]
+    acc = accumulation_dtype(zxbcdt.dtype)
+    z, xbc, dt = split_zxbcdt(zxbcdt, H * headdim, H)
+    dt_f, dt_b = (F.softplus(part.to(acc) + dt_bias.to(acc)) for part in dt.chunk(2, dim=-1))
+    if tuple(dt_limit) != NO_DT_LIMIT:
+        dt_f, dt_b = dt_f.clamp(*dt_limit), dt_b.clamp(*dt_limit)
+    xbc = F.silu(_depthwise_conv(xbc, conv_weight, conv_bias))
+    width = ngroups * d_state
+    x, *BC = xbc.split([H * headdim] + [width] * (2 if share_bc else 4), dim=-1)
+    B_f, C_f, B_b, C_b = (t.unflatten(-1, (ngroups, d_state)) for t in (BC * 2 if share_bc else BC))
+    return z, x, dt_f, dt_b, B_f, C_f, B_b, C_b
+
+
+def split_zxbcdt(zxbcdt: Tensor, d_inner: int, H: int) -> Tuple[Tensor, Tensor, Tensor]:
+    """Views z (B, L, d_inner), xBC (B, L, d_inner + k * G * N) and dt (B, L, 2 * H) of in_proj's output."""
+    return zxbcdt.split([d_inner, zxbcdt.shape[-1] - d_inner - 2 * H, 2 * H], dim=-1)
+
+
+def _depthwise_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """Same-padded depthwise convolution along L. x (B, L, C), weight (C, 1, K) -> (B, L, C).
+
+    As a 2-D convolution of height 1 in channels-last memory: x is already in that layout, nothing is transposed.
+    """
+    C, _, K = weight.shape
+    x = x.unsqueeze(1).permute(0, 3, 1, 2)  # (B, C, 1, L)
+    bias = None if bias is None else bias.to(x.dtype)
+    y = F.conv2d(x, weight.to(x.dtype).unsqueeze(2), bias, padding=(0, K // 2), groups=C)
+    return y.permute(0, 2, 3, 1).squeeze(1)
+
+
+def _check_inner(
+        zxbcdt: Tensor,
+        conv_weight: Tensor,
+        conv_bias: Optional[Tensor],
+        dt_bias: Tensor,
+        A_log: Tensor,
+        D: Tensor,
+        fc_D_weight: Tensor,
+        norm_weight: Tensor,
+        d_inner: int,
+        headdim: int,
+        d_state: int,
+        ngroups: int,
+        share_bc: bool,
+        dt_limit: Tuple[float, float],
+        init_states: Optional[Tensor],
+) -> None:
+    if not zxbcdt.dtype.is_floating_point:
+        raise TypeError(f'zxbcdt has dtype {zxbcdt.dtype}; allowed: float16, bfloat16, float32, float64')
+    H = dt_bias.shape[0]
+    if ngroups < 1 or H % ngroups:
+        raise ValueError(f'ngroups = {ngroups}; it must divide the number of heads H = {H}')
+    conv_dim = d_inner + (2 if share_bc else 4) * ngroups * d_state
+    width = d_inner + conv_dim + 2 * H
+    if zxbcdt.ndim != 3 or zxbcdt.shape[-1] != width or zxbcdt.shape[1] < 1:
+        raise ValueError(
+            f'zxbcdt has shape {tuple(zxbcdt.shape)}; it must be (B, L, {width}), L >= 1, for headdim = {headdim}, '
+            f'H = {H}, d_state = {d_state}, ngroups = {ngroups}, share_bc = {share_bc}'
+        )
+    d_conv = conv_weight.shape[-1]
+    if d_conv % 2 == 0:
+        raise ValueError(f'conv_weight has an even d_conv = {d_conv}; it must be odd to keep the length L')
+    for name, t, shape in (
+            ('conv_weight', conv_weight, (conv_dim, 1, d_conv)),
+            ('conv_bias', conv_bias, (conv_dim,)),
+            ('A_log', A_log, (H,)),
+            ('D', D, (H,)),
+            ('fc_D_weight', fc_D_weight, (H, d_inner)),
+            ('norm_weight', norm_weight, (d_inner,)),
+            ('init_states', init_states, (H, headdim, d_state)),
+    ):
+        if t is not None and tuple(t.shape) != shape:
+            raise ValueError(f'{name} has shape {tuple(t.shape)}; it must be {shape}')
+    low, high = dt_limit
+    if not 0.0 <= low <= high:
+        raise ValueError(f'dt_limit = {tuple(dt_limit)}; it must be (min, max) with 0 <= min <= max')
