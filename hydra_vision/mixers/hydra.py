@@ -152,16 +152,11 @@ class Hydra(nn.Module):
             self.init_states = nn.Parameter(torch.empty(nheads, headdim, d_state, **dd))
         else:
             self.register_parameter('init_states', None)
-        self._reset_own_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise everything anew, submodules included, as the released module does."""
-        for module in (self.in_proj, self.conv1d, self.fc_D, self.norm, self.out_proj):
-            module.reset_parameters()
-        self._reset_own_parameters()
+        self.reset_parameters()
 
     @torch.no_grad()
-    def _reset_own_parameters(self) -> None:
+    def reset_parameters(self) -> None:
+        """Initialise the parameters that this module owns itself; its submodules have a ``reset_parameters`` each."""
         nn.init.zeros_(self.A_log)
         nn.init.ones_(self.D)
         # dt_bias is the inverse of softplus: softplus(dt_bias) = dt, drawn in float32 whatever the dtype

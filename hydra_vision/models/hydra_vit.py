@@ -1,0 +1,712 @@
+"""Hydra-ViT
+
+Plain, isotropic vision backbones over row-major patch sequences in which attention is replaced by Hydra, the
+quasiseparable matrix mixer: linear in the number of tokens, bidirectional, one scan order.
+
+Paper:
+* `Hydra: Bidirectional State Space Models Through Generalized Matrix Mixers` - https://arxiv.org/abs/2407.09941
+    (NeurIPS 2024; appendix D.2 for the vision model)
+
+The paper's Hydra-ViT-B is `hydra_vit_base`: patch embedding, 24 blocks of `x + drop_path(mixer(norm(x)))`, norm, mean
+pool, head. No position embedding, no class token, no MLP. Its vision code was never released. The mixer, as released
+(goombalab/hydra), gives 93.2 M parameters with 24 blocks; the paper's 91 M cannot be rebuilt from its defaults:
+23 blocks give 89.4 M, sharing B and C over both directions (`share_bc=True`) or `d_state=32` gives 90.8 M.
+
+No weights of ImageNet size are published yet; every variant is tagged `untrained`.
+"""
+
+from functools import partial
+from typing import Any, Callable, Dict, List, Literal, Optional, Set, Tuple, Union
+
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    DropPath,
+    LayerNorm,
+    LayerType,
+    Mlp,
+    PatchDropout,
+    PatchEmbed,
+    calculate_drop_path_rates,
+    get_act_layer,
+    get_device_dtype,
+    get_norm_layer,
+    resample_abs_pos_embed,
+    resample_patch_embed,
+    trunc_normal_,
+)
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint
+from timm.models.vision_transformer import global_pool_nlc
+
+from ..mixers import Hydra
+
+try:
+    from timm.models._input import update_model_input_size
+except ImportError:  # timm < 1.0.31 keeps no record of a resize
+    update_model_input_size = None
+
+__all__ = ['HydraViT']
+
+_POOLS = ('', 'avg', 'avgmax', 'max', 'token')
+_TOKEN_POSITIONS = ('first', 'middle', 'last')
+
+
+class HydraBlock(nn.Module):
+    """x + drop_path(mixer(norm1(x))), followed by the MLP of a classic block where `mlp_ratio` is above 0."""
+
+    def __init__(
+            self,
+            dim: int,
+            mixer_layer: Callable,
+            mlp_ratio: float = 0.0,
+            proj_drop: float = 0.0,
+            drop_path: float = 0.0,
+            norm_layer: LayerType = LayerNorm,
+            act_layer: LayerType = nn.GELU,
+            device=None,
+            dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.norm1 = norm_layer(dim, **dd)
+        self.mixer = mixer_layer(dim, **dd)
+        self.drop1 = nn.Dropout(proj_drop) if proj_drop > 0 else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        if mlp_ratio > 0:
+            self.norm2 = norm_layer(dim, **dd)
+            self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
+            self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        else:
+            self.norm2 = self.mlp = self.drop_path2 = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.drop_path1(self.drop1(self.mixer(self.norm1(x))))
+        if self.mlp is not None:
+            x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x
+
+
+class HydraViT(nn.Module):
+    """Hydra-ViT
+
+    A PyTorch impl of the vision model of : `Hydra: Bidirectional State Space Models Through Generalized Matrix Mixers`
+        - https://arxiv.org/abs/2407.09941
+    """
+
+    def __init__(
+            self,
+            img_size: Union[int, Tuple[int, int]] = 224,
+            patch_size: Union[int, Tuple[int, int]] = 16,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: Literal['', 'avg', 'avgmax', 'max', 'token'] = 'avg',
+            embed_dim: int = 768,
+            depth: int = 24,
+            mlp_ratio: float = 0.0,
+            d_state: int = 64,
+            d_conv: int = 7,
+            expand: int = 2,
+            headdim: int = 64,
+            ngroups: int = 1,
+            share_bc: bool = False,
+            learnable_init_states: bool = False,
+            dt_min: float = 0.001,
+            dt_max: float = 0.1,
+            dt_init_floor: float = 1e-4,
+            dt_limit: Tuple[float, float] = (0.0, float('inf')),
+            mixer_bias: bool = False,
+            conv_bias: bool = True,
+            backend: str = 'auto',
+            pos_embed: Literal['none', 'learn'] = 'none',
+            class_token: bool = False,
+            class_token_position: Literal['first', 'middle', 'last'] = 'first',
+            dynamic_img_size: bool = False,
+            dynamic_img_pad: bool = False,
+            drop_rate: float = 0.0,
+            pos_drop_rate: float = 0.0,
+            patch_drop_rate: float = 0.0,
+            proj_drop_rate: float = 0.0,
+            drop_path_rate: float = 0.0,
+            norm_layer: Optional[LayerType] = None,
+            act_layer: Optional[LayerType] = None,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            img_size: Input image size.
+            patch_size: Patch size.
+            in_chans: Number of image input channels.
+            num_classes: Number of classes for classification head, 0 for none.
+            global_pool: Type of global pooling for final sequence; 'token' needs the class token.
+            embed_dim: Width of the tokens (d_model of the mixer).
+            depth: Number of blocks.
+            mlp_ratio: Ratio of mlp hidden dim to embedding dim; 0 (the paper) for blocks without MLP.
+            d_state: State size of the mixer.
+            d_conv: Width of the mixer's depthwise convolution, odd.
+            expand: Inner width of the mixer over embed_dim.
+            headdim: Head width of the mixer.
+            ngroups: Groups of B and C in the mixer.
+            share_bc: Both directions of the mixer share B and C.
+            learnable_init_states: The mixer learns the states from which it starts.
+            dt_min: Smallest step size at initialisation.
+            dt_max: Largest step size at initialisation.
+            dt_init_floor: Lower bound of the initial step size.
+            dt_limit: Clamp of the step size.
+            mixer_bias: Bias of the mixer's projections.
+            conv_bias: Bias of the mixer's convolution.
+            backend: Backend of the mixer, see `hydra_vision.ops.quasiseparable_mix`.
+            pos_embed: Type of position embedding: 'none' (the paper) or 'learn'.
+            class_token: Use class token.
+            class_token_position: Where in the sequence the class token stands while the blocks run. Outputs always
+                have it first.
+            dynamic_img_size: Accept any image size that the patch size divides.
+            dynamic_img_pad: Pad images that the patch size does not divide (with dynamic_img_size).
+            drop_rate: Head dropout rate.
+            pos_drop_rate: Dropout rate after the embedding.
+            patch_drop_rate: Share of patch tokens dropped in training; the kept ones stay in order.
+            proj_drop_rate: Dropout rate after the mixer and in the MLP.
+            drop_path_rate: Stochastic depth rate.
+            norm_layer: Normalization layer.
+            act_layer: MLP activation layer.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        _check_choice('global_pool', global_pool, _POOLS)
+        _check_choice('pos_embed', pos_embed, ('none', 'learn'))
+        _check_choice('class_token_position', class_token_position, _TOKEN_POSITIONS)
+        if global_pool == 'token' and not class_token:
+            raise ValueError("global_pool = 'token' needs class_token=True")
+        if depth < 1 or embed_dim < 1:
+            raise ValueError(f'depth = {depth}, embed_dim = {embed_dim}; both must be at least 1')
+        norm_layer = get_norm_layer(norm_layer) or LayerNorm
+        act_layer = get_act_layer(act_layer) or nn.GELU
+
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.global_pool = global_pool
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.num_prefix_tokens = 1 if class_token else 0
+        self.num_reg_tokens = 0
+        self.has_class_token = class_token
+        self.class_token_position = class_token_position
+        self.no_embed_class = True  # the position embedding covers patches only
+        self.dynamic_img_size = dynamic_img_size
+        self.grad_checkpointing = False
+
+        embed_args = {}
+        if dynamic_img_size:
+            # flatten deferred until after pos embed
+            embed_args.update(strict_img_size=False, output_fmt='NHWC')
+        self.patch_embed = PatchEmbed(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            dynamic_img_pad=dynamic_img_pad,
+            **embed_args,
+            **dd,
+        )
+        num_patches = self.patch_embed.num_patches
+        if num_patches < 1:
+            raise ValueError(f'img_size = {img_size} is smaller than patch_size = {patch_size}')
+        reduction = self.patch_embed.feat_ratio()
+
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if class_token else None
+        self.reg_token = None
+        self.pos_embed = nn.Parameter(torch.empty(1, num_patches, embed_dim, **dd)) if pos_embed == 'learn' else None
+        self.pos_drop = nn.Dropout(p=pos_drop_rate)
+        if patch_drop_rate > 0:
+            # ordered: a scan over shuffled tokens is a different model
+            self.patch_drop = PatchDropout(patch_drop_rate, num_prefix_tokens=0, ordered=True)
+        else:
+            self.patch_drop = nn.Identity()
+        self.norm_pre = nn.Identity()
+
+        dpr = calculate_drop_path_rates(drop_path_rate, depth)  # stochastic depth decay rule
+        mixer_layer = partial(
+            Hydra,
+            d_state=d_state,
+            d_conv=d_conv,
+            expand=expand,
+            headdim=headdim,
+            ngroups=ngroups,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            dt_init_floor=dt_init_floor,
+            dt_limit=tuple(dt_limit),
+            share_bc=share_bc,
+            learnable_init_states=learnable_init_states,
+            bias=mixer_bias,
+            conv_bias=conv_bias,
+            backend=backend,
+        )
+        self.blocks = nn.Sequential(*[
+            HydraBlock(
+                dim=embed_dim,
+                mixer_layer=mixer_layer,
+                mlp_ratio=mlp_ratio,
+                proj_drop=proj_drop_rate,
+                drop_path=dpr[i],
+                norm_layer=norm_layer,
+                act_layer=act_layer,
+                **dd,
+            )
+            for i in range(depth)
+        ])
+        self.feature_info = [dict(module=f'blocks.{i}', num_chs=embed_dim, reduction=reduction) for i in range(depth)]
+        self.norm = norm_layer(embed_dim, **dd)
+
+        # Classifier Head
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialize model weights: every Linear trunc_normal(0.02), the mixers as released (paper table 9).
+
+        Args:
+            needs_reset: Reset modules that initialise themselves in their constructors, as needed after `to_empty()`.
+        """
+        if self.pos_embed is not None:
+            trunc_normal_(self.pos_embed, std=0.02)
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=1e-6)
+        self.apply(partial(self._init_weights, needs_reset=needs_reset))
+
+    def _init_weights(self, m: nn.Module, needs_reset: bool = True) -> None:
+        if isinstance(m, nn.Linear):
+            trunc_normal_(m.weight, std=0.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif needs_reset and hasattr(m, 'reset_parameters') and m is not self:
+            m.reset_parameters()
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Set of parameters (patterns) that should not use weight decay."""
+        mixer_params = self.blocks[0].mixer.no_weight_decay()
+        return {'pos_embed', 'cls_token'} | {f'*.mixer.{name}' for name in mixer_params}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Union[str, List]]:
+        """Create regex patterns for parameter grouping.
+
+        Args:
+            coarse: Use coarse grouping.
+
+        Returns:
+            Dictionary mapping group names to regex patterns.
+        """
+        return dict(
+            stem=r'^cls_token|pos_embed|patch_embed|norm_pre',  # stem and embed
+            blocks=r'^blocks' if coarse else [(r'^blocks\.(\d+)', None), (r'^norm', (99999,))],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Enable or disable gradient checkpointing.
+
+        Args:
+            enable: Whether to enable gradient checkpointing.
+        """
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """Get the classifier head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Reset the classifier head.
+
+        Args:
+            num_classes: Number of classes for new classifier.
+            global_pool: Global pooling type, None keeps the current one.
+        """
+        if global_pool is not None:
+            # asserts, as in timm: callers that probe for supported poolings catch AssertionError
+            assert global_pool in _POOLS, f'global_pool = {global_pool!r}; allowed: {_POOLS}'
+            assert global_pool != 'token' or self.has_class_token, 'Token pooling needs the class token.'
+            self.global_pool = global_pool
+        dd = get_device_dtype(self)
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self._init_weights(self.head, needs_reset=False)
+        self.head.train(self.training)
+
+    def set_input_size(
+            self,
+            img_size: Optional[Tuple[int, int]] = None,
+            patch_size: Optional[Tuple[int, int]] = None,
+    ) -> None:
+        """Update the input image resolution and patch size.
+
+        Args:
+            img_size: New input resolution, if None current resolution is used.
+            patch_size: New patch size, if None existing patch size is used.
+        """
+        prev_grid_size = self.patch_embed.grid_size
+        self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
+        if self.pos_embed is not None and self.patch_embed.grid_size != prev_grid_size:
+            self.pos_embed = nn.Parameter(
+                resample_abs_pos_embed(
+                    self.pos_embed,
+                    new_size=self.patch_embed.grid_size,
+                    old_size=prev_grid_size,
+                    num_prefix_tokens=0,
+                    verbose=True,
+                ),
+                requires_grad=self.pos_embed.requires_grad,
+            )
+        if patch_size is not None:
+            reduction = self.patch_embed.feat_ratio()
+            for info in self.feature_info:
+                info['reduction'] = reduction
+        if update_model_input_size is not None:
+            update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
+
+    def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Patches to tokens in scan order, with position embedding and class token where the model has them."""
+        if self.dynamic_img_size:
+            B, H, W, C = x.shape
+            if self.pos_embed is not None:
+                pos_embed = resample_abs_pos_embed(
+                    self.pos_embed,
+                    new_size=[H, W],
+                    old_size=self.patch_embed.grid_size,
+                    num_prefix_tokens=0,
+                )
+                x = x.reshape(B, -1, C) + pos_embed
+            else:
+                x = x.reshape(B, -1, C)
+        elif self.pos_embed is not None:
+            x = x + self.pos_embed
+        x = self.patch_drop(self.pos_drop(x))
+        if self.cls_token is not None:
+            cls_token = self.cls_token.expand(x.shape[0], -1, -1)
+            if self.class_token_position == 'first':
+                x = torch.cat([cls_token, x], dim=1)
+            elif self.class_token_position == 'last':
+                x = torch.cat([x, cls_token], dim=1)
+            else:
+                middle = x.shape[1] // 2
+                x = torch.cat([x[:, :middle], cls_token, x[:, middle:]], dim=1)
+        return x
+
+    def _class_token_first(self, x: torch.Tensor) -> torch.Tensor:
+        """Scan order to output order: the class token in front of the patches."""
+        if self.cls_token is None or self.class_token_position == 'first':
+            return x
+        position = x.shape[1] - 1 if self.class_token_position == 'last' else (x.shape[1] - 1) // 2
+        return torch.cat([x[:, position:position + 1], x[:, :position], x[:, position + 1:]], dim=1)
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            return_prefix_tokens: bool = False,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+            output_dict: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]], Dict[str, Any]]:
+        """Forward features that returns intermediates.
+
+        Args:
+            x: Input image tensor
+            indices: Take last n blocks if int, all if None, select matching indices if sequence
+            return_prefix_tokens: Return both prefix and spatial intermediate tokens
+            norm: Apply norm layer to all intermediates
+            stop_early: Stop iterating over blocks when last desired intermediate hit
+            output_fmt: Shape of intermediate feature outputs
+            intermediates_only: Only return intermediate features
+            output_dict: Return outputs as a dictionary with 'image_features' and 'image_intermediates' keys
+        Returns:
+            A tuple with (final_features, intermediates), a list of intermediate features, or a dictionary containing
+            'image_features' and 'image_intermediates' (and optionally 'image_intermediates_prefix')
+        """
+        assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
+        reshape = output_fmt == 'NCHW'
+        assert not (self.training and reshape and not isinstance(self.patch_drop, nn.Identity)), \
+            'Dropped patches leave no feature map: use output_fmt NLC, eval mode or patch_drop_rate=0.'
+        intermediates = []
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+
+        # forward pass
+        B, _, height, width = x.shape
+        x = self.patch_embed(x)
+        x = self._pos_embed(x)
+        x = self.norm_pre(x)
+
+        if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
+            blocks = self.blocks
+        else:
+            blocks = self.blocks[:max_index + 1]
+        for i, blk in enumerate(blocks):
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(blk, x)
+            else:
+                x = blk(x)
+            if i in take_indices:
+                # normalize intermediates with final norm layer if enabled
+                intermediates.append(self._class_token_first(self.norm(x) if norm else x))
+
+        # process intermediates
+        if self.num_prefix_tokens:
+            # split prefix (class) and spatial feature tokens
+            prefix_tokens = [y[:, 0:self.num_prefix_tokens] for y in intermediates]
+            intermediates = [y[:, self.num_prefix_tokens:] for y in intermediates]
+        else:
+            prefix_tokens = None
+
+        if reshape:
+            # reshape to BCHW output format
+            H, W = self.patch_embed.dynamic_feat_size((height, width))
+            intermediates = [y.reshape(B, H, W, -1).permute(0, 3, 1, 2).contiguous() for y in intermediates]
+
+        # For dictionary output, handle prefix tokens separately
+        if output_dict:
+            result_dict = {}
+            # Intermediates are always included
+            result_dict['image_intermediates'] = intermediates
+            if prefix_tokens is not None and return_prefix_tokens:
+                result_dict['image_intermediates_prefix'] = prefix_tokens
+            # Only include features if not intermediates_only
+            if not intermediates_only:
+                result_dict['image_features'] = self._class_token_first(self.norm(x))
+            return result_dict
+
+        # For non-dictionary output, maintain the original behavior
+        if not torch.jit.is_scripting() and return_prefix_tokens and prefix_tokens is not None:
+            # return_prefix not support in torchscript due to poor type handling
+            intermediates = list(zip(intermediates, prefix_tokens))
+
+        if intermediates_only:
+            return intermediates
+
+        x = self._class_token_first(self.norm(x))
+
+        return x, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Prune layers not required for specified intermediates.
+
+        Args:
+            indices: Indices of intermediate layers to keep.
+            prune_norm: Whether to prune normalization layer.
+            prune_head: Whether to prune the classifier head.
+
+        Returns:
+            List of indices that were kept.
+        """
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[:max_index + 1]  # truncate blocks
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def get_intermediate_layers(
+            self,
+            x: torch.Tensor,
+            n: Union[int, List[int], Tuple[int]] = 1,
+            reshape: bool = False,
+            return_prefix_tokens: bool = False,
+            norm: bool = False,
+    ) -> List[torch.Tensor]:
+        """Get intermediate layer outputs (DINO interface compatibility).
+
+        NOTE: This API is for backwards compat, favour using forward_intermediates() directly. Without a class token
+        (the default) the first token of a returned sequence is a patch, not a summary of the image.
+
+        Args:
+            x: Input tensor.
+            n: Number or indices of layers.
+            reshape: Reshape to NCHW format.
+            return_prefix_tokens: Return prefix tokens.
+            norm: Apply normalization.
+
+        Returns:
+            List of intermediate features.
+        """
+        return self.forward_intermediates(
+            x,
+            n,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            output_fmt='NCHW' if reshape else 'NLC',
+            intermediates_only=True,
+        )
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Forward pass through feature layers (embeddings, blocks, final norm): (B, C, H, W) -> (B, L, embed_dim)."""
+        x = self.patch_embed(x)
+        x = self._pos_embed(x)
+        x = self.norm_pre(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return self._class_token_first(self.norm(x))
+
+    def pool(self, x: torch.Tensor, pool_type: Optional[str] = None) -> torch.Tensor:
+        """Apply pooling to feature tokens.
+
+        Args:
+            x: Feature tensor.
+            pool_type: Pooling type override.
+
+        Returns:
+            Pooled features.
+        """
+        pool_type = self.global_pool if pool_type is None else pool_type
+        return global_pool_nlc(x, pool_type=pool_type, num_prefix_tokens=self.num_prefix_tokens)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Forward pass through classifier head.
+
+        Args:
+            x: Feature tensor.
+            pre_logits: Return features before final classifier.
+
+        Returns:
+            Output tensor.
+        """
+        x = self.pool(x)
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Forward pass: images (B, in_chans, H, W) to logits (B, num_classes)."""
+        x = self.forward_features(x)
+        x = self.forward_head(x)
+        return x
+
+
+def _check_choice(name: str, value: str, allowed: Tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f'{name} = {value!r}; allowed: {", ".join(map(repr, allowed))}')
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: HydraViT) -> Dict[str, torch.Tensor]:
+    """Remap a checkpoint to this model: wrappers, names of the released code's stacks, patch and grid size.
+
+    The mixer's own names are those of the released module. Stacks of such modules, as the state space model code bases
+    write them, are `[backbone.]layers.N.{norm, mixer.*}` with a final `norm_f`.
+    """
+    for wrapper in ('model_ema', 'state_dict_ema', 'model', 'state_dict'):
+        if isinstance(state_dict.get(wrapper), dict):
+            state_dict = state_dict[wrapper]
+            break
+    out_dict = {}
+    for k, v in state_dict.items():
+        k = k.removeprefix('module.')
+        k = k.removeprefix('backbone.')
+        if k.startswith('layers.'):
+            k = 'blocks.' + k[len('layers.'):]
+            head, _, tail = k.partition('.norm.')  # the block's own norm, not that of its mixer
+            if tail and head.count('.') == 1:
+                k = f'{head}.norm1.{tail}'
+        elif k.startswith('norm_f.'):
+            k = 'norm.' + k[len('norm_f.'):]
+        if k == 'patch_embed.proj.weight' and v.ndim == 4 and v.shape[-2:] != model.patch_embed.proj.weight.shape[-2:]:
+            v = resample_patch_embed(v, list(model.patch_embed.proj.weight.shape[-2:]), verbose=True)
+        elif k == 'pos_embed' and model.pos_embed is not None and v.shape[1] != model.pos_embed.shape[1]:
+            v = resample_abs_pos_embed(v, new_size=model.patch_embed.grid_size, num_prefix_tokens=0, verbose=True)
+        out_dict[k] = v
+    return out_dict
+
+
+def _create_hydra_vit(variant: str, pretrained: bool = False, **kwargs) -> HydraViT:
+    out_indices = kwargs.pop('out_indices', 3)
+    return build_model_with_cfg(
+        HydraViT,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        **kwargs,
+    )
+
+
+def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+    return {
+        'url': url,
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': None,
+        'crop_pct': 0.9,
+        'interpolation': 'bicubic',
+        'fixed_input_size': True,
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.proj',
+        'classifier': 'head',
+        'license': 'mit',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'test_hydra_vit.untrained': _cfg(input_size=(3, 160, 160)),
+    'hydra_vit_nano.untrained': _cfg(),
+    'hydra_vit_tiny.untrained': _cfg(),
+    'hydra_vit_small.untrained': _cfg(),
+    'hydra_vit_base.untrained': _cfg(),
+    'hydra_vit_large.untrained': _cfg(),
+})
+
+
+@register_model
+def test_hydra_vit(pretrained: bool = False, **kwargs) -> HydraViT:
+    """Hydra-ViT test model: small enough for tests, real enough to have every part."""
+    model_args = dict(img_size=160, patch_size=16, embed_dim=64, depth=4)
+    return _create_hydra_vit('test_hydra_vit', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def hydra_vit_nano(pretrained: bool = False, **kwargs) -> HydraViT:
+    """Hydra-ViT-Nano: for small images, demonstrations, the CPU. 1.88 M parameters."""
+    model_args = dict(patch_size=16, embed_dim=128, depth=12)
+    return _create_hydra_vit('hydra_vit_nano', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def hydra_vit_tiny(pretrained: bool = False, **kwargs) -> HydraViT:
+    """Hydra-ViT-Tiny. 7.08 M parameters."""
+    model_args = dict(patch_size=16, embed_dim=192, depth=24)
+    return _create_hydra_vit('hydra_vit_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def hydra_vit_small(pretrained: bool = False, **kwargs) -> HydraViT:
+    """Hydra-ViT-Small. 24.95 M parameters."""
+    model_args = dict(patch_size=16, embed_dim=384, depth=24)
+    return _create_hydra_vit('hydra_vit_small', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def hydra_vit_base(pretrained: bool = False, **kwargs) -> HydraViT:
+    """Hydra-ViT-Base, the model of the paper (appendix D.2). 93.20 M parameters."""
+    model_args = dict(patch_size=16, embed_dim=768, depth=24)
+    return _create_hydra_vit('hydra_vit_base', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def hydra_vit_large(pretrained: bool = False, **kwargs) -> HydraViT:
+    """Hydra-ViT-Large. 323.8 M parameters."""
+    model_args = dict(patch_size=16, embed_dim=1024, depth=48)
+    return _create_hydra_vit('hydra_vit_large', pretrained=pretrained, **dict(model_args, **kwargs))
