@@ -1,0 +1,189 @@
+"""Builds what a recipe describes around a model: weights, loss, optimizer, schedule, moving average, device."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import get_pretrained_cfg, load_state_dict
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import hydra_vision  # noqa: F401  (registers the Hydra-ViT family with timm)
+from hydra_vision.train.config import Config, nearest
+from hydra_vision.train.errors import CheckpointError, ConfigError
+
+
+def create_model(config: Config, num_classes: int, load_weights: bool = True) -> nn.Module:
+    """The model of a recipe, on the CPU.
+
+    Args:
+        config: the recipe.
+        num_classes: size of the head.
+        load_weights: False leaves out the initial weights, where a checkpoint is about to replace them.
+
+    Raises:
+        ConfigError: an unknown name, or arguments that the model refuses.
+        CheckpointError: initial weights that do not fit.
+    """
+    model = config.model
+    if model.name.split(".")[0] not in timm.list_models():
+        hint = nearest(model.name, timm.list_models()) if timm.list_models() else ""
+        hint = hint if hint.startswith(" Did") else " timm.list_models() lists the valid names."
+        raise ConfigError(f"unknown model.name={model.name!r}.{hint}")
+    kwargs: dict[str, Any] = dict(model.kwargs)
+    cfg = get_pretrained_cfg(model.name)
+    if config.data.img_size is not None and cfg is not None and cfg.fixed_input_size:
+        size = config.data.img_size
+        kwargs["img_size"] = size if isinstance(size, int) else tuple(size)
+    if load_weights and model.checkpoint is not None:
+        kwargs["pretrained_cfg_overlay"] = _weights_from_file(model.checkpoint, cfg.classifier if cfg else None)
+    drop = {key: getattr(model, key) for key in ("drop_rate", "drop_path_rate") if getattr(model, key)}
+    try:
+        return timm.create_model(
+            model.name,
+            pretrained=load_weights and (model.pretrained or model.checkpoint is not None),
+            num_classes=num_classes,
+            in_chans=model.in_chans,
+            **drop,
+            **kwargs,
+        )
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in {**drop, **kwargs}.items() if "pretrained" not in key)
+        text = f"cannot build {model.name} with {given or 'its defaults'}: {error}"
+        if load_weights and model.checkpoint is not None:
+            raise CheckpointError(f"{text} (initial weights: {model.checkpoint})") from error
+        raise ConfigError(text) from error
+
+
+def create_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer, its groups split by weight decay (none for biases, norms and `model.no_weight_decay()`) and layer.
+
+    Raises:
+        ConfigError: an unknown optimizer, or arguments that it refuses.
+    """
+    optim = config.optim
+    kwargs = dict(optim.kwargs)
+    kwargs |= {key: getattr(optim, key) for key in ("betas", "eps") if getattr(optim, key) is not None}
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=optim.name,
+            lr=scaled_lr(config),
+            weight_decay=optim.weight_decay,
+            layer_decay=optim.layer_decay,
+            **kwargs,
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"cannot build optim.name={optim.name!r} with {kwargs}: {error}") from error
+
+
+def scaled_lr(config: Config) -> float:
+    """optim.lr in proportion to the images an update, where the recipe says what size it is meant for."""
+    return config.optim.lr * lr_scale(config)
+
+
+def lr_scale(config: Config) -> float:
+    """Images an update over the number that the recipe's learning rates are meant for."""
+    if config.optim.lr_batch_size is None:
+        return 1.0
+    return config.data.batch_size * config.optim.accum_steps / config.optim.lr_batch_size
+
+
+def create_schedule(
+    config: Config, optimizer: torch.optim.Optimizer, updates_per_epoch: int
+) -> tuple[Scheduler | None, int]:
+    """timm's scheduler and the number of epochs to train, cool-down included.
+
+    Raises:
+        ConfigError: arguments that the scheduler refuses.
+    """
+    schedule, scale = config.schedule, lr_scale(config)
+    try:
+        return create_scheduler_v2(
+            optimizer,
+            sched=schedule.name,
+            num_epochs=schedule.epochs,
+            warmup_epochs=schedule.warmup_epochs,
+            warmup_lr=schedule.warmup_lr * scale,
+            min_lr=schedule.min_lr * scale,
+            cooldown_epochs=schedule.cooldown_epochs,
+            step_on_epochs=not schedule.per_update,
+            updates_per_epoch=updates_per_epoch,
+            **schedule.kwargs,
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"cannot build schedule.name={schedule.name!r} with {schedule.kwargs}: {error}") from error
+
+
+def create_loss(config: Config) -> nn.Module:
+    """Training loss: soft targets where batches are mixed (the mixing smooths them), else smoothed or plain labels."""
+    if config.mixes:
+        return SoftTargetCrossEntropy()
+    if config.augment.smoothing:
+        return LabelSmoothingCrossEntropy(config.augment.smoothing)
+    return nn.CrossEntropyLoss()
+
+
+def create_ema(config: Config, model: nn.Module) -> ModelEmaV3 | None:
+    """Moving average of the weights, on the model's device."""
+    if config.ema.decay is None:
+        return None
+    return ModelEmaV3(model, decay=config.ema.decay, use_warmup=config.ema.warmup)
+
+
+def pick_device(config: Config) -> torch.device:
+    """The device that run.device names.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    name = config.run.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"run.device={name!r} is not available: {reason}; allowed: auto, cpu, cuda, ...") from error
+    return device
+
+
+def amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
+    """Autocast type, or None for plain float32.
+
+    Raises:
+        ConfigError: a type that the device cannot train with.
+    """
+    amp = config.run.amp
+    if amp == "auto":
+        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "none"
+    if amp == "fp16" and device.type != "cuda":
+        raise ConfigError(f"run.amp='fp16' needs CUDA, run.device is {device.type}; allowed there: none, bf16")
+    return {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+
+def updates_in(batches: int, accum_steps: int) -> int:
+    """Updates an epoch; the last one may hold fewer batches."""
+    return math.ceil(batches / accum_steps)
+
+
+def _weights_from_file(path: str, classifier: str | None) -> dict[str, Any]:
+    """Overlay of timm's pretrained cfg that loads `path` and drops its head where the number of classes differs."""
+    if not Path(path).expanduser().is_file():
+        raise CheckpointError(f"model.checkpoint={path!r} is not a file")
+    try:
+        weights = load_state_dict(str(Path(path).expanduser()))
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        raise CheckpointError(f"model.checkpoint={path!r} cannot be read: {error}") from error
+    overlay: dict[str, Any] = {"state_dict": weights}
+    head = weights.get(f"{classifier}.weight")
+    if head is not None:
+        overlay["num_classes"] = head.shape[0]
+    return overlay

@@ -1,0 +1,25 @@
+"""Errors that end a run with a message for the user instead of a traceback."""
+
+
+class TrainError(Exception):
+    """Anything the user can mend: its text is the whole message."""
+
+    exit_code = 1
+
+
+class ConfigError(TrainError):
+    """A recipe, an override or a flag that is not valid. Raised before any work is done."""
+
+    exit_code = 2
+
+
+class DataError(TrainError):
+    """A data set that is missing, incomplete or unreadable."""
+
+
+class CheckpointError(TrainError):
+    """A checkpoint that could not be written or read."""
+
+
+class NonFiniteError(TrainError):
+    """The loss, or a weight, became NaN or infinite."""

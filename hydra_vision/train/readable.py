@@ -1,0 +1,133 @@
+"""A data set that survives unreadable images: counts them, names them, skips them, and gives up past a limit."""
+
+import random
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import ImageDataset
+from torch.utils.data import Dataset, get_worker_info
+
+from hydra_vision.train.errors import DataError
+
+# What Pillow and file systems raise for a file that is truncated, no image, too large to be one, or gone.
+_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+class ReadableDataset(Dataset):
+    """Wraps a map-style data set: an unreadable image is replaced by the next readable one and remembered.
+
+    What loader processes found is kept in shared memory, so the main process sees it, and an image counts once however
+    often it is met. Timm's own data set skips silently and without a limit on their number.
+
+    Also makes loader processes reproducible: each one seeds itself again for every epoch, so that a resumed run draws
+    the same augmentations as one that was never interrupted.
+
+    Args:
+        dataset: any map-style data set of (PIL image, class index).
+        split: what messages call it.
+        max_unreadable: how many images may be skipped.
+        num_classes: class indices must be below it.
+        mode: PIL mode that images are converted to, 'L' or 'RGB'.
+        mask_skipped: give the replacement the target -1, so that validation does not count an image twice.
+        seed: seed of the loader processes.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        split: str,
+        max_unreadable: int,
+        num_classes: int,
+        mode: str,
+        mask_skipped: bool,
+        seed: int,
+    ):
+        self.dataset = dataset
+        self.split = split
+        self.max_unreadable = max_unreadable
+        self.num_classes = num_classes
+        self.mode = mode
+        self.mask_skipped = mask_skipped
+        self.seed = seed
+        self.transform: Callable[[Image.Image], Any] | None = None  # set by timm's create_loader
+        self._bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._seeded_for = -1
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Says which epoch is about to be read; loader processes that are kept alive see it too."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        self._seed_worker()
+        for offset in range(len(self)):
+            position = (index + offset) % len(self)
+            if self._bad[position]:
+                continue
+            try:
+                image, target = self._read(position)
+                break
+            except _READ_ERRORS as error:
+                self._bad[position] = True
+                if int(self._bad.sum()) > self.max_unreadable:
+                    raise DataError(self.report()) from error
+        else:
+            raise DataError(self.report())
+        target = int(target)
+        if not 0 <= target < self.num_classes:
+            raise DataError(
+                f"{self.name_of(position)} of the {self.split} split has class {target}; the model has "
+                f"{self.num_classes} classes (model.num_classes)"
+            )
+        if offset and self.mask_skipped:
+            target = -1
+        return image if self.transform is None else self.transform(image), target
+
+    def unreadable(self) -> list[str]:
+        """Names of the images that could not be read so far."""
+        return [self.name_of(int(position)) for position in self._bad.nonzero()]
+
+    def report(self) -> str:
+        """One line on what could not be read."""
+        names = self.unreadable()
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        noun = "image" if len(names) == 1 else "images"
+        return (
+            f"{len(names)} unreadable {noun} in the {self.split} split: {shown} "
+            f"(allowed: data.max_unreadable={self.max_unreadable})"
+        )
+
+    def name_of(self, index: int) -> str:
+        """File name of an image, or its number where the data set has no names."""
+        if isinstance(self.dataset, ImageDataset):
+            return str(self.dataset.filename(index))
+        samples = getattr(self.dataset, "samples", None)
+        return str(samples[index][0]) if samples is not None else f"image {index}"
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        if not isinstance(self.dataset, ImageDataset):
+            image, target = self.dataset[index]
+            return image.convert(self.mode), target
+        stream, target, *_ = self.dataset.reader[index]
+        with stream, Image.open(stream) as image:
+            return image.convert(self.mode), target
+
+    def _seed_worker(self) -> None:
+        """Seeds this loader process once an epoch; the main process has its own random state in the checkpoint."""
+        worker, epoch = get_worker_info(), int(self._epoch)
+        if worker is None or epoch == self._seeded_for:
+            return
+        self._seeded_for = epoch
+        state = np.random.SeedSequence([self.seed, epoch, worker.id]).generate_state(3)
+        random.seed(int(state[0]))
+        np.random.seed(int(state[1]))
+        torch.manual_seed(int(state[2]))
