@@ -1,0 +1,52 @@
+"""Entry points: autograd.Function in eager mode, torch.library ops under torch.compile and torch.export."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from .function import HydraInner, QuasiseparableMix
+
+__all__ = ['hydra_inner', 'quasiseparable_mix']
+
+
+def quasiseparable_mix(
+    x: Tensor,
+    dt_f: Tensor,
+    dt_b: Tensor,
+    A: Tensor,
+    B_f: Tensor,
+    C_f: Tensor,
+    B_b: Tensor,
+    C_b: Tensor,
+    D: Optional[Tensor] = None,
+    init_states: Optional[Tensor] = None,
+) -> Tensor:
+    """y (B, L, H, P) = M x. Arguments as in ``hydra_vision.ops.quasiseparable_mix``."""
+    return QuasiseparableMix.apply(x, dt_f, dt_b, A, B_f, C_f, B_b, C_b, D, init_states)
+
+
+def hydra_inner(
+    zxbcdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Optional[Tensor],
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    fc_D_weight: Tensor,
+    norm_weight: Tensor,
+    *,
+    headdim: int,
+    d_state: int,
+    ngroups: int,
+    share_bc: bool,
+    dt_limit: tuple[float, float],
+    init_states: Optional[Tensor],
+    eps: float,
+) -> Tensor:
+    """(B, L, d_inner), ready for out_proj. Arguments as in ``hydra_vision.ops.hydra_inner``."""
+    low, high = dt_limit
+    return HydraInner.apply(
+        zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states,
+        headdim, d_state, ngroups, share_bc, (float(low), float(high)), eps,
+    )  # fmt: skip

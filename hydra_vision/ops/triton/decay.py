@@ -1,0 +1,180 @@
+"""Step sizes and decays: softplus, clamp, and sums of log2-decays inside each tile of T tokens. And their backward.
+
+All arrays that other kernels read are head-major, (B, H, Lp), Lp = T * number of tiles; padded tokens have dt = 0.
+``lf[t]`` sums A * dt_f * log2(e) from the tile's first token through t, ``lb[t]`` that of dt_b from t through the tile's
+last token. Every exponent of the operator is a difference of two of them plus whole-tile sums, all <= 0, so nothing
+overflows and small sums are not lost beside large ones of other tiles.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _log1p(e):
+    # 2 atanh(e / (2 + e)): accurate to float32 for every e in [0, 1], also where 1 + e rounds to 1
+    s = e / (2.0 + e)
+    q = s * s
+    p = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15)))))))
+    return 2.0 * s * p
+
+
+@triton.jit
+def _softplus(v):
+    return tl.maximum(v, 0.0) + _log1p(tl.exp(-tl.abs(v)))
+
+
+@triton.jit
+def _load_dt(ptr, rows, heads, stride_l, L, H, bias, DT_MIN, DT_MAX, SOFTPLUS: tl.constexpr, LIMIT: tl.constexpr):
+    """Raw value before softplus and dt, both (T, HB) float32; dt = 0 outside the sequence."""
+    mask = (rows < L)[:, None] & (heads < H)[None, :]  # (T, HB)
+    raw = tl.load(ptr + rows[:, None].to(tl.int64) * stride_l + heads[None, :], mask=mask, other=0.0).to(tl.float32)
+    dt = raw
+    if SOFTPLUS:
+        raw = raw + bias[None, :]  # (T, HB)
+        dt = _softplus(raw)
+    if LIMIT:
+        dt = tl.minimum(tl.maximum(dt, DT_MIN), DT_MAX)
+    return raw, tl.where(mask, dt, 0.0)
+
+
+@triton.jit
+def _head_decay(A, heads, H, A_IS_LOG: tl.constexpr):
+    a = tl.load(A + heads, mask=heads < H, other=0.0).to(tl.float32)  # (HB,)
+    if A_IS_LOG:
+        a = -tl.exp(a)
+    return a
+
+
+@triton.jit
+def decay_kernel(
+    dtf_in,  # (B, L, H), rows of any stride
+    dtb_in,
+    dt_bias,  # (H,)
+    A,  # (H,)
+    lf,  # (B, H, Lp) out, float32 or float64
+    lb,
+    dtf,  # (B, H, Lp) out, float32
+    dtb,
+    stride_b,
+    stride_l,
+    L,
+    H,
+    Lp,
+    DT_MIN,
+    DT_MAX,
+    SOFTPLUS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    A_IS_LOG: tl.constexpr,
+    HB: tl.constexpr,
+    T: tl.constexpr,
+):
+    tile = tl.program_id(0) % (Lp // T)
+    b = (tl.program_id(0) // (Lp // T)).to(tl.int64)
+    hb = tl.program_id(1)
+    rows = tile * T + tl.arange(0, T)
+    heads = hb * HB + tl.arange(0, HB)
+    bias = tl.zeros((HB,), tl.float32)
+    if SOFTPLUS:
+        bias = tl.load(dt_bias + heads, mask=heads < H, other=0.0).to(tl.float32)
+    a = _head_decay(A, heads, H, A_IS_LOG)
+    out = (b * H + heads[None, :]) * Lp + rows[:, None]  # (T, HB)
+    keep = (heads < H)[None, :] & (rows < Lp)[:, None]
+    sums = lf.dtype.element_ty
+    for direction in tl.static_range(2):
+        source = dtf_in if direction == 0 else dtb_in
+        _, dt = _load_dt(source + b * stride_b, rows, heads, stride_l, L, H, bias, DT_MIN, DT_MAX, SOFTPLUS, LIMIT)
+        # a term below -200 makes every factor that contains it zero: cut off there, so that sums stay precise
+        step = tl.maximum(dt.to(sums) * a[None, :].to(sums) * 1.4426950408889634, -200.0)  # (T, HB)
+        total = tl.cumsum(step, axis=0, reverse=direction == 1)
+        tl.store((lf if direction == 0 else lb) + out, total, mask=keep)
+        tl.store((dtf if direction == 0 else dtb) + out, dt, mask=keep)
+
+
+@triton.jit
+def decay_backward_kernel(
+    dtf_in,
+    dtb_in,
+    dt_bias,
+    A,
+    row_f,  # (B, H, Lp) sums of G = dM o M over j, a row each
+    row_b,
+    raw_f,  # (B, H, Lp) sums of G / dt over i, a column each
+    raw_b,
+    edge,  # (B, H, 2, nC) what crosses each chunk's far edge
+    ddtf,  # (B, L, H) out, rows of any stride
+    ddtb,
+    part_A,  # (B, nC, H) out, float32
+    part_bias,  # (B, nC, H) out, float32
+    stride_b,
+    stride_l,
+    stride_gb,
+    stride_gl,
+    L,
+    H,
+    Lp,
+    nT,
+    nC,
+    QT,
+    DT_MIN,
+    DT_MAX,
+    SOFTPLUS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    A_IS_LOG: tl.constexpr,
+    HAS_EDGE: tl.constexpr,
+    HB: tl.constexpr,
+    T: tl.constexpr,
+):
+    chunk = tl.program_id(0) % nC
+    b = (tl.program_id(0) // nC).to(tl.int64)
+    hb = tl.program_id(1)
+    heads = hb * HB + tl.arange(0, HB)
+    ok = heads < H
+    bias = tl.zeros((HB,), tl.float32)
+    if SOFTPLUS:
+        bias = tl.load(dt_bias + heads, mask=ok, other=0.0).to(tl.float32)
+    a = _head_decay(A, heads, H, A_IS_LOG)
+    sum_A = tl.zeros((HB,), tl.float32)
+    sum_bias = tl.zeros((HB,), tl.float32)
+    first = chunk * QT
+    tiles = tl.minimum(QT, nT - first)
+    start = first * T
+    stop = (first + tiles) * T
+    for direction in tl.static_range(2):
+        source = dtf_in if direction == 0 else dtb_in
+        target = ddtf if direction == 0 else ddtb
+        row = row_f if direction == 0 else row_b
+        raw = raw_f if direction == 0 else raw_b
+        carry = tl.zeros((HB,), tl.float32)
+        if HAS_EDGE:
+            carry = tl.load(edge + ((b * H + heads) * 2 + direction) * nC + chunk, mask=ok, other=0.0)
+        for k in range(tiles):
+            tile = first + (tiles - 1 - k if direction == 0 else k)
+            rows = tile * T + tl.arange(0, T)
+            base = (b * H + heads[None, :]) * Lp  # (1, HB)
+            value, dt = _load_dt(
+                source + b * stride_b, rows, heads, stride_l, L, H, bias, DT_MIN, DT_MAX, SOFTPLUS, LIMIT
+            )  # (T, HB)
+            near = rows + 1 if direction == 0 else rows - 1
+            inside = (near >= start) & (near < stop)
+            r = tl.load(row + base + near[:, None], mask=inside[:, None] & ok[None, :], other=0.0)  # (T, HB)
+            c = tl.load(raw + base + rows[:, None], mask=(rows < L)[:, None] & ok[None, :], other=0.0)
+            v = r - c * dt
+            da = tl.cumsum(v, axis=0, reverse=direction == 0) + carry[None, :]
+            carry += tl.sum(v, axis=0)
+            seen = (rows < L)[:, None] & ok[None, :]
+            sum_A += tl.sum(tl.where(seen, da * dt, 0.0), axis=0)
+            g = da * a[None, :] + c
+            if LIMIT:
+                free = _softplus(value) if SOFTPLUS else value
+                g = tl.where((free >= DT_MIN) & (free <= DT_MAX), g, 0.0)
+            if SOFTPLUS:
+                g = g * tl.sigmoid(value)
+            g = tl.where(seen, g, 0.0)
+            sum_bias += tl.sum(g, axis=0)
+            where = target + b * stride_gb + rows[:, None].to(tl.int64) * stride_gl + heads[None, :]
+            tl.store(where, g.to(target.dtype.element_ty), mask=seen)
+    if A_IS_LOG:
+        sum_A = sum_A * a
+    tl.store(part_A + (b * nC + chunk) * H + heads, sum_A, mask=ok)
+    tl.store(part_bias + (b * nC + chunk) * H + heads, sum_bias, mask=ok)

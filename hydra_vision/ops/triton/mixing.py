@@ -1,0 +1,221 @@
+"""Host side of y = M x: the kernels in order, forward and backward. No autograd here."""
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+import triton
+from torch import Tensor
+
+from .decay import decay_backward_kernel, decay_kernel
+from .mix import mix_kernel
+from .mix_backward import mix_columns_kernel, mix_rows_kernel
+from .plan import Plan
+from .score_grads import bc_grads_kernel, score_grads_kernel
+from .scores import scores_kernel
+from .states import states_kernel
+
+__all__ = ['Decays', 'DtSource', 'MixGrads', 'decays', 'decays_backward', 'mix_backward', 'mix_forward']
+
+
+@dataclass
+class DtSource:
+    """Where dt comes from: two (B, L, H) views with common strides, and what is applied to them."""
+
+    dt_f: Tensor
+    dt_b: Tensor
+    A: Tensor
+    bias: Optional[Tensor] = None
+    limit: Optional[tuple[float, float]] = None
+    softplus: bool = False
+    a_is_log: bool = False
+
+    def flags(self) -> dict[str, bool]:
+        """Compile-time switches of both decay kernels."""
+        return {'SOFTPLUS': self.softplus, 'LIMIT': self.limit is not None, 'A_IS_LOG': self.a_is_log}
+
+    def bounds(self) -> tuple[float, float]:
+        """(min, max) of dt."""
+        return self.limit or (0.0, 0.0)
+
+
+@dataclass
+class Decays:
+    """(B, H, Lp) each; see decay.py."""
+
+    lf: Tensor
+    lb: Tensor
+    dtf: Tensor
+    dtb: Tensor
+
+
+@dataclass
+class MixGrads:
+    """Sums that the decays' backward needs, and the diagonal's gradient."""
+
+    row_f: Tensor
+    row_b: Tensor
+    raw_f: Tensor
+    raw_b: Tensor
+    edge: Optional[Tensor]
+    ddiag: Optional[Tensor]
+    dstart: Optional[Tensor]
+
+
+def _head_block(H: int) -> int:
+    return min(32, max(4, triton.next_power_of_2(H)))
+
+
+def decays(plan: Plan, source: DtSource) -> Decays:
+    """dt after softplus and clamp, and its tile-local sums."""
+    lf = torch.empty(plan.B, plan.H, plan.Lp, dtype=plan.sums, device=plan.device)
+    out = Decays(lf, torch.empty_like(lf), plan.rows(), plan.rows())
+    HB = _head_block(plan.H)
+    bias = source.A if source.bias is None else source.bias
+    decay_kernel[(plan.nT * plan.B, triton.cdiv(plan.H, HB))](
+        source.dt_f, source.dt_b, bias, source.A, out.lf, out.lb, out.dtf, out.dtb,
+        source.dt_f.stride(0), source.dt_f.stride(1), plan.L, plan.H, plan.Lp, *source.bounds(),
+        **source.flags(), HB=HB, T=plan.T, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def decays_backward(plan: Plan, source: DtSource, g: MixGrads, ddtf: Tensor, ddtb: Tensor) -> tuple[Tensor, Tensor]:
+    """Writes the gradients of both dt views (common strides); returns those of A (or A_log) and of the bias, (H,)."""
+    HB = _head_block(plan.H)
+    part = torch.empty(2, plan.B, plan.nC, plan.H, dtype=torch.float32, device=plan.device)
+    bias = source.A if source.bias is None else source.bias
+    decay_backward_kernel[(plan.nC * plan.B, triton.cdiv(plan.H, HB))](
+        source.dt_f, source.dt_b, bias, source.A, g.row_f, g.row_b, g.raw_f, g.raw_b,
+        g.row_f if g.edge is None else g.edge, ddtf, ddtb, part[0], part[1],
+        source.dt_f.stride(0), source.dt_f.stride(1), ddtf.stride(0), ddtf.stride(1),
+        plan.L, plan.H, plan.Lp, plan.nT, plan.nC, plan.QT, *source.bounds(),
+        **source.flags(), HAS_EDGE=g.edge is not None, HB=HB, T=plan.T, num_warps=4,
+    )  # fmt: skip
+    dA, dbias = part.sum((1, 2))
+    return dA, dbias
+
+
+def _scores(plan: Plan, bc: tuple[Tensor, ...], transposed: bool) -> Tensor:
+    B_f, C_f, B_b, C_b = bc
+    S = plan.tiles(plan.dtype)
+    scores_kernel[(plan.nT * plan.G * plan.B,)](
+        B_f, C_f, B_b, C_b, S, B_f.stride(0), B_f.stride(1), B_f.stride(2), plan.L, plan.G, plan.nT, plan.QT,
+        N=plan.N, T=plan.T, TRANSPOSED=transposed, PREC=plan.precision, **plan.options('scores'),
+    )  # fmt: skip
+    return S
+
+
+def _states(plan: Plan, V_f: Tensor, V_b: Tensor, u: Tensor, d: Decays, start: Optional[Tensor]) -> Tensor:
+    states = plan.states()
+    states_kernel[(plan.B * plan.H * 2,)](
+        V_f, V_b, u, d.lf, d.lb, d.dtf, d.dtb, d.dtf if start is None else start, states, states, d.dtf, d.dtf,
+        V_f.stride(0), V_f.stride(1), V_f.stride(2), u.stride(0), u.stride(1), u.stride(2),
+        plan.L, plan.H, plan.G, plan.Lp, plan.nT, plan.nC, plan.QT, N=plan.N, P=plan.P, T=plan.T, GRAD=False,
+        HAS_START=start is not None, PREC=plan.precision, **plan.options('states'),
+    )  # fmt: skip
+    return states
+
+
+def _state_grads(
+    plan: Plan, V_f: Tensor, V_b: Tensor, dy: Tensor, d: Decays, states: Tensor, has_start: bool
+) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+    out = plan.states()
+    edge = torch.empty(plan.B, plan.H, 2, plan.nC, dtype=torch.float32, device=plan.device)
+    dstart = None
+    if has_start:
+        dstart = torch.empty(plan.B, plan.H, 2, plan.N, plan.P, dtype=torch.float32, device=plan.device)
+    states_kernel[(plan.B * plan.H * 2,)](
+        V_f, V_b, dy, d.lf, d.lb, d.dtf, d.dtb, d.dtf, states, out, edge, edge if dstart is None else dstart,
+        V_f.stride(0), V_f.stride(1), V_f.stride(2), dy.stride(0), dy.stride(1), dy.stride(2),
+        plan.L, plan.H, plan.G, plan.Lp, plan.nT, plan.nC, plan.QT, N=plan.N, P=plan.P, T=plan.T, GRAD=True,
+        HAS_START=has_start, PREC=plan.precision, **plan.options('state_grads'),
+    )  # fmt: skip
+    if dstart is not None:
+        dstart = dstart.sum((0, 2)).transpose(1, 2)  # (H, P, N)
+    return out, edge, dstart
+
+
+def _has_state(plan: Plan, start: Optional[Tensor]) -> bool:
+    return plan.nC > 1 or start is not None
+
+
+def _diagonal_kind(diag: Optional[Tensor]) -> int:
+    return 0 if diag is None else (1 if diag.ndim == 1 else 2)
+
+
+def mix_forward(
+    plan: Plan, x: Tensor, bc: tuple[Tensor, ...], d: Decays, diag: Optional[Tensor], start: Optional[Tensor]
+) -> Tensor:
+    """y (B, L, H, P). diag: (B, H, Lp) or (H,) float32 or None; bc: B_f, C_f, B_b, C_b with common strides."""
+    B_f, C_f, B_b, C_b = bc
+    S = _scores(plan, bc, transposed=False)
+    states = _states(plan, B_f, B_b, x, d, start) if _has_state(plan, start) else S
+    y = torch.empty(plan.B, plan.L, plan.H, plan.P, dtype=plan.dtype, device=plan.device)
+    mix_kernel[(plan.nT * plan.H * plan.B,)](
+        x, S, C_f, C_b, states, d.lf, d.lb, d.dtf, d.dtb, d.dtf if diag is None else diag, y,
+        x.stride(0), x.stride(1), x.stride(2), C_f.stride(0), C_f.stride(1), C_f.stride(2),
+        plan.L, plan.H, plan.G, plan.Lp, plan.nT, plan.nC, plan.QT, N=plan.N, P=plan.P, T=plan.T,
+        DIAGONAL=_diagonal_kind(diag), HAS_STATE=_has_state(plan, start), PREC=plan.precision, **plan.options('mix'),
+    )  # fmt: skip
+    return y
+
+
+def mix_backward(
+    plan: Plan,
+    x: Tensor,
+    bc: tuple[Tensor, ...],
+    d: Decays,
+    diag: Optional[Tensor],
+    start: Optional[Tensor],
+    dy: Tensor,
+    dx: Tensor,
+    dbc: tuple[Tensor, ...],
+) -> MixGrads:
+    """Writes dx (B, L, H, P) and dbc = dB_f, dC_f, dB_b, dC_b (common strides). dy (B, L, H, P) is contiguous."""
+    B_f, C_f, B_b, C_b = bc
+    has_state = _has_state(plan, start)
+    sizes = (plan.L, plan.H, plan.G, plan.Lp, plan.nT, plan.nC, plan.QT)
+    shape = {'P': plan.P, 'T': plan.T, 'PREC': plan.precision}
+    x_strides = (x.stride(0), x.stride(1), x.stride(2))
+    bc_strides = (B_f.stride(0), B_f.stride(1), B_f.stride(2))
+    out_strides = (dbc[0].stride(0), dbc[0].stride(1), dbc[0].stride(2))
+    dx_strides = (dx.stride(0), dx.stride(1), dx.stride(2))
+    grid = (plan.nT * plan.H * plan.B,)
+
+    S = _scores(plan, bc, transposed=False)
+    states = dstates = S
+    edge = dstart = None
+    if has_state:
+        states = _states(plan, B_f, B_b, x, d, start)
+        dstates, edge, dstart = _state_grads(plan, C_f, C_b, dy, d, states, start is not None)
+    row_f, row_b, raw_f, raw_b = (plan.rows() for _ in range(4))
+    mix_rows_kernel[grid](
+        x, dy, S, C_f, C_b, states, d.lf, d.lb, d.dtf, d.dtb, row_f, row_b, *x_strides, *bc_strides, *sizes,
+        N=plan.N, **shape, HAS_STATE=has_state, **plan.options('mix_rows'),
+    )  # fmt: skip
+    del S
+
+    ST = _scores(plan, bc, transposed=True)
+    ddiag = None
+    if diag is not None:
+        ddiag = torch.empty(plan.B, plan.L, plan.H, dtype=torch.float32, device=plan.device)
+    mix_columns_kernel[grid](
+        x, dy, ST, B_f, B_b, dstates, d.lf, d.lb, d.dtf, d.dtb, d.dtf if diag is None else diag, raw_f, raw_b,
+        raw_f if ddiag is None else ddiag, dx, *x_strides, *bc_strides, *dx_strides, *sizes,
+        N=plan.N, **shape, DIAGONAL=_diagonal_kind(diag), HAS_STATE=has_state, **plan.options('mix_columns'),
+    )  # fmt: skip
+    del ST
+
+    dS, dST = plan.tiles(plan.wide), plan.tiles(plan.wide)
+    score_grads_kernel[(plan.QT * plan.nT * plan.G * plan.B,)](
+        x, dy, d.lf, d.lb, d.dtf, d.dtb, dS, dST, *x_strides, plan.L, plan.H, plan.G, plan.Lp, plan.nT, plan.QT,
+        **shape, **plan.options('score_grads'),
+    )  # fmt: skip
+    dB_f, dC_f, dB_b, dC_b = dbc
+    bc_grads_kernel[(4 * plan.nT * plan.G * plan.B,)](
+        x, dy, B_f, C_f, B_b, C_b, dS, dST, states, dstates, d.lf, d.lb, d.dtf, d.dtb, dB_f, dC_f, dB_b, dC_b,
+        *x_strides, *bc_strides, *out_strides, *sizes, N=plan.N, **shape, HAS_STATE=has_state,
+        **plan.options('bc_grads'),
+    )  # fmt: skip
+    return MixGrads(row_f, row_b, raw_f, raw_b, edge, ddiag, dstart)

@@ -1,0 +1,83 @@
+"""out = RMSNorm(y) * w * SiLU(z) over all of d_inner, and its backward. One row a program; backward loops over rows."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def norm_gate_kernel(
+    y,  # (B, L, D) contiguous
+    z,  # (B, L, D), rows of any stride
+    w,  # (D,)
+    out,  # (B, L, D) contiguous
+    rstd,  # (B * L,) float32, out
+    stride_zb,
+    stride_zl,
+    L,
+    D,
+    EPS,
+    DB: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    b = row // L
+    l = row % L
+    d = tl.arange(0, DB)
+    ok = d < D
+    yv = tl.load(y + row * D + d, mask=ok, other=0.0).to(tl.float32)  # (DB,)
+    start = tl.multiple_of(b * stride_zb + l * stride_zl, ALIGN)
+    zv = tl.load(z + start + d, mask=ok, other=0.0).to(tl.float32)
+    wv = tl.load(w + d, mask=ok, other=0.0).to(tl.float32)
+    r = tl.rsqrt(tl.sum(yv * yv, axis=0) / D + EPS)
+    tl.store(rstd + row, r)
+    o = yv * r * wv * (zv * tl.sigmoid(zv))
+    tl.store(out + row * D + d, o.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def norm_gate_backward_kernel(
+    dout,  # (B, L, D) contiguous
+    y,
+    z,
+    w,
+    rstd,
+    dy,  # (B, L, D) contiguous, out
+    dz,  # (B, L, D) rows of any stride, out
+    part_w,  # (programs, D) float32, out
+    stride_zb,
+    stride_zl,
+    stride_gb,
+    stride_gl,
+    L,
+    D,
+    ROWS,
+    PER,  # rows a program
+    DB: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ALIGN_G: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, DB)
+    ok = d < D
+    wv = tl.load(w + d, mask=ok, other=0.0).to(tl.float32)  # (DB,)
+    dw = tl.zeros((DB,), tl.float32)
+    for row in range(pid * PER, tl.minimum(pid * PER + PER, ROWS)):
+        b = row // L
+        l = row % L
+        yv = tl.load(y + row * D + d, mask=ok, other=0.0).to(tl.float32)
+        start = tl.multiple_of(b * stride_zb + l * stride_zl, ALIGN)
+        zv = tl.load(z + start + d, mask=ok, other=0.0).to(tl.float32)
+        g = tl.load(dout + row * D + d, mask=ok, other=0.0).to(tl.float32)
+        r = tl.load(rstd + row)
+        sig = tl.sigmoid(zv)
+        gate = zv * sig
+        hat = yv * r
+        dhat = g * wv * gate
+        gh = g * hat
+        dw += gh * gate
+        dzv = gh * wv * (sig * (1.0 + zv * (1.0 - sig)))
+        dyv = r * (dhat - hat * (tl.sum(dhat * hat, axis=0) / D))
+        tl.store(dy + row * D + d, dyv.to(dy.dtype.element_ty), mask=ok)
+        to = tl.multiple_of(b * stride_gb + l * stride_gl, ALIGN_G)
+        tl.store(dz + to + d, dzv.to(dz.dtype.element_ty), mask=ok)
+    tl.store(part_w + pid * D + d, dw, mask=ok)

@@ -1,0 +1,163 @@
+"""Compile every kernel launch of a problem without a GPU, and report registers, spills and shared memory.
+
+The host code runs on meta tensors with launches recorded instead of executed, so that what is compiled here is what is
+launched there: same kernels, same switches, same launch parameters.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import JITFunction
+
+from . import plan as plan_module
+from .function import mix_backward_all, mix_forward_all
+from .inner import InnerArguments, inner_backward, inner_forward
+
+__all__ = ['Compiled', 'Recorded', 'compile_launch', 'problem_launches']
+
+_TYPES = {
+    torch.float32: '*fp32',
+    torch.float64: '*fp64',
+    torch.float16: '*fp16',
+    torch.bfloat16: '*bf16',
+    torch.int32: '*i32',
+}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One launch: kernel, argument types and compile-time values."""
+
+    kernel: JITFunction
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[str, ...]
+    options: tuple[tuple[str, int], ...]
+
+    @property
+    def name(self) -> str:
+        """Of the kernel's function."""
+        return self.kernel.fn.__name__
+
+
+@dataclass
+class Compiled:
+    """What the compiler says about one launch."""
+
+    name: str
+    registers: int
+    spills: int
+    shared: int
+    options: dict[str, int] = field(default_factory=dict)
+
+
+def _record(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded:
+    options = tuple((k, kwargs.pop(k)) for k in ('num_warps', 'num_stages') if k in kwargs)
+    values = dict(zip(kernel.arg_names, args)) | kwargs
+    signature, constants, divisible = [], [], []
+    for parameter in kernel.params:
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature.append((parameter.name, 'constexpr'))
+            constants.append((parameter.name, value))
+        elif isinstance(value, torch.Tensor):
+            signature.append((parameter.name, _TYPES[value.dtype]))
+            divisible.append(parameter.name)
+        elif isinstance(value, float):
+            signature.append((parameter.name, 'fp32'))
+        elif value == 1:
+            signature.append((parameter.name, 'constexpr'))
+            constants.append((parameter.name, 1))
+        else:
+            signature.append((parameter.name, 'i32' if abs(value) < 2**31 else 'i64'))
+            if value % 16 == 0:
+                divisible.append(parameter.name)
+    return Recorded(kernel, tuple(signature), tuple(constants), tuple(divisible), options)
+
+
+@contextmanager
+def recorded_launches(arch: int) -> Iterator[list[Recorded]]:
+    """Launches made inside the block are recorded, not run; the launch table is that of ``arch``."""
+    launches: list[Recorded] = []
+
+    def run(self: JITFunction, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> None:
+        launches.append(_record(self, args, kwargs))
+
+    original, before = JITFunction.run, plan_module.ARCH_WITHOUT_DEVICE
+    JITFunction.run, plan_module.ARCH_WITHOUT_DEVICE = run, arch
+    try:
+        yield launches
+    finally:
+        JITFunction.run, plan_module.ARCH_WITHOUT_DEVICE = original, before
+
+
+def problem_launches(
+    arch: int,
+    L: int,
+    *,
+    B: int = 2,
+    H: int = 24,
+    P: int = 64,
+    N: int = 64,
+    G: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    init_states: bool = False,
+    share_bc: bool = False,
+    inner: bool = True,
+) -> list[Recorded]:
+    """Every distinct launch of forward and backward of ``hydra_inner`` (or ``quasiseparable_mix``)."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device='meta')
+
+    start = empty(H, P, N) if init_states else None
+    with recorded_launches(arch) as launches:
+        if inner:
+            d_inner, width = H * P, H * P + (2 if share_bc else 4) * G * N
+            a = InnerArguments(
+                empty(B, L, d_inner + width + 2 * H, dtype=dtype), empty(width, 1, 7), empty(width), empty(H), empty(H),
+                empty(H), empty(H, d_inner), empty(d_inner), start, P, N, G, share_bc, (0.0, float('inf')), 1e-5,
+            )  # fmt: skip
+            out, y, rstd = inner_forward(a)
+            inner_backward(a, y, rstd, out)
+        else:
+            x, dt, bc = empty(B, L, H, P, dtype=dtype), empty(B, L, H), empty(B, L, G, N, dtype=dtype)
+            arguments = (x, dt, dt, empty(H), bc, bc, bc, bc, empty(B, L, H), start)
+            mix_backward_all(mix_forward_all(*arguments), *arguments)
+    return list(dict.fromkeys(launches))
+
+
+def compile_launch(launch: Recorded, arch: int) -> Compiled:
+    """Compile for sm_<arch>; needs Triton's own ptxas, no device."""
+    names = [name for name, _ in launch.signature]
+    attrs = {(names.index(name),): [['tt.divisibility', 16]] for name in launch.divisible}
+    source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), attrs)
+    compiled = triton.compile(source, target=GPUTarget('cuda', arch, 32), options=dict(launch.options))
+    registers, spills = _resources(compiled, arch)
+    return Compiled(launch.name, registers, spills, compiled.metadata.shared, dict(launch.options))
+
+
+def _resources(compiled: Any, arch: int) -> tuple[int, int]:
+    """(registers, spilled bytes), read from the cubin with Triton's cuobjdump."""
+    import re
+    import subprocess
+    import tempfile
+
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        file.write(compiled.asm['cubin'])
+        file.flush()
+        text = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, '-res-usage', file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r'REG:(\d+) STACK:(\d+)', text)
+    if found is None:
+        raise RuntimeError(f'cuobjdump said nothing about resources of sm_{arch}: {text!r}')
+    return int(found[1]), int(found[2])

@@ -1,0 +1,121 @@
+"""Sizes, dtypes and launch parameters of one call, worked out once on the host."""
+
+import os
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from .table import Launch, launch_for
+
+__all__ = ['SIZES', 'Plan', 'alignment', 'make_plan']
+
+SIZES = (16, 32, 64, 128)
+ARCH_WITHOUT_DEVICE = 90  # whose launch table is used for tensors that are not on a GPU
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """B, L, H, P, G, N and what follows from them."""
+
+    B: int
+    L: int
+    H: int
+    P: int
+    G: int
+    N: int
+    dtype: torch.dtype
+    device: torch.device
+    launch: Launch
+
+    @property
+    def T(self) -> int:
+        """Tokens a tile."""
+        return self.launch.tile
+
+    @property
+    def nT(self) -> int:
+        """Tiles a sequence."""
+        return -(-self.L // self.T)
+
+    @property
+    def QT(self) -> int:
+        """Tiles a chunk."""
+        return min(self.launch.chunk, self.nT)
+
+    @property
+    def nC(self) -> int:
+        """Chunks a sequence."""
+        return -(-self.nT // self.QT)
+
+    @property
+    def Lp(self) -> int:
+        """Tokens including padding."""
+        return self.nT * self.T
+
+    @property
+    def precision(self) -> str:
+        """Of float32 operands in matrix products: exact for float32 input, tf32 for the wide operands of float16."""
+        return 'ieee' if self.dtype == torch.float32 else 'tf32'
+
+    @property
+    def sums(self) -> torch.dtype:
+        """Of cumulative decays."""
+        return torch.float64 if self.dtype == torch.float32 else torch.float32
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Of states and of the scores' gradient: bfloat16 has the range for them, float16 has not."""
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+
+    def options(self, kernel: str) -> dict[str, int]:
+        """num_warps and num_stages."""
+        return self.launch.options(kernel)
+
+    def rows(self) -> Tensor:
+        """(B, H, Lp) float32, uninitialised."""
+        return torch.empty(self.B, self.H, self.Lp, dtype=torch.float32, device=self.device)
+
+    def tiles(self, dtype: torch.dtype) -> Tensor:
+        """(B, G, nT, QT, T, T), uninitialised."""
+        return torch.empty(self.B, self.G, self.nT, self.QT, self.T, self.T, dtype=dtype, device=self.device)
+
+    def states(self) -> Tensor:
+        """(B, H, 2, nC, N, P), uninitialised."""
+        return torch.empty(self.B, self.H, 2, self.nC, self.N, self.P, dtype=self.wide, device=self.device)
+
+
+def make_plan(B: int, L: int, H: int, P: int, G: int, N: int, like: Tensor, launch: Optional[Launch] = None) -> Plan:
+    """Check what only these kernels limit, and look the launch parameters up.
+
+    Raises:
+        ValueError: headdim or d_state that has no kernel, or a sequence that is too long.
+        TypeError: a dtype that has no kernel.
+    """
+    for name, value in (('headdim P', P), ('d_state N', N)):
+        if value not in SIZES:
+            raise ValueError(f"{name} = {value}; backend 'triton' has kernels for {SIZES}; backend 'chunked' takes any")
+    if like.dtype not in DTYPES:
+        raise TypeError(f"dtype {like.dtype}; backend 'triton' has kernels for {DTYPES}; backend 'chunked' takes any")
+    if not 1 <= L <= 65536:
+        raise ValueError(f"L = {L}; backend 'triton' takes 1 <= L <= 65536")
+    if launch is None:
+        arch = ARCH_WITHOUT_DEVICE
+        if like.device.type == 'cuda':
+            major, minor = torch.cuda.get_device_capability(like.device)
+            arch = 10 * major + minor
+        launch = launch_for(arch, L, P, N, like.element_size())
+        if os.environ.get('TRITON_INTERPRET') == '1':
+            launch = Launch(16, 2)
+    return Plan(B, L, H, P, G, N, like.dtype, like.device, launch)
+
+
+def alignment(t: Tensor, *strides: int) -> int:
+    """Elements by which every row start of ``t`` is aligned, at most 16 bytes."""
+    size = t.element_size()
+    limit = 16 // size
+    while limit > 1 and (t.data_ptr() % (limit * size) or any(s % limit for s in strides)):
+        limit //= 2
+    return limit

@@ -1,0 +1,214 @@
+"""Backward of y = M x, second half: the scores' gradient, summed over the heads of a group, then B's and C's.
+
+dS[i, j] = sum_h (dY_i . X_j) * decay * dt_j. On off-diagonal tiles the decay factors into the operands, so the sum over
+heads is one long matrix product; on diagonal tiles each head's product is scaled by its own exponentials.
+"""
+
+import triton
+import triton.language as tl
+
+from .mix import diagonal_decays, row_exponents, tile_total
+from .scores import load_cols, load_rows
+
+
+@triton.jit
+def score_grads_kernel(
+    x,  # (B, L, H, P)
+    dy,  # (B, L, H, P) contiguous
+    lf,  # (B, H, Lp)
+    lb,
+    dtf,
+    dtb,
+    dS,  # (B, G, nT, QT, T, T) out: [I][J - first]
+    dST,  # (B, G, nT, QT, T, T) out: [J][I - first], each tile transposed
+    stride_xb,
+    stride_xl,
+    stride_xh,
+    L,
+    H,
+    G,
+    Lp,
+    nT,
+    QT,
+    P: tl.constexpr,
+    T: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    column = pid % QT
+    tile = (pid // QT) % nT
+    g = (pid // (QT * nT)) % G
+    b = (pid // (QT * nT * G)).to(tl.int64)
+    first = (tile // QT) * QT
+    other = first + column
+    if other < nT:
+        t = tl.arange(0, T)
+        p = tl.arange(0, P)
+        i = t[:, None]
+        j = t[None, :]
+        rows = tile * T + t
+        cols = other * T + t
+        heads = H // G
+        acc = tl.zeros((T, T), tl.float32)
+        for k in range(heads):
+            h = g * heads + k
+            head = (b * H + h) * Lp
+            dyi = load_rows(dy + (b * L * H + h) * P, rows, p, H * P, L)  # (T, P)
+            xj = load_cols(x + b * stride_xb + h * stride_xh, cols, p, stride_xl, L)  # (P, T)
+            if other == tile:
+                decay = diagonal_decays(lf + head, lb + head, tile, T)  # (T, T)
+                dt_j = tl.where(i > j, tl.load(dtf + head + cols)[None, :], tl.load(dtb + head + cols)[None, :])
+                product = tl.dot(dyi, xj, input_precision=PREC)
+                acc += tl.where(i == j, 0.0, product * decay * dt_j)
+            else:
+                if other < tile:
+                    span = tl.zeros((), lf.dtype.element_ty)
+                    for between in range(other + 1, tile):
+                        span += tile_total(lf + head, between, T, 0)
+                    r = row_exponents(lf + head, tile, T, 0)
+                    w = span + tile_total(lf + head, other, T, 0) - tl.load(lf + head + cols)
+                    dt_j1 = tl.load(dtf + head + cols)
+                else:
+                    span = tl.zeros((), lf.dtype.element_ty)
+                    for between in range(tile + 1, other):
+                        span += tile_total(lb + head, between, T, 1)
+                    r = row_exponents(lb + head, tile, T, 1)
+                    w = span + tile_total(lb + head, other, T, 1) - tl.load(lb + head + cols)
+                    dt_j1 = tl.load(dtb + head + cols)
+                dyr = (dyi.to(tl.float32) * tl.exp2(r.to(tl.float32))[:, None]).to(dyi.dtype)  # (T, P)
+                xw = (xj.to(tl.float32) * (tl.exp2(w.to(tl.float32)) * dt_j1)[None, :]).to(xj.dtype)  # (P, T)
+                acc = tl.dot(dyr, xw, acc, input_precision=PREC)
+        block = (b * G + g) * nT
+        tl.store(dS + ((block + tile) * QT + column) * (T * T) + i * T + j, acc.to(dS.dtype.element_ty))
+        mirror = ((block + other) * QT + (tile - first)) * (T * T)
+        tl.store(dST + mirror + j * T + i, acc.to(dST.dtype.element_ty))
+
+
+@triton.jit
+def bc_grads_kernel(
+    x,  # (B, L, H, P)
+    dy,  # (B, L, H, P) contiguous
+    B_f,  # (B, L, G, N)
+    C_f,
+    B_b,
+    C_b,
+    dS,  # (B, G, nT, QT, T, T)
+    dST,
+    states,  # (B, H, 2, nC, N, P)
+    dstates,
+    lf,  # (B, H, Lp)
+    lb,
+    dtf,
+    dtb,
+    dB_f,  # (B, L, G, N) out, common strides
+    dC_f,
+    dB_b,
+    dC_b,
+    stride_xb,
+    stride_xl,
+    stride_xh,
+    stride_b,
+    stride_l,
+    stride_g,
+    stride_ob,
+    stride_ol,
+    stride_og,
+    L,
+    H,
+    G,
+    Lp,
+    nT,
+    nC,
+    QT,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    T: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    which = pid % 4  # C_f, C_b, B_f, B_b
+    tile = (pid // 4) % nT
+    g = (pid // (4 * nT)) % G
+    b = (pid // (4 * nT * G)).to(tl.int64)
+    direction = which % 2
+    is_c = which < 2
+    chunk = tile // QT
+    first = chunk * QT
+    last = tl.minimum(first + QT, nT)
+    t = tl.arange(0, T)
+    n = tl.arange(0, N)
+    p = tl.arange(0, P)
+    i = t[:, None]
+    j = t[None, :]
+    rows = tile * T + t
+    base = b * stride_b + g * stride_g
+    shift = tl.where(direction == 0, -1, 1)  # a row reads C of its neighbour
+    source_shift = tl.where(is_c, 0, shift)
+    if is_c:
+        block = dS
+        if direction == 0:
+            source = B_f
+            target = dC_f
+        else:
+            source = B_b
+            target = dC_b
+    else:
+        block = dST
+        if direction == 0:
+            source = C_f
+            target = dB_f
+        else:
+            source = C_b
+            target = dB_b
+    block += ((b * G + g) * nT + tile) * QT * (T * T)
+    # C_f and B_b sum over the tiles before this one, C_b and B_f over those after it
+    before = (direction == 0) == is_c
+    low = tl.where(before, first, tile)
+    high = tl.where(before, tile + 1, last)
+    acc = tl.zeros((T, N), tl.float32)
+    for other in range(low, high):
+        d = tl.load(block + (other - first) * (T * T) + i * T + j)  # (T, T)
+        keep = tl.where(before, other * T + j < tile * T + i, other * T + j > tile * T + i)  # (T, T)
+        v = load_rows(source + base, other * T + t + source_shift, n, stride_l, L)  # (T, N)
+        acc = tl.dot(tl.where(keep, d, 0.0).to(d.dtype), v.to(d.dtype), acc, input_precision=PREC)
+    if HAS_STATE:
+        l_all = lf if direction == 0 else lb
+        dt_all = dtf if direction == 0 else dtb
+        st_all = states if is_c else dstates
+        side = tl.where(direction == 0, 0, T - 1)
+        for k in range(H // G):
+            h = g * (H // G) + k
+            l_ptr = l_all + (b * H + h) * Lp
+            span = tl.zeros((), lf.dtype.element_ty)
+            st_ptr = st_all + (((b * H + h) * 2 + direction) * nC + chunk) * (N * P)
+            st = tl.load(st_ptr + n[None, :] * P + p[:, None])  # (P, N)
+            # from the chunk's edge on the far side of the state to this tile's edge
+            lo = tl.where(before, first, tile + 1)
+            hi = tl.where(before, tile, last)
+            for between in range(lo, hi):
+                span += tl.load(l_ptr + between * T + (T - 1 - side))
+            if is_c:
+                near = t + shift
+                e = tl.load(l_ptr + tile * T + near, mask=(near >= 0) & (near < T), other=0.0) + span
+                w = tl.exp2(e.to(tl.float32))
+                v = load_rows(dy + (b * L * H + h) * P, rows, p, H * P, L)  # (T, P)
+            else:
+                e = tl.load(l_ptr + tile * T + (T - 1 - side)) - tl.load(l_ptr + rows) + span
+                w = tl.exp2(e.to(tl.float32)) * tl.load(dt_all + (b * H + h) * Lp + rows)
+                v = load_rows(x + b * stride_xb + h * stride_xh, rows, p, stride_xl, L)  # (T, P)
+            vw = (v.to(tl.float32) * w[:, None]).to(st.dtype)
+            acc = tl.dot(vw, st, acc, input_precision=PREC)
+    out = target + b * stride_ob + g * stride_og + n[None, :]
+    to = rows + tl.where(is_c, shift, 0)
+    keep_rows = (to >= 0) & (to < L) & (rows < L)
+    tl.store(out + to[:, None].to(tl.int64) * stride_ol, acc.to(target.dtype.element_ty), mask=keep_rows[:, None])
+    # nothing reads C_f of the last token and C_b of the first
+    if is_c:
+        unread = L - 1
+        mine = tile == nT - 1
+        if direction == 1:
+            unread = 0
+            mine = tile == 0
+        if mine:
+            tl.store(out + unread * stride_ol.to(tl.int64), tl.zeros((1, N), tl.float32).to(target.dtype.element_ty))

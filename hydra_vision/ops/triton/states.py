@@ -1,0 +1,99 @@
+"""States that travel between chunks, and their gradients: one program a (batch, head, direction), chunks in scan order.
+
+Forward direction:   S <- exp2(tile sum) S + B_f^T diag(decay to the tile's end * dt) X, left to right.
+Backward direction:  the mirror image, right to left.
+Gradients run against their direction, with C (shifted) and dY instead of B and X.
+"""
+
+import triton
+import triton.language as tl
+
+from .scores import load_cols, load_rows
+
+
+@triton.jit
+def states_kernel(
+    V_f,  # B_f, or C_f for gradients: (B, L, G, N)
+    V_b,
+    U,  # X, or dY for gradients: (B, L, H, P)
+    lf,  # (B, H, Lp)
+    lb,
+    dtf,
+    dtb,
+    start,  # (H, P, N) float32 or None
+    states,  # (B, H, 2, nC, N, P): out, the state that enters each chunk; for gradients the saved states (in)
+    out,  # gradients: (B, H, 2, nC, N, P), of the state that leaves each chunk
+    edge,  # gradients: (B, H, 2, nC) sum of state * gradient at each chunk's far edge
+    dstart,  # gradients: (B, H, 2, N, P) of the start state
+    stride_vb,
+    stride_vl,
+    stride_vg,
+    stride_ub,
+    stride_ul,
+    stride_uh,
+    L,
+    H,
+    G,
+    Lp,
+    nT,
+    nC,
+    QT,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    T: tl.constexpr,
+    GRAD: tl.constexpr,
+    HAS_START: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    direction = pid % 2
+    h = (pid // 2) % H
+    b = (pid // (2 * H)).to(tl.int64)
+    t = tl.arange(0, T)
+    n = tl.arange(0, N)
+    p = tl.arange(0, P)
+    g = h // (H // G)
+    v_ptr = (V_f if direction == 0 else V_b) + b * stride_vb + g * stride_vg
+    u_ptr = U + b * stride_ub + h * stride_uh
+    l_ptr = (lf if direction == 0 else lb) + (b * H + h) * Lp
+    dt_ptr = (dtf if direction == 0 else dtb) + (b * H + h) * Lp
+    slot = ((b * H + h) * 2 + direction) * nC
+    ascending = direction == 0
+    if GRAD:
+        ascending = direction == 1
+    tile_np = n[:, None] * P + p[None, :]  # (N, P)
+    state = tl.zeros((N, P), tl.float32)
+    if HAS_START and not GRAD:
+        state = tl.load(start + h * (P * N) + p[None, :] * N + n[:, None]).to(tl.float32)
+    for k in range(nC):
+        chunk = tl.where(ascending, k, nC - 1 - k)
+        here = (slot + chunk) * (N * P)
+        if GRAD:
+            tl.store(out + here + tile_np, state.to(out.dtype.element_ty))
+            crossing = 0.0
+            if k > 0:
+                far = tl.where(ascending, chunk - 1, chunk + 1)
+                saved = tl.load(states + (slot + far) * (N * P) + tile_np).to(tl.float32)  # (N, P)
+                crossing = tl.sum(saved * state)
+            tl.store(edge + slot + chunk, crossing)
+        else:
+            tl.store(states + here + tile_np, state.to(states.dtype.element_ty))
+        first = chunk * QT
+        tiles = tl.minimum(QT, nT - first)
+        for m in range(tiles):
+            tile = first + tl.where(ascending, m, tiles - 1 - m)
+            rows = tile * T + t
+            u = load_rows(u_ptr, rows, p, stride_ul, L)  # (T, P)
+            total = tl.load(l_ptr + tile * T + tl.where(direction == 0, T - 1, 0))
+            if GRAD:
+                shift = tl.where(direction == 0, -1, 1)
+                v = load_cols(v_ptr, rows + shift, n, stride_vl, L)  # (N, T)
+                near = t + shift
+                w = tl.exp2(tl.load(l_ptr + tile * T + near, mask=(near >= 0) & (near < T), other=0.0).to(tl.float32))
+            else:
+                v = load_cols(v_ptr, rows, n, stride_vl, L)  # (N, T)
+                w = tl.exp2((total - tl.load(l_ptr + rows)).to(tl.float32)) * tl.load(dt_ptr + rows)  # (T,)
+            wu = (u.to(tl.float32) * w[:, None]).to(u.dtype)  # (T, P)
+            state = tl.dot(v, wu, state * tl.exp2(total.to(tl.float32)), input_precision=PREC)
+    if GRAD and HAS_START:
+        tl.store(dstart + ((b * H + h) * 2 + direction) * (N * P) + tile_np, state)

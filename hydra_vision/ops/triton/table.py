@@ -1,0 +1,75 @@
+"""Launch parameters by architecture, L bucket, headdim, d_state and element size. Plain data; nothing is measured here.
+
+A row holds the tile T of tokens, the tiles QT a chunk, and warps and pipeline stages of each kernel that depends on them.
+``hydra_vision.ops.triton.tune`` measures candidates and prints a row for an unknown GPU.
+"""
+
+from dataclasses import dataclass, field, replace
+
+__all__ = ['L_BUCKETS', 'Launch', 'bucket', 'launch_for', 'shipped']
+
+L_BUCKETS = (64, 256, 65536)
+ARCHITECTURES = (80, 89, 90)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One row.
+
+    Args:
+        tile: T, tokens a tile; 16, 32 or 64.
+        chunk: QT, tiles a chunk; states travel between chunks, so L <= T * QT needs none.
+        warps: warps of a kernel, by its name; 4 where absent.
+        stages: pipeline stages of a kernel, by its name; 1 where absent.
+    """
+
+    tile: int
+    chunk: int
+    warps: dict[str, int] = field(default_factory=dict)
+    stages: dict[str, int] = field(default_factory=dict)
+
+    def options(self, kernel: str) -> dict[str, int]:
+        """num_warps and num_stages of one kernel."""
+        return {'num_warps': self.warps.get(kernel, 4), 'num_stages': self.stages.get(kernel, 1)}
+
+
+def bucket(L: int) -> int:
+    """The smallest bucket that holds L tokens."""
+    return next(size for size in L_BUCKETS if size >= L)
+
+
+def _row(arch: int, limit: int, P: int, N: int, itemsize: int) -> Launch:
+    wide = max(P, N) == 128
+    tile = 32 if itemsize == 4 else 64
+    if itemsize == 4 and wide:
+        tile = 16
+    chunk = max(1, min(limit, 256) // tile) if limit <= 256 else max(1, 128 // tile)
+    warps = {'norm': 4, 'norm_backward': 8}
+    return Launch(tile, chunk, warps)
+
+
+def shipped() -> dict[tuple[int, int, int, int, int], Launch]:
+    """Every row: (arch, L bucket, P, N, bytes an element) -> Launch."""
+    sizes = (16, 32, 64, 128)
+    return {
+        (arch, limit, P, N, item): _row(arch, limit, P, N, item)
+        for arch in ARCHITECTURES
+        for limit in L_BUCKETS
+        for P in sizes
+        for N in sizes
+        for item in (2, 4)
+    }
+
+
+_TABLE = shipped()
+
+
+def launch_for(arch: int, L: int, P: int, N: int, itemsize: int) -> Launch:
+    """The row for a problem; an architecture that is not in the table uses the nearest older one."""
+    known = max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
+    return _TABLE[known, bucket(L), P, N, itemsize]
+
+
+def with_chunk(launch: Launch, chunk: int) -> Launch:
+    """The same row with another chunk length."""
+    return replace(launch, chunk=chunk)
