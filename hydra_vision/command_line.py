@@ -1,0 +1,53 @@
+"""What every subcommand shares: its parser, its errors, the nearest valid name."""
+
+import argparse
+import difflib
+from collections.abc import Iterable
+from typing import NoReturn
+
+__all__ = ['Parser', 'UserError', 'check_model_name', 'comma_list', 'nearest']
+
+
+class UserError(Exception):
+    """Anything the user can mend: its text is the whole message, the exit code is 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with whole option names only and one line an error, without the usage text before it."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'{self.prog}: error: {message}\n')
+
+
+def comma_list(text: str) -> list[str]:
+    """'a,b' -> ['a', 'b']; an argparse type.
+
+    Raises:
+        argparse.ArgumentTypeError: an empty element.
+    """
+    parts = [part.strip() for part in text.split(',')]
+    if not all(parts):
+        raise argparse.ArgumentTypeError(f'{text!r} has an empty element; write a,b,c')
+    return parts
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """'; the nearest is ...' for an error message, or '' where nothing is near."""
+    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f'; the nearest valid name is {matches[0]!r}' if matches else ''
+
+
+def check_model_name(name: str) -> None:
+    """Let a name pass that ``timm.create_model`` knows.
+
+    Raises:
+        UserError: names the nearest valid model.
+    """
+    import timm
+
+    architecture = name.partition('.')[0]
+    if not timm.is_model(architecture):
+        raise UserError(f'unknown model {name!r}{nearest(architecture, timm.list_models())}')
