@@ -1,15 +1,21 @@
 """The quasiseparable operator in linear time and memory: plain PyTorch, any device, any dtype. The CPU's default.
 
-The sequence is cut into chunks of Q tokens. Inside a chunk both triangles of the matrix are formed at once, as one
-(Q, Q) tile a head; between chunks only the (N, P) states travel, once from the left and once from the right. The two
-directions differ by index offsets alone: no flip, no roll, no second copy of x.
+The sequence is cut into chunks of Q tokens, a chunk into Q / q tiles. Three kinds of work, from near to far:
+
+* inside a tile of q tokens, both triangles of the matrix are formed at once, as one (q, q) block a head;
+* between tiles of one chunk, a rectangle of the matrix that does not touch the diagonal is a score matrix shared by
+  the heads of a group, with one factor a row and one a column: a wide product, no exponential an entry. Neighbours are
+  joined in pairs, then pairs of pairs: 2 q, 4 q, ... Q;
+* between chunks only the (N, P) states travel, once from the left and once from the right.
+
+The two directions differ by index offsets alone: no flip, no roll, no second copy of x.
 
 With prefix sums P_r = sum_{k<r} A dt_k inside a chunk (P_0 = 0, r = 0..Q) every exponent of the definition in
-``reference.py`` is a difference of two of them:
+``reference.py`` is a difference of two of them, and never positive:
 
-    tile, i > j   P_f[i] - P_f[j+1]       tile, i < j    P_b[j] - P_b[i+1]
-    read  state   P_f[i] (from the left)  P_b[Q] - P_b[i+1] (from the right)
-    write state   P_f[Q] - P_f[j+1]       P_b[j]
+    tile, i > j       P_f[i] - P_f[j+1]                      tile, i < j    P_b[j] - P_b[i+1]
+    column before m   P_f[m] - P_f[j+1]  (m: the boundary)   column after m P_b[j] - P_b[m]
+    row after m       P_f[i] - P_f[m]                        row before m   P_b[m] - P_b[i+1]
 
 The differences are taken in float64, from terms cut off where exp is zero in the working precision: a float32 prefix
 sum would lose small decays that follow large ones.
@@ -23,9 +29,10 @@ from torch import Tensor
 
 from .reference import accumulation_dtype, shift_tokens
 
-__all__ = ['DEFAULT_CHUNK_SIZE', 'mix_chunked']
+__all__ = ['mix_chunked']
 
-DEFAULT_CHUNK_SIZE = 64
+_CHUNK = 256  # Q, at most
+_TILE = 32  # q, at most
 _SCAN_WIDTH = 32  # chunks (then groups of chunks, ...) combined by one small matrix product
 
 
@@ -41,70 +48,63 @@ def mix_chunked(
         D: Optional[Tensor] = None,
         init_states: Optional[Tensor] = None,
         *,
-        chunk_size: Optional[int] = None,
+        chunk_size: int = _CHUNK,
+        tile_size: int = _TILE,
 ) -> Tensor:
     """y = M x, chunk by chunk. Arguments as in ``quasiseparable_mix``.
 
     Args:
-        chunk_size: Q, at least 1. By default the chunks are of equal length, at most ``DEFAULT_CHUNK_SIZE``, so that
-            little or nothing is padded.
+        chunk_size: Most tokens between two states, at least 1. Chunks and tiles are made equally long, so that little
+            or nothing is padded.
+        tile_size: Most tokens in a tile, at least 1.
     """
     batch, L, H, P = x.shape
-    G, N = B_f.shape[2:]
+    G = B_f.shape[2]
     acc = accumulation_dtype(x.dtype)
-    if chunk_size is None:
-        chunks = -(-L // DEFAULT_CHUNK_SIZE)
-        Q = -(-L // chunks)
-    else:
-        Q = chunk_size
-        chunks = -(-L // Q)
+    chunks = -(-L // chunk_size)
+    levels = 0  # a chunk is 2 ** levels tiles
+    while -(-L // (chunks << levels)) > tile_size:
+        levels += 1
+    q = -(-L // (chunks << levels))
+    Q = q << levels
     padding = chunks * Q - L
 
     def cut(t: Tensor) -> Tensor:
-        """(B, L, ...) -> (B, chunks, Q, ...). Padded tokens have dt = 0 and B = 0: they neither write nor decay."""
+        """(B, L, ...) -> (B * c, Q, ...). Padded tokens have dt = 0: they neither write nor decay."""
         if padding:
             t = F.pad(t, (0, 0) * (t.ndim - 2) + (0, padding))
-        return t.unflatten(1, (chunks, Q))
+        return t.reshape(batch * chunks, Q, *t.shape[2:])
 
     xa = x.to(acc)
-    xc = cut(xa)  # (B, c, Q, H, P)
-    B_fc, B_bc = (cut(t.to(acc)).transpose(2, 3) for t in (B_f, B_b))  # (B, c, G, Q, N)
-    C_fc = cut(shift_tokens(C_f.to(acc), -1)).transpose(2, 3)  # row i holds C_f[i-1]
-    C_bc = cut(shift_tokens(C_b.to(acc), +1)).transpose(2, 3)  # row i holds C_b[i+1]
-    dt_fc, dt_bc = cut(dt_f.to(acc)), cut(dt_b.to(acc))  # (B, c, Q, H)
-    P_f, P_b = (_prefix_sums(A, dt, acc) for dt in (dt_fc, dt_bc))  # (B, c, H, Q+1), float64
+    xc = cut(xa)  # (Bc, Q, H, P)
+    B_f, B_b = (cut(t.to(acc)).transpose(1, 2) for t in (B_f, B_b))  # (Bc, G, Q, N)
+    C_f = cut(shift_tokens(C_f.to(acc), -1)).transpose(1, 2)  # row i holds C_f[i-1]
+    C_b = cut(shift_tokens(C_b.to(acc), +1)).transpose(1, 2)  # row i holds C_b[i+1]
+    dt_f, dt_b = cut(dt_f.to(acc)), cut(dt_b.to(acc))  # (Bc, Q, H)
+    P_f, P_b = (_prefix_sums(A, dt, acc) for dt in (dt_f, dt_b))  # (Bc, Q+1, H), float64
 
-    # Inside the chunks: both triangles in one tile, (B, c, H, Q, Q).
-    i = torch.arange(Q, device=x.device)
-    lower, diagonal = i[:, None] > i[None, :], i[:, None] == i[None, :]
-    exponent = torch.where(
-        lower,
-        P_f[..., :-1, None] - P_f[..., None, 1:],
-        P_b[..., None, :-1] - P_b[..., 1:, None],
-    ).to(acc)
-    # The two masks in one step: the diagonal belongs to D, and above it the exponent is <= 0 as it is below.
-    tile = exponent.masked_fill(diagonal, 0.0).exp().unflatten(2, (G, H // G))  # (B, c, G, H/G, Q, Q)
-    scores = torch.where(lower, C_fc @ B_fc.mT, C_bc @ B_bc.mT).masked_fill(diagonal, 0.0)  # (B, c, G, Q, Q)
-    dt_column = torch.where(lower, *(dt.transpose(2, 3).unsqueeze(-2) for dt in (dt_fc, dt_bc)))  # (B, c, H, Q, Q)
-    tile = (tile * scores.unsqueeze(3)).flatten(2, 3) * dt_column
-    y = (tile @ xc.transpose(2, 3)).transpose(2, 3)  # (B, c, Q, H, P)
-
-    # Between the chunks. A single chunk without a start state has no neighbour to hear from.
+    y = _mix_tiles(xc, dt_f, dt_b, P_f, P_b, B_f, C_f, B_b, C_b, q)
+    span = q
+    while span < Q:
+        _mix_neighbours_(y, xc, dt_f, dt_b, P_f, P_b, B_f, C_f, B_b, C_b, span)
+        span *= 2
+    # A single chunk without a start state has no neighbour to hear from.
     if chunks > 1 or init_states is not None:
-        write_f = (P_f[..., -1:] - P_f[..., 1:]).to(acc).exp().transpose(2, 3) * dt_fc  # (B, c, Q, H)
-        write_b = P_b[..., :-1].to(acc).exp().transpose(2, 3) * dt_bc
-        states_f = _outer_states(B_fc, xc, write_f)  # (B, c, G, N, H/G * P)
-        states_b = _outer_states(B_bc, xc, write_b)
         start = None
         if init_states is not None:  # (H, P, N) -> (G, N, H/G * P)
             start = init_states.to(acc).permute(2, 0, 1).unflatten(1, (G, H // G)).permute(1, 0, 2, 3).flatten(2)
-        entering_f = _scan(states_f, P_f[..., -1], start, from_left=True)
-        entering_b = _scan(states_b, P_b[..., -1], start, from_left=False)
-        read_f = P_f[..., :-1].to(acc).exp().transpose(2, 3)  # (B, c, Q, H)
-        read_b = (P_b[..., -1:] - P_b[..., 1:]).to(acc).exp().transpose(2, 3)
-        y = y + _read_states(C_fc, entering_f, read_f, P) + _read_states(C_bc, entering_b, read_b, P)
+        for dt, sums, Bt, Ct, from_left in ((dt_f, P_f, B_f, C_f, True), (dt_b, P_b, B_b, C_b, False)):
+            total = sums[:, -1:]
+            read = sums[:, :-1] if from_left else total - sums[:, 1:]
+            write = total - sums[:, 1:] if from_left else sums[:, :-1]
+            weighted = xc * (write.to(acc).exp() * dt).unsqueeze(-1)
+            states = Bt.mT @ _by_group(weighted, G)  # (Bc, G, N, H/G * P)
+            entering = _scan(
+                states.unflatten(0, (batch, chunks)), total[:, 0].unflatten(0, (batch, chunks)), start, from_left
+            ).flatten(0, 1)
+            y.add_(_by_token(Ct @ entering, P) * read.to(acc).exp().unsqueeze(-1))
 
-    y = y.flatten(1, 2)
+    y = y.reshape(batch, chunks * Q, H, P)
     if padding:
         y = y[:, :L]
     if D is not None:
@@ -113,7 +113,7 @@ def mix_chunked(
 
 
 def _prefix_sums(A: Tensor, dt: Tensor, acc: torch.dtype) -> Tensor:
-    """sum_{k<r} A dt_k for r = 0..Q. dt (B, c, Q, H) -> (B, c, H, Q+1), in float64 where the device has it.
+    """sum_{k<r} A dt_k for r = 0..Q. dt (Bc, Q, H) -> (Bc, Q+1, H), in float64 where the device has it.
 
     A term is cut off at the point where exp of it alone is zero in ``acc``: every sum that holds it stays zero after
     exp, and the prefix sums stay small enough for their differences to be exact to the last bits that matter.
@@ -121,22 +121,100 @@ def _prefix_sums(A: Tensor, dt: Tensor, acc: torch.dtype) -> Tensor:
     dtype = torch.float32 if dt.device.type == 'mps' else torch.float64
     floor = -760.0 if acc == torch.float64 else -110.0
     terms = (A.to(dtype) * dt.to(dtype)).clamp(min=floor)
-    return F.pad(terms.cumsum(2), (0, 0, 1, 0)).transpose(2, 3)
+    return F.pad(terms.cumsum(1), (0, 0, 1, 0))
 
 
-def _outer_states(B: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """What each chunk adds to the state: sum_j weight_j B_j x_j^T.
-
-    B (B, c, G, Q, N), x (B, c, Q, H, P), weight (B, c, Q, H) -> (B, c, G, N, H/G * P).
-    """
-    weighted = (x * weight.unsqueeze(-1)).unflatten(3, (B.shape[2], -1)).flatten(4)  # (B, c, Q, G, H/G * P)
-    return B.mT @ weighted.transpose(2, 3)
+def _by_group(t: Tensor, G: int) -> Tensor:
+    """(Bc, Q, H, P) -> (Bc, G, Q, H/G * P)."""
+    return t.unflatten(2, (G, t.shape[2] // G)).flatten(3).transpose(1, 2)
 
 
-def _read_states(C: Tensor, states: Tensor, weight: Tensor, P: int) -> Tensor:
-    """C (B, c, G, Q, N), states (B, c, G, N, H/G * P), weight (B, c, Q, H) -> (B, c, Q, H, P)."""
-    read = (C @ states).transpose(2, 3).flatten(3).unflatten(3, (-1, P))
-    return read * weight.unsqueeze(-1)
+def _by_token(t: Tensor, P: int) -> Tensor:
+    """(Bc, G, Q, H/G * P) -> (Bc, Q, H, P)."""
+    return t.unflatten(3, (t.shape[3] // P, P)).transpose(1, 2).flatten(2, 3)
+
+
+def _mix_tiles(
+        x: Tensor,
+        dt_f: Tensor,
+        dt_b: Tensor,
+        P_f: Tensor,
+        P_b: Tensor,
+        B_f: Tensor,
+        C_f: Tensor,
+        B_b: Tensor,
+        C_b: Tensor,
+        q: int,
+) -> Tensor:
+    """The blocks on the diagonal, both triangles, without the diagonal itself. Returns (Bc, Q, H, P)."""
+    Bc, Q, H, P = x.shape
+    G = B_f.shape[1]
+    shape = (Q // q, q)
+
+    def per_head(t: Tensor) -> Tensor:
+        """(Bc, Q, H, ...) -> (Bc, tiles, H, q, ...)."""
+        return t.unflatten(1, shape).transpose(2, 3)
+
+    def per_group(t: Tensor) -> Tensor:
+        """(Bc, G, Q, N) -> (Bc, tiles, G, q, N)."""
+        return t.unflatten(2, shape).transpose(1, 2)
+
+    i = torch.arange(q, device=x.device)
+    lower = i[:, None] > i[None, :]
+    scores = torch.where(lower, per_group(C_f) @ per_group(B_f).mT, per_group(C_b) @ per_group(B_b).mT)
+    scores.diagonal(dim1=-2, dim2=-1).zero_()  # (Bc, tiles, G, q, q)
+    before_f, after_f, before_b, after_b = (per_head(t) for t in (P_f[:, :-1], P_f[:, 1:], P_b[:, :-1], P_b[:, 1:]))
+    tile = torch.where(
+        lower,
+        before_f.unsqueeze(-1) - after_f.unsqueeze(-2),
+        before_b.unsqueeze(-2) - after_b.unsqueeze(-1),
+    ).to(x.dtype)  # (Bc, tiles, H, q, q)
+    tile.diagonal(dim1=-2, dim2=-1).zero_()  # positive there, and exp might overflow
+    tile = tile.exp_().unflatten(2, (G, H // G)) * scores.unsqueeze(3)
+    tile = tile.flatten(2, 3) * torch.where(lower, per_head(dt_f).unsqueeze(-2), per_head(dt_b).unsqueeze(-2))
+    y = tile @ per_head(x)  # (Bc, tiles, H, q, P)
+    return y.transpose(2, 3).reshape(Bc, Q, H, P)
+
+
+def _mix_neighbours_(
+        y: Tensor,
+        x: Tensor,
+        dt_f: Tensor,
+        dt_b: Tensor,
+        P_f: Tensor,
+        P_b: Tensor,
+        B_f: Tensor,
+        C_f: Tensor,
+        B_b: Tensor,
+        C_b: Tensor,
+        span: int,
+) -> None:
+    """Adds to y what two neighbouring spans of tokens tell each other: the blocks beside the diagonal of 2 * span."""
+    G, P = B_f.shape[1], x.shape[-1]
+    pair = (x.shape[1] // (2 * span), 2, span)
+
+    def halves(t: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
+        """Views of the left and the right span of every pair, (Bc, pairs, span, ...)."""
+        pairs = t.unflatten(dim, pair)
+        return pairs.select(dim + 1, 0).transpose(1, dim), pairs.select(dim + 1, 1).transpose(1, dim)
+
+    def send(x: Tensor, column: Tensor, Bt: Tensor, Ct: Tensor) -> Tensor:
+        """(Bc, pairs, span, H, P) of one side -> what the other side reads, before the factor of its rows."""
+        weighted = (x * column.unsqueeze(-1)).flatten(0, 1)
+        scores = Ct @ Bt.mT  # (Bc, pairs, G, span, span)
+        return _by_token(scores.flatten(0, 1) @ _by_group(weighted, G), P).view_as(x)
+
+    y_left, y_right = halves(y)
+    x_left, x_right = halves(x)
+    before_f, after_f = halves(P_f[:, :-1])[1], halves(P_f[:, 1:])[0]
+    before_b, after_b = halves(P_b[:, :-1])[1], halves(P_b[:, 1:])[0]
+    middle_f, middle_b = after_f[:, :, -1:], after_b[:, :, -1:]
+    column = (middle_f - after_f).to(x.dtype).exp() * halves(dt_f)[0]  # (Bc, pairs, span, H)
+    row = (before_f - middle_f).to(x.dtype).exp()
+    y_right.add_(send(x_left, column, halves(B_f, 2)[0], halves(C_f, 2)[1]) * row.unsqueeze(-1))
+    column = (before_b - middle_b).to(x.dtype).exp() * halves(dt_b)[1]
+    row = (middle_b - after_b).to(x.dtype).exp()
+    y_left.add_(send(x_right, column, halves(B_b, 2)[1], halves(C_b, 2)[0]) * row.unsqueeze(-1))
 
 
 def _scan(states: Tensor, log_decay: Tensor, start: Optional[Tensor], from_left: bool) -> Tensor:
@@ -164,7 +242,7 @@ def _scan(states: Tensor, log_decay: Tensor, start: Optional[Tensor], from_left:
         decay = F.pad(log_decay, (0, 0, 0, padding)).reshape(batch * groups, _SCAN_WIDTH, H)
         inside = _scan(grouped, decay, None, from_left).unflatten(0, (batch, groups))
         decay = decay.unflatten(0, (batch, groups))  # (B, groups, width, H)
-        last, first = (-1, 0) if from_left else (0, -1)
+        last = -1 if from_left else 0
         final = _decay_states(decay[:, :, last], inside[:, :, last]) + grouped.unflatten(0, (batch, groups))[:, :, last]
         entering = _scan(final, decay.sum(2), start, from_left)  # (B, groups, G, N, width)
         # from the group's edge to the chunk's edge: the sum of the decays between them, the chunk's own left out
@@ -183,17 +261,18 @@ def _scan(states: Tensor, log_decay: Tensor, start: Optional[Tensor], from_left:
         exponent = sums[..., None, :-1] - sums[..., 1:, None]  # sum over [i+1, j)
         edge = sums[..., -1:] - sums[..., 1:]  # sum over [i+1, c)
     weight = exponent.masked_fill(~mask, 0.0).to(states.dtype).exp() * mask  # (B, H, c, c)
-    flat = states.unflatten(-1, (H // G, -1)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(3)  # (B, H, c, N * P)
+    flat = states.unflatten(-1, (H // G, width * G // H)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(3)  # (B, H, c, N * P)
     entering = weight @ flat
     if start is not None:
-        start = start.unflatten(-1, (H // G, -1)).permute(0, 2, 1, 3).flatten(0, 1).flatten(1)  # (H, N * P)
+        start = start.unflatten(-1, (H // G, width * G // H)).permute(0, 2, 1, 3).flatten(0, 1).flatten(1)  # (H, N * P)
         entering = entering + edge.to(states.dtype).exp().unsqueeze(-1) * start.unsqueeze(1)
-    entering = entering.unflatten(-1, (N, -1)).unflatten(1, (G, H // G))  # (B, G, H/G, c, N, P)
+    entering = entering.unflatten(-1, (N, width * G // H)).unflatten(1, (G, H // G))  # (B, G, H/G, c, N, P)
     return entering.permute(0, 3, 1, 4, 2, 5).flatten(4)
 
 
 def _decay_states(log_decay: Tensor, states: Tensor) -> Tensor:
     """exp(log_decay) * states a head. log_decay (..., H), states (..., G, N, H/G * P)."""
-    G = states.shape[-3]
-    decay = log_decay.to(states.dtype).exp().unflatten(-1, (G, -1)).unsqueeze(-2).unsqueeze(-1)  # (..., G, 1, H/G, 1)
-    return (states.unflatten(-1, (decay.shape[-2], -1)) * decay).flatten(-2)
+    G, H = states.shape[-3], log_decay.shape[-1]
+    heads = (H // G, states.shape[-1] * G // H)
+    decay = log_decay.to(states.dtype).exp().unflatten(-1, (G, H // G)).unsqueeze(-2).unsqueeze(-1)
+    return (states.unflatten(-1, heads) * decay).flatten(-2)  # (..., G, N, H/G, P) * (..., G, 1, H/G, 1)

@@ -58,7 +58,7 @@ def quasiseparable_mix(
         TypeError: a dtype that does not fit, or not a tensor.
         RuntimeError: the named backend cannot run here.
     """
-    _check(x, dt_f, dt_b, A, B_f, C_f, B_b, C_b, D, init_states)
+    _check({'x': x, 'B_f': B_f, 'C_f': C_f, 'B_b': B_b, 'C_b': C_b}, dt_f, dt_b, A, D, init_states)
     name = choose_backend(backend, x.device)
     return mix_unchecked(name, x, dt_f, dt_b, A, B_f, C_f, B_b, C_b, D, init_states)
 
@@ -77,7 +77,7 @@ def quasiseparable_matrix(
 
     Shapes, dtypes and errors as there. float32, for float64 input float64.
     """
-    _check(None, dt_f, dt_b, A, B_f, C_f, B_b, C_b, D, None)
+    _check({'B_f': B_f, 'C_f': C_f, 'B_b': B_b, 'C_b': C_b}, dt_f, dt_b, A, D, None)
     return dense_matrix(dt_f, dt_b, A, B_f, C_f, B_b, C_b, D)
 
 
@@ -106,20 +106,14 @@ def mix_unchecked(
 
 
 def _check(
-        x: Optional[Tensor],
+        main: dict[str, Tensor],
         dt_f: Tensor,
         dt_b: Tensor,
         A: Tensor,
-        B_f: Tensor,
-        C_f: Tensor,
-        B_b: Tensor,
-        C_b: Tensor,
         D: Optional[Tensor],
         init_states: Optional[Tensor],
 ) -> None:
-    main = {'B_f': B_f, 'C_f': C_f, 'B_b': B_b, 'C_b': C_b}
-    if x is not None:
-        main = {'x': x, **main}
+    """``main``: the tensors of one dtype, [x], B_f, C_f, B_b, C_b, by name."""
     side = {'dt_f': dt_f, 'dt_b': dt_b, 'A': A, 'D': D, 'init_states': init_states}
     for name, t in {**main, **side}.items():
         if t is None and name in ('D', 'init_states'):
@@ -127,7 +121,7 @@ def _check(
         if not isinstance(t, Tensor):
             raise TypeError(f'{name} must be a tensor, got {type(t).__name__}')
 
-    first = 'B_f' if x is None else 'x'
+    first = next(iter(main))
     dtype, device = main[first].dtype, main[first].device
     if not dtype.is_floating_point:
         raise TypeError(f'{first} has dtype {dtype}; allowed: float16, bfloat16, float32, float64')
@@ -146,6 +140,7 @@ def _check(
     batch, L, H = dt_f.shape
     if L < 1 or H < 1:
         raise ValueError(f'dt_f has shape {tuple(dt_f.shape)}, (B, L, H); L and H must be at least 1')
+    B_f, x = main['B_f'], main.get('x')
     if B_f.ndim != 4:
         raise ValueError(f'B_f has shape {tuple(B_f.shape)}; it must be (B, L, G, N)')
     G, N = B_f.shape[2:]
