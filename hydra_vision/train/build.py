@@ -1,6 +1,7 @@
 """Builds what a recipe describes around a model: weights, loss, optimizer, schedule, moving average, device."""
 
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 
 import hydra_vision  # noqa: F401  (registers the Hydra-ViT family with timm)
 from hydra_vision.train.config import Config, nearest
-from hydra_vision.train.errors import CheckpointError, ConfigError
+from hydra_vision.train.errors import CheckpointError, ConfigError, first_line
 
 
 def create_model(config: Config, num_classes: int, load_weights: bool = True) -> nn.Module:
@@ -32,23 +33,24 @@ def create_model(config: Config, num_classes: int, load_weights: bool = True) ->
         CheckpointError: initial weights that do not fit.
     """
     model = config.model
-    if model.name.split(".")[0] not in timm.list_models():
-        hint = nearest(model.name, timm.list_models()) if timm.list_models() else ""
-        hint = hint if hint.startswith(" Did") else " timm.list_models() lists the valid names."
-        raise ConfigError(f"unknown model.name={model.name!r}.{hint}")
+    if ":" not in model.name and not timm.is_model(model.name):  # 'hf-hub:...' and the like are looked up elsewhere
+        raise ConfigError(f"unknown model.name={model.name!r}.{nearest(model.name, timm.list_models())}")
     kwargs: dict[str, Any] = dict(model.kwargs)
-    cfg = get_pretrained_cfg(model.name)
+    cfg = None if ":" in model.name else get_pretrained_cfg(model.name)
     if config.data.img_size is not None and cfg is not None and cfg.fixed_input_size:
         size = config.data.img_size
         kwargs["img_size"] = size if isinstance(size, int) else tuple(size)
-    if load_weights and model.checkpoint is not None:
-        kwargs["pretrained_cfg_overlay"] = _weights_from_file(model.checkpoint, cfg.classifier if cfg else None)
+    from_file = load_weights and model.checkpoint is not None
+    head = num_classes
+    if from_file:
+        weights, head = _read_weights(model.checkpoint, cfg.classifier if cfg else "head")
+        kwargs["pretrained_cfg_overlay"] = {"state_dict": weights, "num_classes": head}
     drop = {key: getattr(model, key) for key in ("drop_rate", "drop_path_rate") if getattr(model, key)}
     try:
-        return timm.create_model(
+        built = timm.create_model(
             model.name,
-            pretrained=load_weights and (model.pretrained or model.checkpoint is not None),
-            num_classes=num_classes,
+            pretrained=from_file or (load_weights and model.pretrained),
+            num_classes=head,
             in_chans=model.in_chans,
             **drop,
             **kwargs,
@@ -56,9 +58,13 @@ def create_model(config: Config, num_classes: int, load_weights: bool = True) ->
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in {**drop, **kwargs}.items() if "pretrained" not in key)
         text = f"cannot build {model.name} with {given or 'its defaults'}: {error}"
-        if load_weights and model.checkpoint is not None:
+        if from_file:
             raise CheckpointError(f"{text} (initial weights: {model.checkpoint})") from error
         raise ConfigError(text) from error
+    if head != num_classes:  # built with the head of the file, so that timm refuses weights that do not all fit
+        built.reset_classifier(num_classes)
+    _check_size(config, built)
+    return built
 
 
 def create_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
@@ -150,8 +156,9 @@ def pick_device(config: Config) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"run.device={name!r} is not available: {reason}; allowed: auto, cpu, cuda, ...") from error
+        raise ConfigError(
+            f"run.device={name!r} is not available: {first_line(error)}; allowed: auto, cpu, cuda, ..."
+        ) from error
     return device
 
 
@@ -174,16 +181,28 @@ def updates_in(batches: int, accum_steps: int) -> int:
     return math.ceil(batches / accum_steps)
 
 
-def _weights_from_file(path: str, classifier: str | None) -> dict[str, Any]:
-    """Overlay of timm's pretrained cfg that loads `path` and drops its head where the number of classes differs."""
+def _check_size(config: Config, model: nn.Module) -> None:
+    """Refuses an image size that patches do not tile: the patch convolution would leave out the rest in silence."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    size = config.data.img_size
+    if size is None or patch is None or getattr(model.patch_embed, "dynamic_img_pad", False):
+        return
+    sides = (size, size) if isinstance(size, int) else size
+    patches = (patch, patch) if isinstance(patch, int) else patch
+    if any(side % step for side, step in zip(sides, patches, strict=True)):
+        raise ConfigError(
+            f"data.img_size={size} is not valid for {config.model.name} with patches of {tuple(patches)}; "
+            f"allowed: multiples of the patch"
+        )
+
+
+def _read_weights(path: str, classifier: str) -> tuple[dict[str, Any], int]:
+    """The weights in a file, averaged ones before raw ones, and the number of classes of their head (0: no head)."""
     if not Path(path).expanduser().is_file():
         raise CheckpointError(f"model.checkpoint={path!r} is not a file")
     try:
         weights = load_state_dict(str(Path(path).expanduser()))
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
-        raise CheckpointError(f"model.checkpoint={path!r} cannot be read: {error}") from error
-    overlay: dict[str, Any] = {"state_dict": weights}
+    except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"model.checkpoint={path!r} cannot be read: {first_line(error)}") from error
     head = weights.get(f"{classifier}.weight")
-    if head is not None:
-        overlay["num_classes"] = head.shape[0]
-    return overlay
+    return weights, 0 if head is None else head.shape[0]

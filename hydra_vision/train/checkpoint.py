@@ -1,6 +1,7 @@
 """Checkpoints: an interrupted write never costs the previous one, and reading runs no code from the file."""
 
 import os
+import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from hydra_vision.train.errors import CheckpointError
+from hydra_vision.train.errors import CheckpointError, first_line
 
 FORMAT = 1
 LAST, BEST = "last.pt", "best.pt"
@@ -33,7 +34,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     except (OSError, RuntimeError) as error:  # torch.save turns some write errors into RuntimeError
         temporary.unlink(missing_ok=True)
         kept = f"; the previous {path.name} is intact" if path.exists() else ""
-        raise CheckpointError(f"could not write {path}: {str(error).splitlines()[0]}{kept}") from error
+        raise CheckpointError(f"could not write {path}: {first_line(error)}{kept}") from error
     except BaseException:  # interrupted by the user: leave no half file behind
         temporary.unlink(missing_ok=True)
         raise
@@ -73,10 +74,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"no checkpoint {str(path)!r}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"cannot read checkpoint {path}: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # pickle raises its own family for files that are no checkpoint
-        raise CheckpointError(f"{path} is not a checkpoint: {type(error).__name__}") from error
+    except (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {first_line(error)}") from error
     if not isinstance(state, dict) or "format" not in state:
         raise CheckpointError(f"{path} was not written by this trainer (weights alone cannot be resumed or validated)")
     if state["format"] != FORMAT:

@@ -285,14 +285,13 @@ def keys() -> Iterator[str]:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """' Did you mean ...?' for the closest of `choices`, or a list of them where none is close."""
+    """' Did you mean ...?' for the one of `choices` that is closest to `word`, as a whole or in its last part."""
     choices = list(choices)
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    if not close and "." in word:  # right field, wrong section
-        leaf = word.rsplit(".", 1)[1]
-        leaves = {choice.rsplit(".", 1)[-1]: choice for choice in choices}
-        close = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1)]
-    return f" Did you mean '{close[0]}'?" if close else f" Valid: {', '.join(choices)}."
+    leaves = {choice.rsplit(".", 1)[-1]: choice for choice in reversed(choices)}
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.8)  # a slip of the finger
+    close = close or [leaves[leaf] for leaf in difflib.get_close_matches(word.rsplit(".", 1)[-1], leaves, n=1)]
+    close = close or difflib.get_close_matches(word, choices, n=1, cutoff=0.0)
+    return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def check_keys(values: Any, source: str) -> None:
@@ -368,7 +367,8 @@ def parse_override(text: str, source: str = "--set") -> dict[str, Any]:
 
 def _options(hint: Any) -> tuple[Any, ...]:
     """The members of a union, or the hint alone."""
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)  # `Literal[...] | None` is the latter
+    return typing.get_args(hint) if union else (hint,)
 
 
 def _check(value: Any, hint: Any, limits: Mapping[str, Any], key: str, source: str) -> Any:

@@ -6,15 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timm.data import Mixup, create_dataset, create_loader, resolve_data_config
 from timm.data.readers import add_img_extensions
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, RandomSampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from hydra_vision.train.config import Config
-from hydra_vision.train.errors import DataError
+from hydra_vision.train.errors import ConfigError, DataError
 from hydra_vision.train.readable import ReadableDataset
 
 _SYNONYMS = (("train", "training"), ("val", "validation", "valid", "eval", "test"))
@@ -91,7 +92,7 @@ def train_loader(config: Config, split: Split, num_classes: int, model: nn.Modul
     dataset = _guard(config, split, num_classes, is_training=True)
     if not isinstance(dataset, IterableDataset) and len(dataset) < data.batch_size:
         raise DataError(f"data.batch_size={data.batch_size} is more than the {len(dataset)} images of {split.name}")
-    return create_loader(
+    return _create_loader(
         dataset,
         input_size=inputs["input_size"],
         batch_size=data.batch_size,
@@ -116,7 +117,7 @@ def train_loader(config: Config, split: Split, num_classes: int, model: nn.Modul
 def val_loader(config: Config, split: Split, num_classes: int, model: nn.Module, device: torch.device) -> Iterable:
     """Batches of (cropped, normalised images, class indices) on `device`; -1 marks a replaced unreadable image."""
     inputs = resolve_input(config, model)
-    return create_loader(
+    return _create_loader(
         _guard(config, split, num_classes, is_training=False),
         input_size=inputs["input_size"],
         batch_size=config.data.val_batch_size or config.data.batch_size,
@@ -144,6 +145,30 @@ def create_mixup(config: Config, num_classes: int) -> Mixup | None:
         label_smoothing=augment.smoothing,
         num_classes=num_classes,
     )
+
+
+def start_epoch(config: Config, loader: Iterable, epoch: int) -> None:
+    """Fixes order and augmentation of the epoch that is about to be read: they follow from the seed and its number."""
+    if hasattr(loader.dataset, "set_epoch"):
+        loader.dataset.set_epoch(epoch)
+    if isinstance(loader.sampler, RandomSampler):
+        loader.sampler.generator.manual_seed(int(np.random.SeedSequence([config.run.seed, epoch]).generate_state(1)[0]))
+
+
+def _create_loader(dataset: Dataset, **kwargs: Any) -> Iterable:
+    """timm's create_loader, its assertions as our errors, its random numbers apart from everybody else's.
+
+    How many numbers a loader draws depends on whether its processes are alive already. Were they taken from the global
+    generator, a resumed run would drift away from one that was never interrupted.
+    """
+    try:
+        loader = create_loader(dataset, **kwargs)
+    except (TypeError, ValueError, KeyError, AssertionError) as error:
+        raise ConfigError(f"the settings of data or augment are not valid: {error}") from error
+    loader.loader.generator = torch.Generator()
+    if isinstance(loader.sampler, RandomSampler):
+        loader.sampler.generator = torch.Generator()
+    return loader
 
 
 def _loader_kwargs(config: Config, device: torch.device) -> dict[str, Any]:

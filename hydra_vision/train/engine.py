@@ -97,8 +97,7 @@ class Trainer:
     def _train_epoch(self, meter: report.Meter) -> report.Row:
         """One pass over the training set."""
         config, loader = self.config, self.train_loader
-        if hasattr(loader.dataset, "set_epoch"):
-            loader.dataset.set_epoch(self.epoch)
+        data.start_epoch(config, loader, self.epoch)
         if self.mixup is not None and config.augment.mix_off_epoch is not None:
             self.mixup.mixup_enabled = self.epoch < config.augment.mix_off_epoch
         check_every = _CHECK_EVERY if self.device.type == "cuda" else 1
@@ -223,11 +222,6 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Takes over everything that a checkpoint holds; the schedule follows from the counters."""
-        if state["epoch"] >= self.epochs:
-            raise ConfigError(
-                f"nothing to resume: {state['epoch']} of {self.epochs} epochs are done; "
-                f"a larger schedule.epochs would continue"
-            )
         settings = [{key: group[key] for key in group if key != "params"} for group in self.optimizer.param_groups]
         try:
             self.model.load_state_dict(state["state_dict"])
@@ -268,14 +262,14 @@ class Trainer:
 
     def _results(self) -> dict[str, Result]:
         """Prints and writes the final table."""
-        last, results = self.history[-1], {}
-        images = self.best["images"]
+        results = {}
         for name, key in (("raw", "val"), ("EMA", "ema")):
-            if last.get(f"{key}_top1") is not None:
-                result = {metric: last[f"{key}_{metric}"] for metric in ("top1", "top5", "loss")}
-                results[f"{name}, last epoch"] = {**result, "images": images}
-        label = f"best: {self.best['weights']}, epoch {self.best['epoch']}"
-        results[label] = {key: self.best[key] for key in ("top1", "top5", "loss", "images")}
+            last = {metric: self.history[-1].get(f"{key}_{metric}") for metric in ("top1", "top5", "loss")}
+            if last["top1"] is not None:
+                results[f"{name}, last epoch"] = {**last, "images": self.best["images"]}
+        if self.best is not None:
+            label = f"best: {self.best['weights']}, epoch {self.best['epoch']}"
+            results[label] = {key: self.best[key] for key in ("top1", "top5", "loss", "images")}
         rows = report.result_rows(results)
         for loader in (self.train_loader, self.val_loader):
             if getattr(loader.dataset, "unreadable", list)():

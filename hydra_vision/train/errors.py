@@ -23,3 +23,9 @@ class CheckpointError(TrainError):
 
 class NonFiniteError(TrainError):
     """The loss, or a weight, became NaN or infinite."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line; its name where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

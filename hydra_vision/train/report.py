@@ -78,7 +78,8 @@ RESULT_HEADER = ["weights", "top-1 %", "top-5 %", "loss", "images"]
 
 def print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table, the first column to the left and numbers to the right."""
-    table = Table(title=title, title_justify="left")
+    console.print(title, soft_wrap=True)
+    table = Table()
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right")
     for row in rows:

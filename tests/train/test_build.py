@@ -1,0 +1,141 @@
+import pytest
+import timm
+import torch
+
+from hydra_vision.train import build
+from hydra_vision.train.config import Config, merge
+from hydra_vision.train.errors import CheckpointError, ConfigError
+
+NANO = {"model": {"name": "hydra_vit_nano", "kwargs": {"patch_size": 4, "depth": 2}}, "data": {"img_size": 16}}
+
+
+def recipe(**sections: dict) -> Config:
+    return Config.from_dict(merge(NANO, sections))
+
+
+def names_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, dict]:
+    """Parameter name -> the group that holds it."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(parameter)]: group for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def test_no_decay_for_biases_norms_and_the_state_space_parameters():
+    config = recipe(optim={"weight_decay": 0.1})
+    model = build.create_model(config, 10)
+    groups = names_of(build.create_optimizer(config, model), model)
+    assert groups.keys() == {name for name, _ in model.named_parameters()}
+    for name, group in groups.items():
+        exempt = name.endswith((".bias", "A_log", "dt_bias", ".D")) or "norm" in name
+        assert group["weight_decay"] == (0 if exempt else 0.1), name
+    assert {"blocks.0.mixer.A_log", "blocks.1.mixer.dt_bias", "blocks.0.mixer.in_proj.weight"} <= groups.keys()
+
+
+def test_layer_decay_grows_towards_the_head():
+    config = recipe(optim={"layer_decay": 0.5})
+    model = build.create_model(config, 10)
+    groups = names_of(build.create_optimizer(config, model), model)
+    scales = [groups[name]["lr_scale"] for name in ("patch_embed.proj.weight", "blocks.0.mixer.in_proj.weight")]
+    scales += [groups[name]["lr_scale"] for name in ("blocks.1.mixer.in_proj.weight", "head.weight")]
+    assert scales == sorted(scales)
+    assert scales[-1] == 1
+    assert scales[1] == 0.5 * scales[2]
+
+
+def test_learning_rates_scale_with_the_images_an_update():
+    config = recipe(
+        optim={"lr": 1e-3, "lr_batch_size": 1024, "accum_steps": 2},
+        data={"batch_size": 128},
+        schedule={"min_lr": 1e-5, "epochs": 10},
+    )
+    model = build.create_model(config, 10)
+    optimizer = build.create_optimizer(config, model)
+    schedule, _ = build.create_schedule(config, optimizer, updates_per_epoch=5)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(2.5e-4)
+    schedule.step_update(50)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(2.5e-6)
+
+
+def test_schedule_warms_up_and_decays_by_update():
+    config = recipe(
+        optim={"lr": 1.0},
+        schedule={"epochs": 10, "warmup_epochs": 2, "warmup_lr": 0.1, "min_lr": 0.01, "cooldown_epochs": 1},
+    )
+    model = build.create_model(config, 10)
+    optimizer = build.create_optimizer(config, model)
+    schedule, epochs = build.create_schedule(config, optimizer, updates_per_epoch=4)
+    rates = []
+    for update in range(41):
+        schedule.step_update(update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert epochs == 11
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[:9] == sorted(rates[:9])
+    assert rates[8:] == sorted(rates[8:], reverse=True)
+    assert rates[-1] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("augment", "name"),
+    [
+        ({"mixup": 0.2, "smoothing": 0.1}, "SoftTargetCrossEntropy"),
+        ({"smoothing": 0.1}, "LabelSmoothingCrossEntropy"),
+        ({}, "CrossEntropyLoss"),
+    ],
+)
+def test_the_loss_follows_from_the_labels(augment, name):
+    assert type(build.create_loss(recipe(augment=augment))).__name__ == name
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"name": "hydra_vit_nan"}}, "unknown model.name='hydra_vit_nan'. Did you mean 'hydra_vit_nano'?"),
+        ({"model": {"kwargs": {"patchsize": 4}}}, "unexpected keyword argument 'patchsize'"),
+        ({"data": {"img_size": 18}}, r"data.img_size=18 is not valid .* patches of \(4, 4\)"),
+    ],
+)
+def test_models_that_cannot_be_built(sections, message):
+    with pytest.raises(ConfigError, match=message):
+        build.create_model(recipe(**sections), 10)
+
+
+def test_optimizers_and_schedules_that_cannot_be_built():
+    config = recipe(optim={"name": "adamx"})
+    model = build.create_model(config, 10)
+    with pytest.raises(ConfigError, match=r"cannot build optim.name='adamx'"):
+        build.create_optimizer(config, model)
+    config = recipe(schedule={"kwargs": {"decay": 3}})
+    with pytest.raises(ConfigError, match=r"cannot build schedule.name='cosine'"):
+        build.create_schedule(config, build.create_optimizer(config, model), 1)
+
+
+def test_device_and_precision_that_are_not_here():
+    with pytest.raises(ConfigError, match=r"run.device='gpu' is not available"):
+        build.pick_device(recipe(run={"device": "gpu"}))
+    with pytest.raises(ConfigError, match=r"run.amp='fp16' needs CUDA"):
+        build.amp_dtype(recipe(run={"amp": "fp16"}), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("classes", [10, 3])
+def test_initial_weights_keep_the_head_only_where_the_classes_agree(tmp_path, classes):
+    source = timm.create_model("hydra_vit_nano", img_size=16, num_classes=10, **NANO["model"]["kwargs"])
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "weights.pt")
+    torch.manual_seed(1)
+    model = build.create_model(recipe(model={"checkpoint": str(tmp_path / "weights.pt")}), classes)
+    state = source.state_dict()
+    for name, value in model.state_dict().items():
+        if not name.startswith("head."):
+            assert torch.equal(value, state[name]), name
+    assert model.head.weight.shape[0] == classes
+    if classes == 10:
+        assert torch.equal(model.head.weight, source.head.weight)
+
+
+def test_initial_weights_that_do_not_fit(tmp_path):
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    for path in (tmp_path / "none.pt", tmp_path / "text.pt"):
+        with pytest.raises(CheckpointError, match=f"model.checkpoint='{path}'"):
+            build.create_model(recipe(model={"checkpoint": str(path)}), 10)
+    torch.save({"state_dict": {"foo.weight": torch.zeros(1)}}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"initial weights: .*other.pt"):
+        build.create_model(recipe(model={"checkpoint": str(tmp_path / "other.pt")}), 10)

@@ -1,0 +1,204 @@
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hydra_vision.train import data
+from hydra_vision.train.config import Config, merge
+from hydra_vision.train.digits import Digits
+from hydra_vision.train.errors import ConfigError, DataError
+
+CPU = torch.device("cpu")
+
+
+def recipe(folder: Path | None, **sections: dict) -> Config:
+    base = {
+        "model": {"name": "test_vit"},
+        "data": {"dir": None if folder is None else str(folder), "img_size": 16, "batch_size": 4, "workers": 0},
+    }
+    return Config.from_dict(merge(base, sections))
+
+
+def loaders(config: Config):
+    train, val = data.open_splits(config)
+    classes = data.count_classes(config, train)
+    model = torch.nn.Identity()
+    return data.train_loader(config, train, classes, model, CPU), data.val_loader(config, val, classes, model, CPU)
+
+
+def test_batches_of_a_folder(image_folder):
+    train, val = loaders(recipe(image_folder()))
+    images, targets = next(iter(train))
+    assert images.shape == (4, 3, 16, 16)
+    assert images.dtype == torch.float32
+    assert targets.dtype == torch.int64
+    assert torch.cat([targets for _, targets in val]).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("val_name", ["val", "validation", "valid"])
+def test_the_validation_folder_may_have_any_usual_name(image_folder, val_name):
+    folder = image_folder()
+    (folder / "val").rename(folder / val_name)
+    assert len(data.open_splits(recipe(folder))[1].dataset) == 9
+
+
+def test_tar_files_give_the_same_samples_as_folders(image_folder):
+    folder = image_folder()
+    packed = folder.parent / "packed"
+    packed.mkdir()
+    for split in ("train", "val"):
+        with tarfile.open(packed / f"{split}.tar", "w") as tar:
+            for path in sorted((folder / split).rglob("*.png")):
+                tar.add(path, arcname=path.relative_to(folder / split))
+    pairs = [list(loaders(recipe(path))[1]) for path in (folder, packed)]
+    for (images, targets), (tar_images, tar_targets) in zip(*pairs, strict=True):
+        assert torch.equal(images, tar_images)
+        assert torch.equal(targets, tar_targets)
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".bmp", ".jpeg"])
+def test_images_in_other_formats_are_found(image_folder, suffix):
+    assert len(data.open_splits(recipe(image_folder(suffix=suffix)))[0].dataset) == 24
+
+
+def test_torchvision_sets_are_read(image_folder):
+    train, val = loaders(recipe(image_folder(), data={"name": "torch/image_folder"}))
+    assert next(iter(train))[0].shape == (4, 3, 16, 16)
+    assert len(val.dataset) == 9
+
+
+def test_grey_images_for_one_channel(image_folder):
+    train, _ = loaders(recipe(image_folder(), model={"in_chans": 1}))
+    assert next(iter(train))[0].shape == (4, 1, 16, 16)
+
+
+def test_digits_split_is_fixed_balanced_and_disjoint():
+    train, test = Digits(train=True), Digits(train=False)
+    assert (len(train), len(test)) == (1437, 360)
+    assert not set(train.indices) & set(test.indices)
+    assert np.array_equal(train.indices, Digits(train=True).indices)
+    assert np.bincount(test.targets).min() >= 34
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(DataError, match=r"data.dir='.*nowhere' is not a folder"):
+        data.open_splits(recipe(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match=r"give --data-dir"):
+        data.open_splits(recipe(None))
+
+
+def test_missing_split(image_folder):
+    folder = image_folder()
+    shutil.rmtree(folder / "val")
+    with pytest.raises(DataError, match=r"has no validation split; looked for validation, .*val\.tar"):
+        data.open_splits(recipe(folder))
+
+
+def test_empty_class_folder_is_named(image_folder):
+    folder = image_folder()
+    (folder / "train" / "yellow").mkdir()
+    with pytest.raises(DataError, match=r"1 class folder of .* without an image: yellow"):
+        data.open_splits(recipe(folder))
+
+
+def test_folder_without_any_image(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "red").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"Found 0 images"):
+        data.open_splits(recipe(tmp_path))
+
+
+def test_images_outside_of_class_folders(image_folder):
+    folder = image_folder()
+    shutil.copy(folder / "train" / "red" / "000.png", folder / "train" / "loose.png")
+    with pytest.raises(DataError, match=r"1 images of .* are in no class folder, e\.g\. loose\.png"):
+        data.open_splits(recipe(folder))
+
+
+def test_splits_with_other_classes(image_folder):
+    folder = image_folder()
+    (folder / "val" / "red").rename(folder / "val" / "rouge")
+    with pytest.raises(DataError, match=r"differ: red only in .*train; rouge only in .*val"):
+        data.open_splits(recipe(folder))
+
+
+def test_class_count_that_disagrees_with_the_model(image_folder):
+    config = recipe(image_folder(), model={"num_classes": 1000})
+    with pytest.raises(DataError, match=r"model.num_classes=1000, but .*train has 3 classes: add --num-classes 3"):
+        data.count_classes(config, data.open_splits(config)[0])
+
+
+def test_unknown_reader_says_why(tmp_path):
+    with pytest.raises(DataError, match=r"cannot open torch/nothing"):
+        data.open_splits(recipe(tmp_path, data={"name": "torch/nothing"}))
+
+
+def test_batch_larger_than_the_set(image_folder):
+    with pytest.raises(DataError, match=r"data.batch_size=100 is more than the 24 images"):
+        loaders(recipe(image_folder(), data={"batch_size": 100}))
+
+
+def test_augmentation_that_timm_refuses(image_folder):
+    with pytest.raises(ConfigError, match=r"Unknown AA policy nonsense"):
+        loaders(recipe(image_folder(), augment={"auto_augment": "nonsense"}))
+
+
+def spoil(folder: Path, *names: str) -> None:
+    """Breaks images in the ways that happen: cut off, emptied, replaced by text."""
+    for index, name in enumerate(names):
+        path = folder / name
+        content = path.read_bytes()
+        path.write_bytes((content[: len(content) // 2], b"", b"<html>not found</html>")[index % 3])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_are_counted_named_and_skipped(image_folder, workers):
+    folder = image_folder()
+    bad = ["train/red/000.png", "train/red/001.png", "train/green/007.png"]
+    spoil(folder, *bad)
+    config = recipe(folder, data={"workers": workers, "max_unreadable": 3})
+    train, _ = loaders(config)
+    for _ in range(2):  # an image counts once, however often it is met
+        assert sum(len(targets) for _, targets in train) == 24
+    assert sorted(train.dataset.unreadable()) == sorted(name.removeprefix("train/") for name in bad)
+    assert "3 unreadable images" in train.dataset.report()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_unreadable_images_are_an_error(image_folder, workers):
+    folder = image_folder()
+    spoil(folder, "train/red/000.png", "train/red/001.png", "train/green/007.png")
+    train, _ = loaders(recipe(folder, data={"workers": workers, "max_unreadable": 2}))
+    with pytest.raises(
+        DataError, match=r"3 unreadable images in the .*train split: (.*\.png.*){3}data.max_unreadable=2"
+    ):
+        for _ in train:
+            pass
+
+
+def test_validation_leaves_out_what_it_cannot_read(image_folder):
+    folder = image_folder()
+    spoil(folder, "val/green/002.png")
+    targets = torch.cat([targets for _, targets in loaders(recipe(folder))[1]])
+    assert targets.tolist() == [0, 0, 0, 1, 1, -1, 2, 2, 2]
+
+
+def test_loader_processes_draw_the_same_numbers_again_for_the_same_epoch(image_folder):
+    config = recipe(image_folder(), data={"workers": 2})
+    before = torch.get_rng_state()
+
+    def epochs(*numbers: int) -> list[torch.Tensor]:
+        train, _ = loaders(config)
+        found = []
+        for number in numbers:
+            data.start_epoch(config, train, number)
+            found.append(torch.cat([images for images, _ in train]))
+        return found
+
+    first, second = epochs(0, 1)
+    assert not torch.equal(first, second)
+    assert torch.equal(epochs(1)[0], second)
+    assert torch.equal(torch.get_rng_state(), before)  # and take none from the training process
