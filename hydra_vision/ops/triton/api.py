@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .function import HydraInner, QuasiseparableMix
+from .library import hydra_inner_op, quasiseparable_mix_op
 
 __all__ = ['hydra_inner', 'quasiseparable_mix']
 
@@ -23,6 +24,8 @@ def quasiseparable_mix(
     init_states: Optional[Tensor] = None,
 ) -> Tensor:
     """y (B, L, H, P) = M x. Arguments as in ``hydra_vision.ops.quasiseparable_mix``."""
+    if torch.compiler.is_compiling():
+        return quasiseparable_mix_op(x, dt_f, dt_b, A, B_f, C_f, B_b, C_b, D, init_states)
     return QuasiseparableMix.apply(x, dt_f, dt_b, A, B_f, C_f, B_b, C_b, D, init_states)
 
 
@@ -45,8 +48,13 @@ def hydra_inner(
     eps: float,
 ) -> Tensor:
     """(B, L, d_inner), ready for out_proj. Arguments as in ``hydra_vision.ops.hydra_inner``."""
-    low, high = dt_limit
+    low, high = float(dt_limit[0]), float(dt_limit[1])
+    if torch.compiler.is_compiling():
+        return hydra_inner_op(
+            zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states,
+            headdim, d_state, ngroups, share_bc, low, high, eps,
+        )[0]  # fmt: skip
     return HydraInner.apply(
         zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states,
-        headdim, d_state, ngroups, share_bc, (float(low), float(high)), eps,
+        headdim, d_state, ngroups, share_bc, (low, high), eps,
     )  # fmt: skip

@@ -1,10 +1,131 @@
-"""Depthwise same-padded convolution + SiLU over [x, B, C] with the diagonal fc_D(x) + D, and its backward.
+"""Depthwise same-padded convolution + SiLU over [x, B, C], the diagonal fc_D(x) + D, and the convolution's backward.
 
-Programs cover all channels of a tile of tokens, so that the diagonal's product over d_inner needs no second pass.
+Seven taps (every released model) walk down the sequence with a window of rows in registers: each row is read once and
+nothing is recomputed. Other widths use one tile a program and shifted loads. Backward fuses the activation's gradient,
+the transposed convolution and the weight's gradient, so that the intermediate never leaves the registers.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _silu_gradient(pre):
+    sig = tl.sigmoid(pre)
+    return sig * (1.0 + pre * (1.0 - sig))
+
+
+@triton.jit
+def _row(ptr, row, stride, cols, ok, L, ALIGN: tl.constexpr):
+    """(BC,) one row of channels, zero outside the sequence."""
+    start = tl.multiple_of(row * tl.cast(stride, tl.int64), ALIGN)
+    here = row + tl.zeros_like(cols)  # (BC,), so that the mask is a tensor of booleans in the interpreter too
+    return tl.load(ptr + start + cols, mask=ok & (here >= 0) & (here < L), other=0.0)
+
+
+@triton.jit
+def _tap7(x0, x1, x2, x3, x4, x5, x6, w0, w1, w2, w3, w4, w5, w6):
+    return x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3 + x4 * w4 + x5 * w5 + x6 * w6
+
+
+@triton.jit
+def conv7_kernel(
+    u,  # (B, L, C) rows of any stride: x, B, C before the convolution
+    w,  # (C, 7)
+    bias,  # (C,)
+    out,  # (B, L, C) contiguous
+    stride_b,
+    stride_l,
+    L,
+    C,
+    SEGMENT,  # tokens a program, a multiple of 4
+    BC: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    blocks = tl.cdiv(C, BC)
+    segments = tl.cdiv(L, SEGMENT)
+    block = tl.program_id(0) % blocks
+    segment = (tl.program_id(0) // blocks) % segments
+    b = (tl.program_id(0) // (blocks * segments)).to(tl.int64)
+    cols = block * BC + tl.arange(0, BC)
+    ok = cols < C
+    u_b = u + b * stride_b
+    o_b = out + b * L * C + cols
+    w0 = tl.load(w + cols * 7, mask=ok, other=0.0).to(tl.float32)  # (BC,)
+    w1 = tl.load(w + cols * 7 + 1, mask=ok, other=0.0).to(tl.float32)
+    w2 = tl.load(w + cols * 7 + 2, mask=ok, other=0.0).to(tl.float32)
+    w3 = tl.load(w + cols * 7 + 3, mask=ok, other=0.0).to(tl.float32)
+    w4 = tl.load(w + cols * 7 + 4, mask=ok, other=0.0).to(tl.float32)
+    w5 = tl.load(w + cols * 7 + 5, mask=ok, other=0.0).to(tl.float32)
+    w6 = tl.load(w + cols * 7 + 6, mask=ok, other=0.0).to(tl.float32)
+    bv = tl.zeros((BC,), tl.float32)
+    if HAS_BIAS:
+        bv += tl.load(bias + cols, mask=ok, other=0.0).to(tl.float32)
+    start = segment * SEGMENT
+    stop = tl.minimum(start + SEGMENT, L)
+    x0 = _row(u_b, start - 3, stride_l, cols, ok, L, ALIGN).to(tl.float32)  # (BC,)
+    x1 = _row(u_b, start - 2, stride_l, cols, ok, L, ALIGN).to(tl.float32)
+    x2 = _row(u_b, start - 1, stride_l, cols, ok, L, ALIGN).to(tl.float32)
+    x3 = _row(u_b, start, stride_l, cols, ok, L, ALIGN).to(tl.float32)
+    x4 = _row(u_b, start + 1, stride_l, cols, ok, L, ALIGN).to(tl.float32)
+    x5 = _row(u_b, start + 2, stride_l, cols, ok, L, ALIGN).to(tl.float32)
+    n0 = _row(u_b, start + 3, stride_l, cols, ok, L, ALIGN)
+    n1 = _row(u_b, start + 4, stride_l, cols, ok, L, ALIGN)
+    n2 = _row(u_b, start + 5, stride_l, cols, ok, L, ALIGN)
+    n3 = _row(u_b, start + 6, stride_l, cols, ok, L, ALIGN)
+    for t in range(start, stop, 4):
+        a0 = n0.to(tl.float32)
+        a1 = n1.to(tl.float32)
+        a2 = n2.to(tl.float32)
+        a3 = n3.to(tl.float32)
+        # the next four rows are on their way while these are used
+        n0 = _row(u_b, t + 7, stride_l, cols, ok, L, ALIGN)
+        n1 = _row(u_b, t + 8, stride_l, cols, ok, L, ALIGN)
+        n2 = _row(u_b, t + 9, stride_l, cols, ok, L, ALIGN)
+        n3 = _row(u_b, t + 10, stride_l, cols, ok, L, ALIGN)
+        p0 = bv + _tap7(x0, x1, x2, x3, x4, x5, a0, w0, w1, w2, w3, w4, w5, w6)
+        p1 = bv + _tap7(x1, x2, x3, x4, x5, a0, a1, w0, w1, w2, w3, w4, w5, w6)
+        p2 = bv + _tap7(x2, x3, x4, x5, a0, a1, a2, w0, w1, w2, w3, w4, w5, w6)
+        p3 = bv + _tap7(x3, x4, x5, a0, a1, a2, a3, w0, w1, w2, w3, w4, w5, w6)
+        at = o_b + t * tl.cast(C, tl.int64)
+        here = t + tl.zeros_like(cols)
+        tl.store(at, (p0 * tl.sigmoid(p0)).to(out.dtype.element_ty), mask=ok)
+        tl.store(at + C, (p1 * tl.sigmoid(p1)).to(out.dtype.element_ty), mask=ok & (here + 1 < stop))
+        tl.store(at + 2 * C, (p2 * tl.sigmoid(p2)).to(out.dtype.element_ty), mask=ok & (here + 2 < stop))
+        tl.store(at + 3 * C, (p3 * tl.sigmoid(p3)).to(out.dtype.element_ty), mask=ok & (here + 3 < stop))
+        x0 = x4
+        x1 = x5
+        x2 = a0
+        x3 = a1
+        x4 = a2
+        x5 = a3
+
+
+@triton.jit
+def conv_kernel(
+    u,  # (B, L, C) rows of any stride
+    w,  # (C, K)
+    bias,  # (C,)
+    out,  # (B, L, C) contiguous
+    stride_b,
+    stride_l,
+    L,
+    C,
+    K: tl.constexpr,
+    TL: tl.constexpr,
+    BC: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    blocks = tl.cdiv(C, BC)
+    tiles = tl.cdiv(L, TL)
+    b = (tl.program_id(0) // (blocks * tiles)).to(tl.int64)
+    rows = ((tl.program_id(0) // blocks) % tiles) * TL + tl.arange(0, TL)
+    cols = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
+    pre = _convolve(u + b * stride_b, w, bias, rows, cols, stride_l, L, C, K, HAS_BIAS, ALIGN)  # (TL, BC)
+    at = out + (b * L + rows[:, None]) * C + cols[None, :]
+    tl.store(at, (pre * tl.sigmoid(pre)).to(out.dtype.element_ty), mask=(rows < L)[:, None] & (cols < C)[None, :])
 
 
 @triton.jit
@@ -24,95 +145,177 @@ def _convolve(u, w, bias, rows, cols, stride_l, L, C, K: tl.constexpr, HAS_BIAS:
 
 
 @triton.jit
-def conv_kernel(
-    u,  # (B, L, C) rows of any stride: x, B, C before the convolution
-    w,  # (C, K)
-    bias,  # (C,)
+def diagonal_kernel(
+    x,  # (B, L, >= d_inner) rows of stride_l: x after the activation
     fc,  # (H, d_inner)
     D,  # (H,)
-    out,  # (B, L, C) contiguous
-    diag,  # (B, H, Lp) float32, out
+    diag,  # (B, H, L) float32, out
     stride_b,
     stride_l,
     L,
-    C,
     INNER,
     H,
-    Lp,
-    K: tl.constexpr,
     HB: tl.constexpr,
     TL: tl.constexpr,
     BC: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ALIGN: tl.constexpr,
     PREC: tl.constexpr,
 ):
     tiles = tl.cdiv(L, TL)
     b = (tl.program_id(0) // tiles).to(tl.int64)
     rows = (tl.program_id(0) % tiles) * TL + tl.arange(0, TL)
-    heads = tl.arange(0, HB)
+    heads = tl.program_id(1) * HB + tl.arange(0, HB)
+    c = tl.arange(0, BC)
+    acc = tl.zeros((TL, HB), tl.float32)
+    x_row = x + b * stride_b + rows[:, None].to(tl.int64) * stride_l + c[None, :]
+    fc_row = fc + heads[None, :] * INNER + c[:, None]
+    for start in range(0, INNER, BC):
+        v = tl.load(x_row + start, mask=(rows < L)[:, None] & (start + c < INNER)[None, :], other=0.0)  # (TL, BC)
+        f = tl.load(fc_row + start, mask=(heads < H)[None, :] & (start + c < INNER)[:, None], other=0.0)  # (BC, HB)
+        acc = tl.dot(v, f.to(v.dtype), acc, input_precision=PREC)
+    acc += tl.load(D + heads, mask=heads < H, other=0.0).to(tl.float32)[None, :]
+    at = diag + (b * H + heads[None, :]) * L + rows[:, None]
+    tl.store(at, acc, mask=(rows < L)[:, None] & (heads < H)[None, :])
+
+
+@triton.jit
+def conv7_backward_kernel(
+    u,  # (B, L, C) rows of any stride
+    w,  # (C, 7)
+    bias,  # (C,)
+    g,  # (B, L, C) contiguous: gradient after the activation
+    du,  # (B, L, C) rows of any stride, out
+    part,  # (B, segments, 8, C) float32, out: weight and bias gradients of the segment
+    stride_b,
+    stride_l,
+    stride_db,
+    stride_dl,
+    L,
+    C,
+    SEGMENT,
+    BC: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ALIGN_D: tl.constexpr,
+):
+    blocks = tl.cdiv(C, BC)
+    segments = tl.cdiv(L, SEGMENT)
+    block = tl.program_id(0) % blocks
+    segment = (tl.program_id(0) // blocks) % segments
+    b = (tl.program_id(0) // (blocks * segments)).to(tl.int64)
+    cols = block * BC + tl.arange(0, BC)
+    ok = cols < C
     u_b = u + b * stride_b
-    acc_d = tl.zeros((TL, HB), tl.float32)
-    blocks = tl.cdiv(INNER, BC)
-    for block in range(0, tl.cdiv(C, BC)):
-        cols = block * BC + tl.arange(0, BC)
-        pre = _convolve(u_b, w, bias, rows, cols, stride_l, L, C, K, HAS_BIAS, ALIGN)  # (TL, BC)
-        act = (pre * tl.sigmoid(pre)).to(out.dtype.element_ty)
-        to = out + (b * L + rows[:, None]) * C + cols[None, :]
-        tl.store(to, act, mask=(rows < L)[:, None] & (cols < C)[None, :])
-        if block < blocks:
-            f = tl.load(
-                fc + heads[None, :] * INNER + cols[:, None], mask=(heads < H)[None, :] & (cols < INNER)[:, None], other=0.0
-            )  # (BC, HB)
-            acc_d = tl.dot(act, f.to(act.dtype), acc_d, input_precision=PREC)
-    acc_d += tl.load(D + heads, mask=heads < H, other=0.0).to(tl.float32)[None, :]
-    tl.store(diag + (b * H + heads[None, :]) * Lp + rows[:, None], acc_d, mask=(rows < Lp)[:, None] & (heads < H)[None, :])
+    g_b = g + b * L * C
+    d_b = du + b * stride_db + cols
+    w0 = tl.load(w + cols * 7, mask=ok, other=0.0).to(tl.float32)  # (BC,)
+    w1 = tl.load(w + cols * 7 + 1, mask=ok, other=0.0).to(tl.float32)
+    w2 = tl.load(w + cols * 7 + 2, mask=ok, other=0.0).to(tl.float32)
+    w3 = tl.load(w + cols * 7 + 3, mask=ok, other=0.0).to(tl.float32)
+    w4 = tl.load(w + cols * 7 + 4, mask=ok, other=0.0).to(tl.float32)
+    w5 = tl.load(w + cols * 7 + 5, mask=ok, other=0.0).to(tl.float32)
+    w6 = tl.load(w + cols * 7 + 6, mask=ok, other=0.0).to(tl.float32)
+    bv = tl.zeros((BC,), tl.float32)
+    if HAS_BIAS:
+        bv += tl.load(bias + cols, mask=ok, other=0.0).to(tl.float32)
+    start = segment * SEGMENT
+    stop = tl.minimum(start + SEGMENT, L)
+    first = start - 3
+    x0 = _row(u_b, first - 3, stride_l, cols, ok, L, ALIGN).to(tl.float32)  # (BC,) rows t-3 .. t+2
+    x1 = _row(u_b, first - 2, stride_l, cols, ok, L, ALIGN).to(tl.float32)
+    x2 = _row(u_b, first - 1, stride_l, cols, ok, L, ALIGN).to(tl.float32)
+    x3 = _row(u_b, first, stride_l, cols, ok, L, ALIGN).to(tl.float32)
+    x4 = _row(u_b, first + 1, stride_l, cols, ok, L, ALIGN).to(tl.float32)
+    x5 = _row(u_b, first + 2, stride_l, cols, ok, L, ALIGN).to(tl.float32)
+    zero = tl.zeros((BC,), tl.float32)
+    d1 = zero  # gradients before the activation of rows t-1 .. t-6
+    d2 = zero
+    d3 = zero
+    d4 = zero
+    d5 = zero
+    d6 = zero
+    s0 = zero
+    s1 = zero
+    s2 = zero
+    s3 = zero
+    s4 = zero
+    s5 = zero
+    s6 = zero
+    sb = zero
+    n0 = _row(u_b, first + 3, stride_l, cols, ok, L, ALIGN)
+    n1 = _row(u_b, first + 4, stride_l, cols, ok, L, ALIGN)
+    m0 = _row(g_b, first, C, cols, ok, L, 1)
+    m1 = _row(g_b, first + 1, C, cols, ok, L, 1)
+    for t in range(first, stop + 3):
+        x6 = n0.to(tl.float32)
+        grad = m0.to(tl.float32)
+        n0 = n1
+        m0 = m1
+        # two rows ahead are on their way
+        n1 = _row(u_b, t + 5, stride_l, cols, ok, L, ALIGN)
+        m1 = _row(g_b, t + 2, C, cols, ok, L, 1)
+        pre = bv + _tap7(x0, x1, x2, x3, x4, x5, x6, w0, w1, w2, w3, w4, w5, w6)
+        d0 = grad * _silu_gradient(pre)
+        back = _tap7(d0, d1, d2, d3, d4, d5, d6, w0, w1, w2, w3, w4, w5, w6)  # row t-3
+        here = t + tl.zeros_like(cols)
+        to = tl.multiple_of((t - 3) * tl.cast(stride_dl, tl.int64), ALIGN_D)
+        tl.store(d_b + to, back.to(du.dtype.element_ty), mask=ok & (here - 3 >= start))
+        own = tl.where((here >= start) & (here < stop), d0, 0.0)
+        s0 += own * x0
+        s1 += own * x1
+        s2 += own * x2
+        s3 += own * x3
+        s4 += own * x4
+        s5 += own * x5
+        s6 += own * x6
+        sb += own
+        x0 = x1
+        x1 = x2
+        x2 = x3
+        x3 = x4
+        x4 = x5
+        x5 = x6
+        d6 = d5
+        d5 = d4
+        d4 = d3
+        d3 = d2
+        d2 = d1
+        d1 = d0
+    slot = part + (b * segments + segment) * 8 * C + cols
+    tl.store(slot, s0, mask=ok)
+    tl.store(slot + C, s1, mask=ok)
+    tl.store(slot + 2 * C, s2, mask=ok)
+    tl.store(slot + 3 * C, s3, mask=ok)
+    tl.store(slot + 4 * C, s4, mask=ok)
+    tl.store(slot + 5 * C, s5, mask=ok)
+    tl.store(slot + 6 * C, s6, mask=ok)
+    tl.store(slot + 7 * C, sb, mask=ok)
 
 
 @triton.jit
 def conv_activation_backward_kernel(
     u,  # (B, L, C) rows of any stride
-    w,
-    bias,
-    fc,  # (H, d_inner)
-    ddiag,  # (B, L, H) float32
+    w,  # (C, K)
+    bias,  # (C,)
     g,  # (B, L, C) contiguous: in, gradient after the activation; out, before it
     stride_b,
     stride_l,
     L,
     C,
-    INNER,
-    H,
     K: tl.constexpr,
-    HB: tl.constexpr,
     TL: tl.constexpr,
     BC: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ALIGN: tl.constexpr,
-    PREC: tl.constexpr,
 ):
-    tiles = tl.cdiv(L, TL)
     blocks = tl.cdiv(C, BC)
-    block = tl.program_id(0) % blocks
+    tiles = tl.cdiv(L, TL)
     b = (tl.program_id(0) // (blocks * tiles)).to(tl.int64)
     rows = ((tl.program_id(0) // blocks) % tiles) * TL + tl.arange(0, TL)
-    cols = block * BC + tl.arange(0, BC)
-    heads = tl.arange(0, HB)
+    cols = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
     pre = _convolve(u + b * stride_b, w, bias, rows, cols, stride_l, L, C, K, HAS_BIAS, ALIGN)  # (TL, BC)
     at = g + (b * L + rows[:, None]) * C + cols[None, :]
     keep = (rows < L)[:, None] & (cols < C)[None, :]
-    grad = tl.load(at, mask=keep, other=0.0).to(tl.float32)
-    if block * BC < INNER:
-        d = tl.load(
-            ddiag + (b * L + rows[:, None]) * H + heads[None, :], mask=(rows < L)[:, None] & (heads < H)[None, :], other=0.0
-        )  # (TL, HB)
-        f = tl.load(
-            fc + heads[:, None] * INNER + cols[None, :], mask=(heads < H)[:, None] & (cols < INNER)[None, :], other=0.0
-        )  # (HB, BC)
-        dt: tl.constexpr = tl.bfloat16 if u.dtype.element_ty == tl.bfloat16 else tl.float32
-        grad = tl.dot(d.to(dt), f.to(dt), grad, input_precision=PREC)
-    sig = tl.sigmoid(pre)
-    grad = grad * (sig * (1.0 + pre * (1.0 - sig)))
+    grad = tl.load(at, mask=keep, other=0.0).to(tl.float32) * _silu_gradient(pre)
     tl.store(at, grad.to(g.dtype.element_ty), mask=keep)
 
 

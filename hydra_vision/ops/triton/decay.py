@@ -97,84 +97,103 @@ def decay_backward_kernel(
     dtb_in,
     dt_bias,
     A,
-    row_f,  # (B, H, Lp) sums of G = dM o M over j, a row each
-    row_b,
-    raw_f,  # (B, H, Lp) sums of G / dt over i, a column each
-    raw_b,
-    edge,  # (B, H, 2, nC) what crosses each chunk's far edge
+    sums,  # (10, B, H, Lp) see ``SUMS`` in plan.py: sums of G = dM o M over rows and columns
+    cross,  # (B, H, 2, nT, QT): what row tile I hears from beyond tile K of its chunk
+    onward,  # (B, H, 2, nT): what column tile J sends to later chunks
+    through,  # (B, H, 2, nC): what crosses the whole chunk
     ddtf,  # (B, L, H) out, rows of any stride
     ddtb,
-    part_A,  # (B, nC, H) out, float32
-    part_bias,  # (B, nC, H) out, float32
+    part,  # (2, B, nT, H) out, float32: gradients of A and of the bias, by tile
     stride_b,
     stride_l,
     stride_gb,
     stride_gl,
+    B,
     L,
     H,
     Lp,
     nT,
-    nC,
     QT,
     DT_MIN,
     DT_MAX,
     SOFTPLUS: tl.constexpr,
     LIMIT: tl.constexpr,
     A_IS_LOG: tl.constexpr,
-    HAS_EDGE: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    HAS_OTHERS: tl.constexpr,  # chunks of more than one tile
     HB: tl.constexpr,
     T: tl.constexpr,
 ):
-    chunk = tl.program_id(0) % nC
-    b = (tl.program_id(0) // nC).to(tl.int64)
+    """Every sum has terms of one kind: nothing cancels, whatever the rounding of the products that it adds.
+
+    The gradient of the decay of token k is the sum of G over the pairs that k lies between: both ends in k's tile, one
+    of them, or none.
+    """
+    tile = tl.program_id(0) % nT
+    b = (tl.program_id(0) // nT).to(tl.int64)
     hb = tl.program_id(1)
+    t = tl.arange(0, T)
+    rows = tile * T + t
     heads = hb * HB + tl.arange(0, HB)
     ok = heads < H
+    first = (tile // QT) * QT
     bias = tl.zeros((HB,), tl.float32)
     if SOFTPLUS:
         bias = tl.load(dt_bias + heads, mask=ok, other=0.0).to(tl.float32)
     a = _head_decay(A, heads, H, A_IS_LOG)
     sum_A = tl.zeros((HB,), tl.float32)
     sum_bias = tl.zeros((HB,), tl.float32)
-    first = chunk * QT
-    tiles = tl.minimum(QT, nT - first)
-    start = first * T
-    stop = (first + tiles) * T
+    seen = (rows < L)[:, None] & ok[None, :]  # (T, HB)
+    plane = tl.cast(B, tl.int64) * H * Lp
+    base = sums + (b * H + heads[None, :]) * Lp + tile * T  # (1, HB)
     for direction in tl.static_range(2):
         source = dtf_in if direction == 0 else dtb_in
         target = ddtf if direction == 0 else ddtb
-        row = row_f if direction == 0 else row_b
-        raw = raw_f if direction == 0 else raw_b
-        carry = tl.zeros((HB,), tl.float32)
-        if HAS_EDGE:
-            carry = tl.load(edge + ((b * H + heads) * 2 + direction) * nC + chunk, mask=ok, other=0.0)
-        for k in range(tiles):
-            tile = first + (tiles - 1 - k if direction == 0 else k)
-            rows = tile * T + tl.arange(0, T)
-            base = (b * H + heads[None, :]) * Lp  # (1, HB)
-            value, dt = _load_dt(
-                source + b * stride_b, rows, heads, stride_l, L, H, bias, DT_MIN, DT_MAX, SOFTPLUS, LIMIT
-            )  # (T, HB)
-            near = rows + 1 if direction == 0 else rows - 1
-            inside = (near >= start) & (near < stop)
-            r = tl.load(row + base + near[:, None], mask=inside[:, None] & ok[None, :], other=0.0)  # (T, HB)
-            c = tl.load(raw + base + rows[:, None], mask=(rows < L)[:, None] & ok[None, :], other=0.0)
-            v = r - c * dt
-            da = tl.cumsum(v, axis=0, reverse=direction == 0) + carry[None, :]
-            carry += tl.sum(v, axis=0)
-            seen = (rows < L)[:, None] & ok[None, :]
-            sum_A += tl.sum(tl.where(seen, da * dt, 0.0), axis=0)
-            g = da * a[None, :] + c
-            if LIMIT:
-                free = _softplus(value) if SOFTPLUS else value
-                g = tl.where((free >= DT_MIN) & (free <= DT_MAX), g, 0.0)
-            if SOFTPLUS:
-                g = g * tl.sigmoid(value)
-            g = tl.where(seen, g, 0.0)
-            sum_bias += tl.sum(g, axis=0)
-            where = target + b * stride_gb + rows[:, None].to(tl.int64) * stride_gl + heads[None, :]
-            tl.store(where, g.to(target.dtype.element_ty), mask=seen)
+        own = base + direction * 5 * plane
+        value, dt = _load_dt(
+            source + b * stride_b, rows, heads, stride_l, L, H, bias, DT_MIN, DT_MAX, SOFTPLUS, LIMIT
+        )  # (T, HB)
+        after = t + 1 if direction == 0 else t - 1  # the query side, one step from the token
+        before = t - 1 if direction == 0 else t + 1
+        has_after = ((after >= 0) & (after < T))[:, None] & ok[None, :]
+        has_before = ((before >= 0) & (before < T))[:, None] & ok[None, :]
+        inner = tl.load(own + after[:, None], mask=has_after, other=0.0)  # (T, HB), rows, both ends in the tile
+        inner -= tl.load(own + plane + t[:, None], mask=ok[None, :], other=0.0)  # columns of the same float32 G
+        if HAS_STATE or HAS_OTHERS:
+            inner += tl.load(own + 2 * plane + after[:, None], mask=has_after, other=0.0)
+        da = tl.cumsum(inner, axis=0, reverse=direction == 0)
+        if HAS_STATE or HAS_OTHERS:
+            outer = tl.load(own + 3 * plane + before[:, None], mask=has_before, other=0.0)
+            da += tl.cumsum(outer, axis=0, reverse=direction == 1)
+        beyond = tl.zeros((HB,), tl.float32)
+        pair = (b * H + heads) * 2 + direction  # (HB,)
+        if HAS_STATE:
+            beyond += tl.load(through + pair * (nT // QT) + tile // QT, mask=ok, other=0.0)
+        if HAS_OTHERS:
+            low = tile + 1 if direction == 0 else first
+            high = first + QT if direction == 0 else tile
+            for other in range(low, high):
+                beyond += tl.load(cross + (pair * nT + other) * QT + (tile - first), mask=ok, other=0.0)
+            if HAS_STATE:
+                low = first if direction == 0 else tile + 1
+                high = tile if direction == 0 else first + QT
+                for other in range(low, high):
+                    beyond += tl.load(onward + pair * nT + other, mask=ok, other=0.0)
+        da += beyond[None, :]
+        raw = tl.load(own + 4 * plane + t[:, None], mask=ok[None, :], other=0.0)
+        sum_A += tl.sum(tl.where(seen, da * dt, 0.0), axis=0)
+        g = da * a[None, :] + raw
+        if LIMIT:
+            free = _softplus(value) if SOFTPLUS else value
+            g = tl.where((free >= DT_MIN) & (free <= DT_MAX), g, 0.0)
+        if SOFTPLUS:
+            g = g * tl.sigmoid(value)
+        g = tl.where(seen, g, 0.0)
+        sum_bias += tl.sum(g, axis=0)
+        where = target + b * stride_gb + rows[:, None].to(tl.int64) * stride_gl + heads[None, :]
+        tl.store(where, g.to(target.dtype.element_ty), mask=seen)
     if A_IS_LOG:
         sum_A = sum_A * a
-    tl.store(part_A + (b * nC + chunk) * H + heads, sum_A, mask=ok)
-    tl.store(part_bias + (b * nC + chunk) * H + heads, sum_bias, mask=ok)
+    at = part + (b * nT + tile) * H + heads
+    tl.store(at, sum_A, mask=ok)
+    tl.store(at + tl.cast(B, tl.int64) * nT * H, sum_bias, mask=ok)

@@ -20,8 +20,8 @@ class HydraInner(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         """Tensors and numbers in the order of ``InnerArguments``."""
         a = InnerArguments(*arguments)
-        out, y, rstd = inner_forward(a)
-        ctx.save_for_backward(*arguments[:9], y, rstd)
+        out, *saved = inner_forward(a)
+        ctx.save_for_backward(*arguments[:9], *saved)
         ctx.numbers = arguments[9:]
         return out
 
@@ -29,8 +29,8 @@ class HydraInner(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         """Gradients of the nine tensors; None for the numbers."""
-        *tensors, y, rstd = ctx.saved_tensors
-        grads = inner_backward(InnerArguments(*tensors, *ctx.numbers), y, rstd, dout)
+        *tensors, y, rstd, diag = ctx.saved_tensors
+        grads = inner_backward(InnerArguments(*tensors, *ctx.numbers), y, rstd, diag, dout)
         return *grads, *(None for _ in ctx.numbers)
 
 
@@ -56,8 +56,7 @@ def _mix_arguments(
     if D is not None and D.ndim == 1:
         diag = D.float()
     elif D is not None:
-        diag = plan.rows()
-        diag[..., :L] = D.transpose(1, 2)
+        diag = D.float().transpose(1, 2).contiguous()
     return plan, x, DtSource(dt_f, dt_b, A.float()), _common(*bc), diag
 
 

@@ -7,15 +7,24 @@ import torch
 import triton
 from torch import Tensor
 
-from .conv import conv_activation_backward_kernel, conv_backward_kernel, conv_kernel
-from .mixing import Decays, DtSource, decays, decays_backward, mix_backward, mix_forward
+from .conv import (
+    conv7_backward_kernel,
+    conv7_kernel,
+    conv_activation_backward_kernel,
+    conv_backward_kernel,
+    conv_kernel,
+    diagonal_kernel,
+)
+from .mixing import DtSource, decays, decays_backward, mix_backward, mix_forward
 from .norm import norm_gate_backward_kernel, norm_gate_kernel
 from .plan import Plan, alignment, make_plan
 
 __all__ = ['InnerArguments', 'inner_backward', 'inner_forward']
 
-TOKENS = 64  # a program of the convolutions
+TOKENS = 64  # a program of the diagonal and of convolutions that are not seven wide
 CHANNELS = 64
+SEGMENT = 256  # tokens a program of the seven-wide convolution
+LANES = 256  # channels of it
 NORM_PROGRAMS = 1056
 
 
@@ -82,34 +91,44 @@ class InnerArguments:
         return x, bc * 2 if self.share_bc else bc
 
 
-def _convolved(a: InnerArguments, plan: Plan) -> tuple[Tensor, Tensor]:
-    """SiLU(conv(x, B, C)) (B, L, width) and the diagonal (B, H, Lp)."""
+def _convolved(a: InnerArguments, plan: Plan) -> Tensor:
+    """SiLU(conv(x, B, C)) (B, L, width)."""
     u = a.zxbcdt[..., a.d_inner :]
+    K = a.conv_weight.shape[-1]
     out = torch.empty(plan.B, plan.L, a.width, dtype=plan.dtype, device=plan.device)
-    diag = plan.rows()
-    conv_kernel[(triton.cdiv(plan.L, TOKENS) * plan.B,)](
-        u, a.conv_weight, a.D if a.conv_bias is None else a.conv_bias, a.fc_D_weight, a.D, out, diag,
-        u.stride(0), u.stride(1), plan.L, a.width, a.d_inner, a.H, plan.Lp, K=a.conv_weight.shape[-1],
-        HB=max(16, triton.next_power_of_2(a.H)), TL=TOKENS, BC=CHANNELS, HAS_BIAS=a.conv_bias is not None,
-        ALIGN=alignment(u, u.stride(0), u.stride(1)), PREC=plan.precision, **plan.options('conv'),
+    bias = a.D if a.conv_bias is None else a.conv_bias
+    arguments = (u, a.conv_weight, bias, out, u.stride(0), u.stride(1), plan.L, a.width)
+    flags = {'HAS_BIAS': a.conv_bias is not None, 'ALIGN': alignment(u, u.stride(0), u.stride(1))}
+    if K == 7:
+        grid = (triton.cdiv(a.width, LANES) * triton.cdiv(plan.L, SEGMENT) * plan.B,)
+        conv7_kernel[grid](*arguments, SEGMENT, BC=LANES, **flags, **plan.options('conv7'))
+    else:
+        grid = (triton.cdiv(a.width, CHANNELS) * triton.cdiv(plan.L, TOKENS) * plan.B,)
+        conv_kernel[grid](*arguments, K=K, TL=TOKENS, BC=CHANNELS, **flags, **plan.options('conv'))
+    return out
+
+
+def _diagonal(a: InnerArguments, plan: Plan, xbc: Tensor) -> Tensor:
+    """fc_D(x) + D, (B, H, L) float32."""
+    diag = torch.empty(plan.B, plan.H, plan.L, dtype=torch.float32, device=plan.device)
+    HB = min(64, max(16, triton.next_power_of_2(a.H)))
+    diagonal_kernel[(triton.cdiv(plan.L, TOKENS) * plan.B, triton.cdiv(a.H, HB))](
+        xbc, a.fc_D_weight, a.D, diag, xbc.stride(0), xbc.stride(1), plan.L, a.d_inner, a.H,
+        HB=HB, TL=TOKENS, BC=CHANNELS, PREC=plan.precision, **plan.options('diagonal'),
     )  # fmt: skip
-    return out, diag
+    return diag
 
 
-def _mixed(a: InnerArguments, plan: Plan) -> tuple[Tensor, Tensor, Decays]:
-    d = decays(plan, a.dt_source())
-    xbc, diag = _convolved(a, plan)
-    return xbc, diag, d
-
-
-def inner_forward(a: InnerArguments) -> tuple[Tensor, Tensor, Tensor]:
-    """out (B, L, d_inner), and for the backward y (B, L, d_inner) and rstd (B, L) float32."""
+def inner_forward(a: InnerArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out (B, L, d_inner); for the backward y (B, L, d_inner), rstd (B, L) float32, the diagonal (B, H, L) float32."""
     plan = a.plan()
     rstd = torch.empty(plan.B, plan.L, dtype=torch.float32, device=plan.device)
     out = torch.empty(plan.B, plan.L, a.d_inner, dtype=plan.dtype, device=plan.device)
     if plan.B == 0:
-        return out, torch.empty_like(out), rstd
-    xbc, diag, d = _mixed(a, plan)
+        return out, torch.empty_like(out), rstd, rstd.new_empty(0, plan.H, plan.L)
+    d = decays(plan, a.dt_source())
+    xbc = _convolved(a, plan)
+    diag = _diagonal(a, plan, xbc)
     x, bc = a.parts(xbc)
     y = mix_forward(plan, x, bc, d, diag, a.init_states)
     z = a.zxbcdt
@@ -117,31 +136,38 @@ def inner_forward(a: InnerArguments) -> tuple[Tensor, Tensor, Tensor]:
         y, z, a.norm_weight, out, rstd, z.stride(0), z.stride(1), plan.L, a.d_inner, a.eps,
         DB=triton.next_power_of_2(a.d_inner), ALIGN=alignment(z, z.stride(0), z.stride(1)), **plan.options('norm'),
     )  # fmt: skip
-    return out, y.flatten(2), rstd
+    return out, y.flatten(2), rstd, diag
 
 
-def inner_backward(a: InnerArguments, y: Tensor, rstd: Tensor, dout: Tensor) -> tuple[Optional[Tensor], ...]:
-    """Gradients in the order of ``InnerArguments``: zxbcdt, conv_weight, ..., norm_weight, init_states."""
-    plan = a.plan()
-    z = a.zxbcdt
-    dz = torch.empty(z.shape, dtype=plan.dtype, device=plan.device)
-    if plan.B == 0:
-        rest = (a.conv_weight, a.conv_bias, a.dt_bias, a.A_log, a.D, a.fc_D_weight, a.norm_weight, a.init_states)
-        return dz, *(None if t is None else torch.zeros_like(t) for t in rest)
-    rows = plan.B * plan.L
-    dout = dout.contiguous()
+def _norm_backward(
+    a: InnerArguments, plan: Plan, y: Tensor, rstd: Tensor, dout: Tensor, xbc: Tensor, dz: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Writes the z columns of dz; returns dy (B, L, H, P), the diagonal's gradient (B, L, H) and the weight's."""
+    z, rows = a.zxbcdt, plan.B * plan.L
     dy = torch.empty(plan.B, plan.L, plan.H, plan.P, dtype=plan.dtype, device=plan.device)
+    ddiag = torch.empty(plan.B, plan.L, plan.H, dtype=torch.float32, device=plan.device)
     per = triton.cdiv(rows, NORM_PROGRAMS)
     programs = triton.cdiv(rows, per)
-    part_w = torch.empty(programs, a.d_inner, dtype=torch.float32, device=plan.device)
+    part = torch.empty(programs, a.d_inner, dtype=torch.float32, device=plan.device)
     norm_gate_backward_kernel[(programs,)](
-        dout, y, z, a.norm_weight, rstd, dy, dz, part_w, z.stride(0), z.stride(1), dz.stride(0), dz.stride(1),
-        plan.L, a.d_inner, rows, per, DB=triton.next_power_of_2(a.d_inner),
+        dout, y, z, a.norm_weight, rstd, xbc, dy, ddiag, dz, part, z.stride(0), z.stride(1), dz.stride(0), dz.stride(1),
+        a.width, plan.L, a.d_inner, rows, per, P=plan.P, DB=triton.next_power_of_2(a.d_inner),
         ALIGN=alignment(z, z.stride(0), z.stride(1)), ALIGN_G=alignment(dz, dz.stride(0), dz.stride(1)),
         **plan.options('norm_backward'),
     )  # fmt: skip
+    return dy, ddiag, part.sum(0)
 
-    xbc, diag, d = _mixed(a, plan)
+
+def inner_backward(a: InnerArguments, y: Tensor, rstd: Tensor, diag: Tensor, dout: Tensor) -> tuple[Optional[Tensor], ...]:
+    """Gradients in the order of ``InnerArguments``: zxbcdt, conv_weight, ..., norm_weight, init_states."""
+    plan = a.plan()
+    dz = torch.empty(a.zxbcdt.shape, dtype=plan.dtype, device=plan.device)
+    if plan.B == 0:
+        rest = (a.conv_weight, a.conv_bias, a.dt_bias, a.A_log, a.D, a.fc_D_weight, a.norm_weight, a.init_states)
+        return dz, *(None if t is None else torch.zeros_like(t) for t in rest)
+    d = decays(plan, a.dt_source())
+    xbc = _convolved(a, plan)
+    dy, ddiag, dnorm = _norm_backward(a, plan, y, rstd, dout.contiguous(), xbc, dz)
     x, bc = a.parts(xbc)
     dxbc = torch.empty_like(xbc)
     dx, dbc = a.parts(dxbc)
@@ -149,7 +175,7 @@ def inner_backward(a: InnerArguments, y: Tensor, rstd: Tensor, dout: Tensor) -> 
     if a.share_bc:
         shared = torch.empty(4, plan.B, plan.L, plan.G, plan.N, dtype=torch.float32, device=plan.device)
         dbc = tuple(shared)
-    g = mix_backward(plan, x, bc, d, diag, a.init_states, dy, dx, dbc)
+    g = mix_backward(plan, x, bc, d, diag, a.init_states, dy, dx, dbc, a.fc_D_weight, ddiag)
     if shared is not None:
         _, (dB, dC, _, _) = a.parts(dxbc)
         dB.copy_(shared[0] + shared[2])
@@ -157,40 +183,50 @@ def inner_backward(a: InnerArguments, y: Tensor, rstd: Tensor, dout: Tensor) -> 
 
     ddt = dz[..., a.d_inner + a.width :]
     dA_log, ddt_bias = decays_backward(plan, a.dt_source(), g, ddt[..., : a.H], ddt[..., a.H :])
-    wide_x = xbc.view(rows, a.width)[:, : a.d_inner].to(plan.wide)
-    dfc = g.ddiag.to(plan.wide).view(rows, a.H).T @ wide_x
-    dconv_weight, dconv_bias = _conv_backward(a, plan, g.ddiag, dxbc, dz)
+    with torch.autocast(plan.device.type, enabled=False):
+        flat_x = xbc.view(-1, a.width)[:, : a.d_inner].to(plan.wide)
+        dfc = ddiag.view(-1, a.H).to(plan.wide).T @ flat_x
+    dconv_weight, dconv_bias = _conv_backward(a, plan, dxbc, dz)
     return (
         dz,
         dconv_weight.to(a.conv_weight.dtype),
         None if a.conv_bias is None else dconv_bias.to(a.conv_bias.dtype),
         ddt_bias.to(a.dt_bias.dtype),
         dA_log.to(a.A_log.dtype),
-        g.ddiag.sum((0, 1)).to(a.D.dtype),
+        ddiag.sum((0, 1)).to(a.D.dtype),
         dfc.to(a.fc_D_weight.dtype),
-        part_w.sum(0).to(a.norm_weight.dtype),
-        None if a.init_states is None else g.dstart.to(a.init_states.dtype),
+        dnorm.to(a.norm_weight.dtype),
+        None if a.init_states is None else g.dstart.to(a.init_states.dtype).contiguous(),
     )
 
 
-def _conv_backward(a: InnerArguments, plan: Plan, ddiag: Tensor, dxbc: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
+def _conv_backward(a: InnerArguments, plan: Plan, dxbc: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
     """dxbc in; writes the x, B, C columns of dz. Returns the gradients of the weight (width, 1, K) and bias (width,)."""
     u, du = a.zxbcdt[..., a.d_inner :], dz[..., a.d_inner :]
     K = a.conv_weight.shape[-1]
-    align = alignment(u, u.stride(0), u.stride(1))
-    tiles = triton.cdiv(plan.L, TOKENS)
-    grid = (triton.cdiv(a.width, CHANNELS) * tiles * plan.B,)
-    conv_activation_backward_kernel[grid](
-        u, a.conv_weight, a.D if a.conv_bias is None else a.conv_bias, a.fc_D_weight, ddiag, dxbc,
-        u.stride(0), u.stride(1), plan.L, a.width, a.d_inner, a.H, K=K, HB=max(16, triton.next_power_of_2(a.H)),
-        TL=TOKENS, BC=CHANNELS, HAS_BIAS=a.conv_bias is not None, ALIGN=align, PREC=plan.precision,
-        **plan.options('conv_activation_backward'),
-    )  # fmt: skip
-    part = torch.empty(plan.B, tiles, K + 1, a.width, dtype=torch.float32, device=plan.device)
-    conv_backward_kernel[grid](
-        u, a.conv_weight, dxbc, du, part, u.stride(0), u.stride(1), du.stride(0), du.stride(1), plan.L, a.width,
-        K=K, TL=TOKENS, BC=CHANNELS, ALIGN=align, ALIGN_D=alignment(du, du.stride(0), du.stride(1)),
-        **plan.options('conv_backward'),
-    )  # fmt: skip
+    bias = a.D if a.conv_bias is None else a.conv_bias
+    align = {'ALIGN': alignment(u, u.stride(0), u.stride(1))}
+    align_d = {'ALIGN_D': alignment(du, du.stride(0), du.stride(1))}
+    flags = {'HAS_BIAS': a.conv_bias is not None}
+    strides = (u.stride(0), u.stride(1), du.stride(0), du.stride(1))
+    if K == 7:
+        segments = triton.cdiv(plan.L, SEGMENT)
+        part = torch.empty(plan.B, segments, 8, a.width, dtype=torch.float32, device=plan.device)
+        conv7_backward_kernel[(triton.cdiv(a.width, LANES) * segments * plan.B,)](
+            u, a.conv_weight, bias, dxbc, du, part, *strides, plan.L, a.width, SEGMENT,
+            BC=LANES, **flags, **align, **align_d, **plan.options('conv7_backward'),
+        )  # fmt: skip
+    else:
+        tiles = triton.cdiv(plan.L, TOKENS)
+        grid = (triton.cdiv(a.width, CHANNELS) * tiles * plan.B,)
+        conv_activation_backward_kernel[grid](
+            u, a.conv_weight, bias, dxbc, u.stride(0), u.stride(1), plan.L, a.width,
+            K=K, TL=TOKENS, BC=CHANNELS, **flags, **align, **plan.options('conv_activation_backward'),
+        )  # fmt: skip
+        part = torch.empty(plan.B, tiles, K + 1, a.width, dtype=torch.float32, device=plan.device)
+        conv_backward_kernel[grid](
+            u, a.conv_weight, dxbc, du, part, *strides, plan.L, a.width,
+            K=K, TL=TOKENS, BC=CHANNELS, **align, **align_d, **plan.options('conv_backward'),
+        )  # fmt: skip
     part = part.sum((0, 1))
-    return part[:K].T.unsqueeze(1), part[K]
+    return part[:K].T.contiguous().unsqueeze(1), part[K]

@@ -25,6 +25,15 @@ def tile_total(l_ptr, tile, T: tl.constexpr, DIRECTION: tl.constexpr):
 
 
 @triton.jit
+def span_between(l_ptr, low, high, T: tl.constexpr, DIRECTION: tl.constexpr):
+    """Sum of the log2-decays of tiles low .. high - 1."""
+    span = tl.zeros((), l_ptr.dtype.element_ty)
+    for tile in range(low, high):
+        span += tile_total(l_ptr, tile, T, DIRECTION)
+    return span
+
+
+@triton.jit
 def diagonal_decays(lf_ptr, lb_ptr, tile, T: tl.constexpr):
     """(T, T): exp2 of the sums between i and j, forward below the diagonal, backward above; 1 on it."""
     t = tl.arange(0, T)
@@ -101,7 +110,7 @@ def mix_kernel(
     lb,
     dtf,
     dtb,
-    diag,  # (B, H, Lp) float32, or (H,), or None
+    diag,  # (B, H, L) float32, or (H,), or None
     y,  # (B, L, H, P) contiguous, out
     stride_xb,
     stride_xl,
@@ -130,7 +139,7 @@ def mix_kernel(
     g = h // (H // G)
     chunk = tile // QT
     first = chunk * QT
-    last = tl.minimum(first + QT, nT)
+    last = first + QT
     t = tl.arange(0, T)
     p = tl.arange(0, P)
     rows = tile * T + t
@@ -164,7 +173,7 @@ def mix_kernel(
     if DIAGONAL == 1:
         d += tl.load(diag + h)
     if DIAGONAL == 2:
-        d = tl.load(diag + head + rows)
+        d = tl.load(diag + (b * H + h) * L + rows, mask=rows < L, other=0.0)
     m = tl.where(i == j, d[:, None], m)
     xi = load_rows(x_ptr, rows, p, stride_xl, L)  # (T, P)
     acc = tl.dot(m.to(xi.dtype), xi, acc, input_precision=PREC)

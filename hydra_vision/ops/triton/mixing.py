@@ -10,7 +10,7 @@ from torch import Tensor
 from .decay import decay_backward_kernel, decay_kernel
 from .mix import mix_kernel
 from .mix_backward import mix_columns_kernel, mix_rows_kernel
-from .plan import Plan
+from .plan import SUMS, Plan
 from .score_grads import bc_grads_kernel, score_grads_kernel
 from .scores import scores_kernel
 from .states import states_kernel
@@ -53,11 +53,10 @@ class Decays:
 class MixGrads:
     """Sums that the decays' backward needs, and the diagonal's gradient."""
 
-    row_f: Tensor
-    row_b: Tensor
-    raw_f: Tensor
-    raw_b: Tensor
-    edge: Optional[Tensor]
+    sums: Tensor
+    cross: Optional[Tensor]
+    onward: Optional[Tensor]
+    through: Optional[Tensor]
     ddiag: Optional[Tensor]
     dstart: Optional[Tensor]
 
@@ -83,17 +82,16 @@ def decays(plan: Plan, source: DtSource) -> Decays:
 def decays_backward(plan: Plan, source: DtSource, g: MixGrads, ddtf: Tensor, ddtb: Tensor) -> tuple[Tensor, Tensor]:
     """Writes the gradients of both dt views (common strides); returns those of A (or A_log) and of the bias, (H,)."""
     HB = _head_block(plan.H)
-    part = torch.empty(2, plan.B, plan.nC, plan.H, dtype=torch.float32, device=plan.device)
+    part = torch.empty(2, plan.B, plan.nT, plan.H, dtype=torch.float32, device=plan.device)
     bias = source.A if source.bias is None else source.bias
-    decay_backward_kernel[(plan.nC * plan.B, triton.cdiv(plan.H, HB))](
-        source.dt_f, source.dt_b, bias, source.A, g.row_f, g.row_b, g.raw_f, g.raw_b,
-        g.row_f if g.edge is None else g.edge, ddtf, ddtb, part[0], part[1],
+    cross, onward, through = (g.sums if t is None else t for t in (g.cross, g.onward, g.through))
+    decay_backward_kernel[(plan.nT * plan.B, triton.cdiv(plan.H, HB))](
+        source.dt_f, source.dt_b, bias, source.A, g.sums, cross, onward, through, ddtf, ddtb, part,
         source.dt_f.stride(0), source.dt_f.stride(1), ddtf.stride(0), ddtf.stride(1),
-        plan.L, plan.H, plan.Lp, plan.nT, plan.nC, plan.QT, *source.bounds(),
-        **source.flags(), HAS_EDGE=g.edge is not None, HB=HB, T=plan.T, num_warps=4,
+        plan.B, plan.L, plan.H, plan.Lp, plan.nT, plan.QT, *source.bounds(), **source.flags(),
+        HAS_STATE=g.through is not None, HAS_OTHERS=plan.QT > 1, HB=HB, T=plan.T, num_warps=4,
     )  # fmt: skip
-    dA, dbias = part.sum((1, 2))
-    return dA, dbias
+    return part[0].sum((0, 1)), part[1].sum((0, 1))
 
 
 def _scores(plan: Plan, bc: tuple[Tensor, ...], transposed: bool) -> Tensor:
@@ -111,7 +109,7 @@ def _states(plan: Plan, V_f: Tensor, V_b: Tensor, u: Tensor, d: Decays, start: O
     states_kernel[(plan.B * plan.H * 2,)](
         V_f, V_b, u, d.lf, d.lb, d.dtf, d.dtb, d.dtf if start is None else start, states, states, d.dtf, d.dtf,
         V_f.stride(0), V_f.stride(1), V_f.stride(2), u.stride(0), u.stride(1), u.stride(2),
-        plan.L, plan.H, plan.G, plan.Lp, plan.nT, plan.nC, plan.QT, N=plan.N, P=plan.P, T=plan.T, GRAD=False,
+        plan.L, plan.H, plan.G, plan.Lp, plan.nC, plan.QT, N=plan.N, P=plan.P, T=plan.T, GRAD=False,
         HAS_START=start is not None, PREC=plan.precision, **plan.options('states'),
     )  # fmt: skip
     return states
@@ -121,19 +119,19 @@ def _state_grads(
     plan: Plan, V_f: Tensor, V_b: Tensor, dy: Tensor, d: Decays, states: Tensor, has_start: bool
 ) -> tuple[Tensor, Tensor, Optional[Tensor]]:
     out = plan.states()
-    edge = torch.empty(plan.B, plan.H, 2, plan.nC, dtype=torch.float32, device=plan.device)
+    through = torch.empty(plan.B, plan.H, 2, plan.nC, dtype=torch.float32, device=plan.device)
     dstart = None
     if has_start:
         dstart = torch.empty(plan.B, plan.H, 2, plan.N, plan.P, dtype=torch.float32, device=plan.device)
     states_kernel[(plan.B * plan.H * 2,)](
-        V_f, V_b, dy, d.lf, d.lb, d.dtf, d.dtb, d.dtf, states, out, edge, edge if dstart is None else dstart,
+        V_f, V_b, dy, d.lf, d.lb, d.dtf, d.dtb, d.dtf, states, out, through, through if dstart is None else dstart,
         V_f.stride(0), V_f.stride(1), V_f.stride(2), dy.stride(0), dy.stride(1), dy.stride(2),
-        plan.L, plan.H, plan.G, plan.Lp, plan.nT, plan.nC, plan.QT, N=plan.N, P=plan.P, T=plan.T, GRAD=True,
+        plan.L, plan.H, plan.G, plan.Lp, plan.nC, plan.QT, N=plan.N, P=plan.P, T=plan.T, GRAD=True,
         HAS_START=has_start, PREC=plan.precision, **plan.options('state_grads'),
     )  # fmt: skip
     if dstart is not None:
         dstart = dstart.sum((0, 2)).transpose(1, 2)  # (H, P, N)
-    return out, edge, dstart
+    return out, through, dstart
 
 
 def _has_state(plan: Plan, start: Optional[Tensor]) -> bool:
@@ -147,7 +145,7 @@ def _diagonal_kind(diag: Optional[Tensor]) -> int:
 def mix_forward(
     plan: Plan, x: Tensor, bc: tuple[Tensor, ...], d: Decays, diag: Optional[Tensor], start: Optional[Tensor]
 ) -> Tensor:
-    """y (B, L, H, P). diag: (B, H, Lp) or (H,) float32 or None; bc: B_f, C_f, B_b, C_b with common strides."""
+    """y (B, L, H, P). diag: (B, H, L) or (H,) float32 or None; bc: B_f, C_f, B_b, C_b with common strides."""
     B_f, C_f, B_b, C_b = bc
     S = _scores(plan, bc, transposed=False)
     states = _states(plan, B_f, B_b, x, d, start) if _has_state(plan, start) else S
@@ -171,8 +169,13 @@ def mix_backward(
     dy: Tensor,
     dx: Tensor,
     dbc: tuple[Tensor, ...],
+    fc: Optional[Tensor] = None,
+    ddiag: Optional[Tensor] = None,
 ) -> MixGrads:
-    """Writes dx (B, L, H, P) and dbc = dB_f, dC_f, dB_b, dC_b (common strides). dy (B, L, H, P) is contiguous."""
+    """Writes dx (B, L, H, P) and dbc = dB_f, dC_f, dB_b, dC_b (common strides). dy (B, L, H, P) is contiguous.
+
+    With fc (H, H * P) the diagonal is fc x + D: ddiag (B, L, H) must then be given and its share goes into dx.
+    """
     B_f, C_f, B_b, C_b = bc
     has_state = _has_state(plan, start)
     sizes = (plan.L, plan.H, plan.G, plan.Lp, plan.nT, plan.nC, plan.QT)
@@ -185,37 +188,43 @@ def mix_backward(
 
     S = _scores(plan, bc, transposed=False)
     states = dstates = S
-    edge = dstart = None
+    through = dstart = cross = onward = None
     if has_state:
         states = _states(plan, B_f, B_b, x, d, start)
-        dstates, edge, dstart = _state_grads(plan, C_f, C_b, dy, d, states, start is not None)
-    row_f, row_b, raw_f, raw_b = (plan.rows() for _ in range(4))
-    mix_rows_kernel[grid](
-        x, dy, S, C_f, C_b, states, d.lf, d.lb, d.dtf, d.dtb, row_f, row_b, *x_strides, *bc_strides, *sizes,
-        N=plan.N, **shape, HAS_STATE=has_state, **plan.options('mix_rows'),
-    )  # fmt: skip
-    del S
-
-    ST = _scores(plan, bc, transposed=True)
-    ddiag = None
-    if diag is not None:
-        ddiag = torch.empty(plan.B, plan.L, plan.H, dtype=torch.float32, device=plan.device)
-    mix_columns_kernel[grid](
-        x, dy, ST, B_f, B_b, dstates, d.lf, d.lb, d.dtf, d.dtb, d.dtf if diag is None else diag, raw_f, raw_b,
-        raw_f if ddiag is None else ddiag, dx, *x_strides, *bc_strides, *dx_strides, *sizes,
-        N=plan.N, **shape, DIAGONAL=_diagonal_kind(diag), HAS_STATE=has_state, **plan.options('mix_columns'),
-    )  # fmt: skip
-    del ST
+        dstates, through, dstart = _state_grads(plan, C_f, C_b, dy, d, states, start is not None)
+    sums = torch.empty(SUMS, plan.B, plan.H, plan.Lp, dtype=torch.float32, device=plan.device)
+    if plan.QT > 1:
+        cross = torch.empty(plan.B, plan.H, 2, plan.nT, plan.QT, dtype=torch.float32, device=plan.device)
+    if has_state:
+        onward = torch.empty(plan.B, plan.H, 2, plan.nT, dtype=torch.float32, device=plan.device)
+    if has_state or plan.QT > 1:
+        mix_rows_kernel[grid](
+            x, dy, S, C_f, C_b, states, d.lf, d.lb, d.dtf, d.dtb, sums, sums if cross is None else cross, *x_strides,
+            *bc_strides, plan.B, *sizes, N=plan.N, **shape, HAS_STATE=has_state, **plan.options('mix_rows'),
+        )  # fmt: skip
 
     dS, dST = plan.tiles(plan.wide), plan.tiles(plan.wide)
     score_grads_kernel[(plan.QT * plan.nT * plan.G * plan.B,)](
-        x, dy, d.lf, d.lb, d.dtf, d.dtb, dS, dST, *x_strides, plan.L, plan.H, plan.G, plan.Lp, plan.nT, plan.QT,
-        **shape, **plan.options('score_grads'),
+        x, dy, d.lf, d.lb, d.dtf, d.dtb, S, sums, dS, dST, *x_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp, plan.nT,
+        plan.QT, **shape, **plan.options('score_grads'),
     )  # fmt: skip
+    del S
     dB_f, dC_f, dB_b, dC_b = dbc
     bc_grads_kernel[(4 * plan.nT * plan.G * plan.B,)](
         x, dy, B_f, C_f, B_b, C_b, dS, dST, states, dstates, d.lf, d.lb, d.dtf, d.dtb, dB_f, dC_f, dB_b, dC_b,
         *x_strides, *bc_strides, *out_strides, *sizes, N=plan.N, **shape, HAS_STATE=has_state,
         **plan.options('bc_grads'),
     )  # fmt: skip
-    return MixGrads(row_f, row_b, raw_f, raw_b, edge, ddiag, dstart)
+    del dS, dST
+
+    ST = _scores(plan, bc, transposed=True)
+    if diag is not None and ddiag is None:
+        ddiag = torch.empty(plan.B, plan.L, plan.H, dtype=torch.float32, device=plan.device)
+    unused = sums
+    mix_columns_kernel[grid](
+        x, dy, ST, B_f, B_b, dstates, d.lf, d.lb, d.dtf, d.dtb, unused if diag is None else diag,
+        unused if ddiag is None else ddiag, unused if fc is None else fc, sums, unused if onward is None else onward, dx,
+        *x_strides, *bc_strides, *dx_strides, plan.B, *sizes, N=plan.N, **shape, DIAGONAL=_diagonal_kind(diag),
+        FC=fc is not None, HB=16 * triton.cdiv(plan.H, 16), HAS_STATE=has_state, **plan.options('mix_columns'),
+    )  # fmt: skip
+    return MixGrads(sums, cross, onward, through, ddiag, dstart)

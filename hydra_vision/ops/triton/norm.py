@@ -1,4 +1,5 @@
-"""out = RMSNorm(y) * w * SiLU(z) over all of d_inner, and its backward. One row a program; backward loops over rows."""
+"""out = RMSNorm(y) * w * SiLU(z) over all of d_inner, and its backward. One row a program; backward loops over rows
+and adds the diagonal's gradient, which needs whole rows too."""
 
 import triton
 import triton.language as tl
@@ -41,17 +42,21 @@ def norm_gate_backward_kernel(
     z,
     w,
     rstd,
+    x,  # (B, L, >= D) rows of stride_xl: what the diagonal multiplies
     dy,  # (B, L, D) contiguous, out
+    ddiag,  # (B, L, H) float32, out: sum over a head of dy * x
     dz,  # (B, L, D) rows of any stride, out
     part_w,  # (programs, D) float32, out
     stride_zb,
     stride_zl,
     stride_gb,
     stride_gl,
+    stride_xl,
     L,
     D,
     ROWS,
     PER,  # rows a program
+    P: tl.constexpr,
     DB: tl.constexpr,
     ALIGN: tl.constexpr,
     ALIGN_G: tl.constexpr,
@@ -78,6 +83,10 @@ def norm_gate_backward_kernel(
         dzv = gh * wv * (sig * (1.0 + zv * (1.0 - sig)))
         dyv = r * (dhat - hat * (tl.sum(dhat * hat, axis=0) / D))
         tl.store(dy + row * D + d, dyv.to(dy.dtype.element_ty), mask=ok)
+        xv = tl.load(x + row * stride_xl + d, mask=ok, other=0.0).to(tl.float32)
+        per_head = tl.sum(tl.reshape(dyv * xv, (DB // P, P)), axis=1)  # (DB / P,)
+        h = tl.arange(0, DB // P)
+        tl.store(ddiag + row * (D // P) + h, per_head, mask=h < D // P)
         to = tl.multiple_of(b * stride_gb + l * stride_gl, ALIGN_G)
         tl.store(dz + to + d, dzv.to(dz.dtype.element_ty), mask=ok)
     tl.store(part_w + pid * D + d, dw, mask=ok)

@@ -1,6 +1,8 @@
 """Sizes, dtypes and launch parameters of one call, worked out once on the host."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Optional
 
@@ -9,10 +11,13 @@ from torch import Tensor
 
 from .table import Launch, launch_for
 
-__all__ = ['SIZES', 'Plan', 'alignment', 'make_plan']
+__all__ = ['SIZES', 'Plan', 'alignment', 'forced_launch', 'make_plan']
 
 SIZES = (16, 32, 64, 128)
 ARCH_WITHOUT_DEVICE = 90  # whose launch table is used for tensors that are not on a GPU
+# Planes of the backward's sums of G = dM o M, (10, B, H, Lp): five of the forward direction, five of the backward one.
+#   0 rows and 1 columns of the diagonal tile; 2 rows and 3 columns of everything else; 4 whole columns / dt
+SUMS = 10
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -36,19 +41,19 @@ class Plan:
         return self.launch.tile
 
     @property
-    def nT(self) -> int:
-        """Tiles a sequence."""
-        return -(-self.L // self.T)
-
-    @property
     def QT(self) -> int:
         """Tiles a chunk."""
-        return min(self.launch.chunk, self.nT)
+        return min(self.launch.chunk, -(-self.L // self.T))
 
     @property
     def nC(self) -> int:
         """Chunks a sequence."""
-        return -(-self.nT // self.QT)
+        return -(-self.L // (self.T * self.QT))
+
+    @property
+    def nT(self) -> int:
+        """Tiles a sequence; whole chunks, so that no loop over tiles has a ragged end."""
+        return self.nC * self.QT
 
     @property
     def Lp(self) -> int:
@@ -87,6 +92,20 @@ class Plan:
         return torch.empty(self.B, self.H, 2, self.nC, self.N, self.P, dtype=self.wide, device=self.device)
 
 
+_forced: Optional[Launch] = None
+
+
+@contextmanager
+def forced_launch(launch: Launch) -> Iterator[None]:
+    """Use ``launch`` for every problem inside the block: for tests of each configuration, and for tuning."""
+    global _forced
+    before, _forced = _forced, launch
+    try:
+        yield
+    finally:
+        _forced = before
+
+
 def make_plan(B: int, L: int, H: int, P: int, G: int, N: int, like: Tensor, launch: Optional[Launch] = None) -> Plan:
     """Check what only these kernels limit, and look the launch parameters up.
 
@@ -101,6 +120,7 @@ def make_plan(B: int, L: int, H: int, P: int, G: int, N: int, like: Tensor, laun
         raise TypeError(f"dtype {like.dtype}; backend 'triton' has kernels for {DTYPES}; backend 'chunked' takes any")
     if not 1 <= L <= 65536:
         raise ValueError(f"L = {L}; backend 'triton' takes 1 <= L <= 65536")
+    launch = launch or _forced
     if launch is None:
         arch = ARCH_WITHOUT_DEVICE
         if like.device.type == 'cuda':

@@ -7,7 +7,7 @@ heads is one long matrix product; on diagonal tiles each head's product is scale
 import triton
 import triton.language as tl
 
-from .mix import diagonal_decays, row_exponents, tile_total
+from .mix import diagonal_decays
 from .scores import load_cols, load_rows
 
 
@@ -19,11 +19,14 @@ def score_grads_kernel(
     lb,
     dtf,
     dtb,
+    S,  # (B, G, nT, QT, T, T)
+    sums,  # (10, B, H, Lp) planes 0, 1, 5, 6 out: rows and columns of the diagonal tile's G
     dS,  # (B, G, nT, QT, T, T) out: [I][J - first]
     dST,  # (B, G, nT, QT, T, T) out: [J][I - first], each tile transposed
     stride_xb,
     stride_xl,
     stride_xh,
+    B,
     L,
     H,
     G,
@@ -41,47 +44,65 @@ def score_grads_kernel(
     b = (pid // (QT * nT * G)).to(tl.int64)
     first = (tile // QT) * QT
     other = first + column
-    if other < nT:
-        t = tl.arange(0, T)
-        p = tl.arange(0, P)
-        i = t[:, None]
-        j = t[None, :]
-        rows = tile * T + t
-        cols = other * T + t
-        heads = H // G
-        acc = tl.zeros((T, T), tl.float32)
+    t = tl.arange(0, T)
+    p = tl.arange(0, P)
+    i = t[:, None]
+    j = t[None, :]
+    rows = tile * T + t
+    cols = other * T + t
+    heads = H // G
+    block = (b * G + g) * nT
+    plane = tl.cast(B, tl.int64) * H * Lp
+    acc = tl.zeros((T, T), tl.float32)
+    if other == tile:
+        s = tl.load(S + ((block + tile) * QT + column) * (T * T) + i * T + j).to(tl.float32)  # (T, T)
         for k in range(heads):
-            h = g * heads + k
-            head = (b * H + h) * Lp
-            dyi = load_rows(dy + (b * L * H + h) * P, rows, p, H * P, L)  # (T, P)
-            xj = load_cols(x + b * stride_xb + h * stride_xh, cols, p, stride_xl, L)  # (P, T)
-            if other == tile:
-                decay = diagonal_decays(lf + head, lb + head, tile, T)  # (T, T)
-                dt_j = tl.where(i > j, tl.load(dtf + head + cols)[None, :], tl.load(dtb + head + cols)[None, :])
-                product = tl.dot(dyi, xj, input_precision=PREC)
-                acc += tl.where(i == j, 0.0, product * decay * dt_j)
-            else:
-                if other < tile:
-                    span = tl.zeros((), lf.dtype.element_ty)
-                    for between in range(other + 1, tile):
-                        span += tile_total(lf + head, between, T, 0)
-                    r = row_exponents(lf + head, tile, T, 0)
-                    w = span + tile_total(lf + head, other, T, 0) - tl.load(lf + head + cols)
-                    dt_j1 = tl.load(dtf + head + cols)
-                else:
-                    span = tl.zeros((), lf.dtype.element_ty)
-                    for between in range(tile + 1, other):
-                        span += tile_total(lb + head, between, T, 1)
-                    r = row_exponents(lb + head, tile, T, 1)
-                    w = span + tile_total(lb + head, other, T, 1) - tl.load(lb + head + cols)
-                    dt_j1 = tl.load(dtb + head + cols)
-                dyr = (dyi.to(tl.float32) * tl.exp2(r.to(tl.float32))[:, None]).to(dyi.dtype)  # (T, P)
-                xw = (xj.to(tl.float32) * (tl.exp2(w.to(tl.float32)) * dt_j1)[None, :]).to(xj.dtype)  # (P, T)
-                acc = tl.dot(dyr, xw, acc, input_precision=PREC)
-        block = (b * G + g) * nT
-        tl.store(dS + ((block + tile) * QT + column) * (T * T) + i * T + j, acc.to(dS.dtype.element_ty))
-        mirror = ((block + other) * QT + (tile - first)) * (T * T)
-        tl.store(dST + mirror + j * T + i, acc.to(dST.dtype.element_ty))
+            head = (b * H + g * heads + k) * Lp
+            dyi = load_rows(dy + (b * L * H + g * heads + k) * P, rows, p, H * P, L)  # (T, P)
+            xj = load_cols(x + b * stride_xb + (g * heads + k) * stride_xh, cols, p, stride_xl, L)  # (P, T)
+            dt_j = tl.where(i > j, tl.load(dtf + head + cols)[None, :], tl.load(dtb + head + cols)[None, :])
+            decay = diagonal_decays(lf + head, lb + head, tile, T) * dt_j  # (T, T)
+            product = tl.where(i == j, 0.0, tl.dot(dyi, xj, input_precision=PREC) * decay)
+            acc += product
+            product *= s
+            at = sums + head + rows
+            lower = tl.where(i > j, product, 0.0)
+            tl.store(at, tl.sum(lower, axis=1))
+            tl.store(at + plane, tl.sum(lower, axis=0))
+            upper = tl.where(i < j, product, 0.0)
+            tl.store(at + 5 * plane, tl.sum(upper, axis=1))
+            tl.store(at + 6 * plane, tl.sum(upper, axis=0))
+    else:
+        l_all = lf
+        dt_all = dtf
+        shift = -1
+        low = other + 1
+        high = tile
+        last = T - 1
+        if other > tile:
+            l_all = lb
+            dt_all = dtb
+            shift = 1
+            low = tile + 1
+            high = other
+            last = 0
+        near = t + shift
+        for k in range(heads):
+            head = (b * H + g * heads + k) * Lp
+            dyi = load_rows(dy + (b * L * H + g * heads + k) * P, rows, p, H * P, L)  # (T, P)
+            xj = load_cols(x + b * stride_xb + (g * heads + k) * stride_xh, cols, p, stride_xl, L)  # (P, T)
+            l_ptr = l_all + head
+            w = tl.load(l_ptr + other * T + last) - tl.load(l_ptr + cols)  # (T,)
+            for between in range(low, high):
+                w += tl.load(l_ptr + between * T + last)
+            r = tl.load(l_ptr + tile * T + near, mask=(near >= 0) & (near < T), other=0.0)  # (T,)
+            wx = tl.exp2(w.to(tl.float32)) * tl.load(dt_all + head + cols)
+            dyr = (dyi.to(tl.float32) * tl.exp2(r.to(tl.float32))[:, None]).to(dyi.dtype)  # (T, P)
+            xw = (xj.to(tl.float32) * wx[None, :]).to(xj.dtype)  # (P, T)
+            acc = tl.dot(dyr, xw, acc, input_precision=PREC)
+    tl.store(dS + ((block + tile) * QT + column) * (T * T) + i * T + j, acc.to(dS.dtype.element_ty))
+    mirror = ((block + other) * QT + (tile - first)) * (T * T)
+    tl.store(dST + mirror + j * T + i, acc.to(dST.dtype.element_ty))
 
 
 @triton.jit
@@ -135,7 +156,7 @@ def bc_grads_kernel(
     is_c = which < 2
     chunk = tile // QT
     first = chunk * QT
-    last = tl.minimum(first + QT, nT)
+    last = first + QT
     t = tl.arange(0, T)
     n = tl.arange(0, N)
     p = tl.arange(0, P)

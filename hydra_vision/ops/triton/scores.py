@@ -52,7 +52,7 @@ def scores_kernel(
     rows = tile * T + t
     chunk = tile // QT
     first = chunk * QT
-    last = tl.minimum(first + QT, nT)
+    last = first + QT
     out = S + ((b * G + g) * nT + tile) * QT * (T * T) + t[:, None] * T + t[None, :]  # (T, T)
     # f: the pair (i > j), b: (i < j). Row operand (T, N), column operand (N, T).
     if TRANSPOSED:

@@ -23,7 +23,7 @@ def states_kernel(
     start,  # (H, P, N) float32 or None
     states,  # (B, H, 2, nC, N, P): out, the state that enters each chunk; for gradients the saved states (in)
     out,  # gradients: (B, H, 2, nC, N, P), of the state that leaves each chunk
-    edge,  # gradients: (B, H, 2, nC) sum of state * gradient at each chunk's far edge
+    through,  # gradients: (B, H, 2, nC) what crosses the whole chunk: entering state . gradient of the leaving one
     dstart,  # gradients: (B, H, 2, N, P) of the start state
     stride_vb,
     stride_vl,
@@ -35,7 +35,6 @@ def states_kernel(
     H,
     G,
     Lp,
-    nT,
     nC,
     QT,
     N: tl.constexpr,
@@ -70,18 +69,16 @@ def states_kernel(
         here = (slot + chunk) * (N * P)
         if GRAD:
             tl.store(out + here + tile_np, state.to(out.dtype.element_ty))
-            crossing = 0.0
-            if k > 0:
-                far = tl.where(ascending, chunk - 1, chunk + 1)
-                saved = tl.load(states + (slot + far) * (N * P) + tile_np).to(tl.float32)  # (N, P)
-                crossing = tl.sum(saved * state)
-            tl.store(edge + slot + chunk, crossing)
+            span = tl.zeros((), lf.dtype.element_ty)
+            for m in range(QT):
+                span += tl.load(l_ptr + (chunk * QT + m) * T + tl.where(direction == 0, T - 1, 0))
+            saved = tl.load(states + here + tile_np).to(tl.float32)  # (N, P)
+            tl.store(through + slot + chunk, tl.sum(saved * state) * tl.exp2(span.to(tl.float32)))
         else:
             tl.store(states + here + tile_np, state.to(states.dtype.element_ty))
         first = chunk * QT
-        tiles = tl.minimum(QT, nT - first)
-        for m in range(tiles):
-            tile = first + tl.where(ascending, m, tiles - 1 - m)
+        for m in range(QT):
+            tile = first + tl.where(ascending, m, QT - 1 - m)
             rows = tile * T + t
             u = load_rows(u_ptr, rows, p, stride_ul, L)  # (T, P)
             total = tl.load(l_ptr + tile * T + tl.where(direction == 0, T - 1, 0))

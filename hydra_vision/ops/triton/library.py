@@ -1,0 +1,165 @@
+"""torch.library operators: what torch.compile and torch.export see instead of the autograd.Functions of eager mode."""
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from .function import mix_backward_all, mix_forward_all
+from .inner import InnerArguments, inner_backward, inner_forward
+
+__all__ = ['hydra_inner_op', 'quasiseparable_mix_op']
+
+_TENSORS = 9  # of hydra_inner: the rest of its arguments are numbers
+
+
+def _arguments(tensors: tuple[Optional[Tensor], ...], numbers: tuple[Any, ...]) -> InnerArguments:
+    headdim, d_state, ngroups, share_bc, dt_min, dt_max, eps = numbers
+    return InnerArguments(*tensors, headdim, d_state, ngroups, share_bc, (dt_min, dt_max), eps)
+
+
+def _present(grads: tuple[Optional[Tensor], ...], like: Tensor) -> list[Tensor]:
+    """An operator cannot return None: an absent gradient is an empty tensor."""
+    return [like.new_empty(0) if g is None else g for g in grads]
+
+
+def _absent(grads: list[Tensor], inputs: tuple[Optional[Tensor], ...]) -> list[Optional[Tensor]]:
+    return [None if t is None else g for g, t in zip(grads, inputs)]
+
+
+@torch.library.custom_op('hydra_vision::hydra_inner', mutates_args=())
+def hydra_inner_op(
+    zxbcdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Optional[Tensor],
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    fc_D_weight: Tensor,
+    norm_weight: Tensor,
+    init_states: Optional[Tensor],
+    headdim: int,
+    d_state: int,
+    ngroups: int,
+    share_bc: bool,
+    dt_min: float,
+    dt_max: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out (B, L, d_inner); saved for the backward: y (B, L, d_inner), rstd (B, L), diagonal (B, H, L)."""
+    tensors = (zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states)
+    return inner_forward(_arguments(tensors, (headdim, d_state, ngroups, share_bc, dt_min, dt_max, eps)))
+
+
+@hydra_inner_op.register_fake
+def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states, headdim, *numbers):
+    B, L, _ = zxbcdt.shape
+    H = dt_bias.shape[0]
+    out = zxbcdt.new_empty(B, L, H * headdim)
+    rstd = zxbcdt.new_empty(B, L, dtype=torch.float32)
+    return out, torch.empty_like(out), rstd, zxbcdt.new_empty(B, H, L, dtype=torch.float32)
+
+
+@torch.library.custom_op('hydra_vision::hydra_inner_backward', mutates_args=())
+def _hydra_inner_backward(
+    dout: Tensor,
+    y: Tensor,
+    rstd: Tensor,
+    diag: Tensor,
+    zxbcdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Optional[Tensor],
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    fc_D_weight: Tensor,
+    norm_weight: Tensor,
+    init_states: Optional[Tensor],
+    headdim: int,
+    d_state: int,
+    ngroups: int,
+    share_bc: bool,
+    dt_min: float,
+    dt_max: float,
+    eps: float,
+) -> list[Tensor]:
+    tensors = (zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states)
+    a = _arguments(tensors, (headdim, d_state, ngroups, share_bc, dt_min, dt_max, eps))
+    return _present(inner_backward(a, y, rstd, diag, dout), dout)
+
+
+@_hydra_inner_backward.register_fake
+def _(dout, y, rstd, diag, *arguments):
+    return [dout.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+            for t in arguments[:_TENSORS]]  # fmt: skip
+
+
+def _inner_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:_TENSORS], *output[1:])
+    ctx.numbers = inputs[_TENSORS:]
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _inner_grads(ctx: Any, dout: Tensor, *unused: Any) -> tuple[Any, ...]:
+    *tensors, y, rstd, diag = ctx.saved_tensors
+    grads = _hydra_inner_backward(dout, y, rstd, diag, *tensors, *ctx.numbers)
+    return *_absent(grads, tuple(tensors)), *(None for _ in ctx.numbers)
+
+
+hydra_inner_op.register_autograd(_inner_grads, setup_context=_inner_setup)
+
+
+@torch.library.custom_op('hydra_vision::quasiseparable_mix', mutates_args=())
+def quasiseparable_mix_op(
+    x: Tensor,
+    dt_f: Tensor,
+    dt_b: Tensor,
+    A: Tensor,
+    B_f: Tensor,
+    C_f: Tensor,
+    B_b: Tensor,
+    C_b: Tensor,
+    D: Optional[Tensor],
+    init_states: Optional[Tensor],
+) -> Tensor:
+    """y (B, L, H, P)."""
+    return mix_forward_all(x, dt_f, dt_b, A, B_f, C_f, B_b, C_b, D, init_states)
+
+
+@quasiseparable_mix_op.register_fake
+def _(x, *others):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op('hydra_vision::quasiseparable_mix_backward', mutates_args=())
+def _quasiseparable_mix_backward(
+    dy: Tensor,
+    x: Tensor,
+    dt_f: Tensor,
+    dt_b: Tensor,
+    A: Tensor,
+    B_f: Tensor,
+    C_f: Tensor,
+    B_b: Tensor,
+    C_b: Tensor,
+    D: Optional[Tensor],
+    init_states: Optional[Tensor],
+) -> list[Tensor]:
+    return _present(mix_backward_all(dy, x, dt_f, dt_b, A, B_f, C_f, B_b, C_b, D, init_states), dy)
+
+
+@_quasiseparable_mix_backward.register_fake
+def _(dy, *arguments):
+    return [dy.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+            for t in arguments]  # fmt: skip
+
+
+def _mix_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _mix_grads(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    return tuple(_absent(_quasiseparable_mix_backward(dy, *ctx.saved_tensors), ctx.saved_tensors))
+
+
+quasiseparable_mix_op.register_autograd(_mix_grads, setup_context=_mix_setup)
