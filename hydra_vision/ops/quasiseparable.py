@@ -99,9 +99,10 @@ def mix_unchecked(
         mix = importlib.import_module('hydra_vision.ops.triton').quasiseparable_mix
     else:
         mix = {'reference': mix_dense, 'chunked': mix_chunked, 'mamba_ssm': mix_mamba_ssm}[name]
-    if not torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):  # not so on 'meta'
         return mix(x, dt_f, dt_b, A, B_f, C_f, B_b, C_b, D, init_states)
-    with torch.autocast(x.device.type, enabled=False):  # the decays and sums keep their float32
+    with torch.autocast(device, enabled=False):  # the decays and sums keep their float32
         return mix(x, dt_f, dt_b, A, B_f, C_f, B_b, C_b, D, init_states)
 
 
