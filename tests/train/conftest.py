@@ -8,11 +8,17 @@ from PIL import Image
 
 from hydra_vision.train.main import main
 
-# A model and a recipe small enough for many runs: 4 tokens, one block, four epochs.
-TINY = (
-    *("--config", "hydra_vit_nano_digits", "--epochs", "3", "--device", "cpu"),
-    *("--set", "model.kwargs={patch_size: 4, depth: 1, embed_dim: 64}", "--set", "schedule.warmup_epochs=1"),
-)
+COLORS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}
+
+# A recipe small enough for many runs: 4 tokens, one block, 6 batches an epoch.
+TINY = """
+model: {name: hydra_vit_nano, drop_path_rate: 0.1, kwargs: {patch_size: 4, depth: 1, embed_dim: 64}}
+data: {img_size: 8, batch_size: 8, workers: 0}
+optim: {lr: 2e-3}
+schedule: {epochs: 3, warmup_epochs: 1}
+ema: {decay: 0.9}
+run: {device: cpu}
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -30,14 +36,24 @@ def save_images(folder: Path, count: int, color: Sequence[int], size: int = 24, 
         Image.fromarray(noise).save(folder / f"{index:03}{suffix}")
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> tuple[str, ...]:
+    """Arguments of a run on 48 training and 18 validation images that takes about a second."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "tiny.yaml").write_text(TINY)
+    for label, color in COLORS.items():
+        save_images(folder / "train" / label, 16, color, size=12)
+        save_images(folder / "val" / label, 6, color, size=12)
+    return ("--config", str(folder / "tiny.yaml"), "--data-dir", str(folder))
+
+
 @pytest.fixture
 def image_folder(tmp_path) -> Callable[..., Path]:
     """Builds an ImageNet-style folder of three classes that differ in colour."""
 
     def build(name: str = "images", train: int = 8, val: int = 3, suffix: str = ".png") -> Path:
-        colors = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}
         for split, count in (("train", train), ("val", val)):
-            for label, color in colors.items():
+            for label, color in COLORS.items():
                 save_images(tmp_path / name / split / label, count, color, suffix=suffix)
         return tmp_path / name
 

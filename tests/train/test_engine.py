@@ -1,0 +1,243 @@
+import csv
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hydra_vision.eval.classification import evaluate
+from hydra_vision.train import engine
+from hydra_vision.train.checkpoint import LAST, load_checkpoint
+
+
+def same(first, second) -> bool:
+    """Bitwise equality of nested containers of tensors."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
+
+
+def summary(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "summary.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def interrupt_at(monkeypatch, epoch: int) -> None:
+    """Ctrl-C in the middle of an epoch (counted from 0)."""
+    backward = engine.Trainer._backward
+
+    def interrupted(self, *arguments):
+        if self.epoch == epoch and self.updates % 3 == 1:
+            raise KeyboardInterrupt
+        return backward(self, *arguments)
+
+    monkeypatch.setattr(engine.Trainer, "_backward", interrupted)
+
+
+# Everything that is random at once: dropout, stochastic depth, augmentation, erasing, mixing, order.
+RANDOM = (
+    *("--set", "model.drop_rate=0.1", "--set", "model.drop_path_rate=0.2", "--set", "augment.erase_prob=0.3"),
+    *("--set", "augment.auto_augment=rand-m5-mstd0.5", "--set", "augment.mixup=0.2", "--set", "augment.cutmix=1"),
+    *("--accum-steps", "2", "--set", "optim.clip_grad=1"),
+)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tiny, run, tmp_path, monkeypatch, workers):
+    arguments = (*tiny, *RANDOM, "--workers", workers)
+    assert run(*arguments, "--output", "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        code, _, error = run(*arguments, "--output", "parts")
+    assert code == 130
+    assert "--resume auto" in error
+    assert load_checkpoint(tmp_path / "parts" / LAST)["epoch"] == 2
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    code, out, _ = run(*arguments, "--output", "parts", "--resume", "auto")
+    assert code == 0
+    assert "from epoch 2" in out
+    whole, parts = (load_checkpoint(tmp_path / name / LAST) for name in ("whole", "parts"))
+    for key in ("state_dict", "state_dict_ema", "optimizer", "random", "updates", "best"):
+        assert same(whole[key], parts[key]), key
+    rows = [
+        [
+            {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
+            for row in summary(tmp_path / name)
+        ]
+        for name in ("whole", "parts")
+    ]
+    assert rows[0] == rows[1]
+    assert [row["epoch"] for row in rows[1]] == ["1", "2", "3"]
+
+
+def test_a_resume_takes_changed_settings_and_says_so(tiny, run, tmp_path):
+    assert run(*tiny, "--output", "run")[0] == 0
+    code, out, _ = run("--resume", "run", "--epochs", "4", "--set", "optim.weight_decay=0.3")
+    assert code == 0
+    assert "resuming with schedule.epochs: 3 -> 4" in out
+    assert "resuming with optim.weight_decay: 0.05 -> 0.3" in out
+    state = load_checkpoint(tmp_path / "run" / LAST)
+    assert state["epoch"] == 4
+    assert {group["weight_decay"] for group in state["optimizer"]["param_groups"]} == {0.0, 0.3}
+
+
+def test_a_finished_run_is_not_trained_again(tiny, run, tmp_path):
+    assert run(*tiny, "--output", "run")[0] == 0
+    before = (tmp_path / "run" / LAST).read_bytes()
+    code, out, _ = run(*tiny, "--output", "run", "--resume", "auto")
+    assert code == 0
+    assert "best: " in out
+    assert (tmp_path / "run" / LAST).read_bytes() == before
+
+
+def test_a_loss_that_is_nan_stops_the_run_with_the_last_good_checkpoint(tiny, fails, tmp_path, monkeypatch):
+    build_loss = engine.build.create_loss
+
+    def create_loss(config):
+        loss, calls = build_loss(config), iter(range(10**6))
+
+        class Breaking(torch.nn.Module):
+            def forward(self, logits, targets):
+                return loss(logits, targets) * (math.nan if next(calls) == 8 else 1)  # 6 batches an epoch
+
+        return Breaking()
+
+    monkeypatch.setattr(engine.build, "create_loss", create_loss)
+    error = fails(*tiny, "--output", "run", code=1)
+    assert "the loss became nan at step 9 (epoch 2, batch 3)" in error
+    assert f"the last good checkpoint is {Path('run') / LAST} (epoch 1)" in error
+    state = load_checkpoint(tmp_path / "run" / LAST)
+    assert state["epoch"] == 1
+    assert all(value.isfinite().all() for value in state["state_dict"].values())
+    assert (tmp_path / "run" / "curve.png").is_file()
+
+
+def test_weights_that_broke_in_the_last_step_are_not_saved(tiny, fails, tmp_path, monkeypatch):
+    update = engine.Trainer._update
+
+    def breaking(self):
+        update(self)
+        if self.updates == 12:
+            with torch.no_grad():
+                self.model.head.bias[0] = math.inf
+
+    monkeypatch.setattr(engine.Trainer, "_update", breaking)
+    error = fails(*tiny, "--output", "run", code=1)
+    assert "a weight is no longer finite after step 12 (epoch 2)" in error
+    assert load_checkpoint(tmp_path / "run" / LAST)["epoch"] == 1
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_keeps_the_previous_one(
+    tiny, fails, tmp_path, monkeypatch
+):
+    save, calls = torch.save, iter(range(100))
+
+    def full(state, file):
+        if next(calls) == 1:
+            file.write(b"some bytes")
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    error = fails(*tiny, "--output", "run", code=1)
+    assert "No space left on device" in error
+    assert "the previous last.pt is intact" in error
+    assert load_checkpoint(tmp_path / "run" / LAST)["epoch"] == 1
+
+
+def test_validation_of_a_checkpoint_gives_the_results_of_the_run(tiny, run, validated, tmp_path):
+    assert run(*tiny, "--output", "run")[0] == 0
+    last = summary(tmp_path / "run")[-1]
+    results = validated("run/last.pt")
+    for name, column in (("raw", "val"), ("EMA", "ema")):
+        assert results[name]["top1"] == pytest.approx(float(last[f"{column}_top1"]), abs=1e-3)
+        assert results[name]["loss"] == pytest.approx(float(last[f"{column}_loss"]), rel=1e-4)
+        assert results[name]["images"] == 18
+    best = max(float(row[column]) for row in summary(tmp_path / "run") for column in ("val_top1", "ema_top1"))
+    assert max(result["top1"] for result in validated("run").values()) == pytest.approx(best, abs=1e-3)
+    code, out, _ = run("--validate", "run", "--set", "data.val_batch_size=7")
+    assert code == 0
+    assert "EMA" in out
+
+
+def test_accumulated_batches_give_the_update_of_one_large_batch(tiny, run, tmp_path):
+    plain = (*tiny, "--set", "model.drop_path_rate=0", "--set", "augment.hflip=0", "--set", "optim.name=sgd")
+    plain = (*plain, "--set", "augment.scale=[1, 1]", "--set", "augment.ratio=[1, 1]")
+    plain = (*plain, "--set", "augment.interpolation=bicubic", "--lr", "0.1")
+    assert run(*plain, "--output", "large", "--batch-size", 16)[0] == 0
+    assert run(*plain, "--output", "small", "--batch-size", 8, "--accum-steps", 2)[0] == 0
+    large, small = (load_checkpoint(tmp_path / name / LAST) for name in ("large", "small"))
+    assert large["updates"] == small["updates"] == 9
+    for name, value in large["state_dict"].items():
+        torch.testing.assert_close(value, small["state_dict"][name], rtol=1e-4, atol=1e-6)
+
+
+def test_an_update_with_fewer_batches_weighs_them_fully(tiny, run, tmp_path, monkeypatch):
+    """6 batches in groups of 4: the last group holds 2, and its gradient is their mean, not half of it."""
+    seen = []
+    backward = engine.Trainer._backward
+
+    def spy(self, images, targets, group):
+        seen.append(group)
+        return backward(self, images, targets, group)
+
+    monkeypatch.setattr(engine.Trainer, "_backward", spy)
+    assert run(*tiny, "--accum-steps", 4, "--output", "run")[0] == 0
+    assert seen == [4, 4, 4, 4, 2, 2] * 3
+    assert load_checkpoint(tmp_path / "run" / LAST)["updates"] == 6
+
+
+def test_checkpointed_activations_and_channels_last_change_nothing(tiny, run, tmp_path):
+    assert run(*tiny, "--output", "plain")[0] == 0
+    options = ("--set", "run.grad_checkpointing=true", "--set", "run.channels_last=true")
+    assert run(*tiny, *options, "--output", "other")[0] == 0
+    plain, other = (load_checkpoint(tmp_path / name / LAST)["state_dict"] for name in ("plain", "other"))
+    for name, value in plain.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-4)
+
+
+def test_bfloat16_and_mixing_that_is_switched_off(tiny, run, tmp_path):
+    options = ("--amp", "bf16", "--set", "augment.mixup=0.5", "--set", "augment.mix_off_epoch=1")
+    assert run(*tiny, *options, "--output", "run")[0] == 0
+    rows = summary(tmp_path / "run")
+    assert float(rows[-1]["val_top1"]) > 30
+    assert all(
+        value.dtype == torch.float32 for value in load_checkpoint(tmp_path / "run" / LAST)["state_dict"].values()
+    )
+
+
+@pytest.mark.slow
+def test_a_compiled_run(tiny, run, tmp_path):
+    options = ("--compile", "true", "--epochs", "1", "--set", "schedule.warmup_epochs=0")
+    assert run(*tiny, *options, "--output", "run")[0] == 0
+    assert not any("_orig_mod" in name for name in load_checkpoint(tmp_path / "run" / LAST)["state_dict"])
+
+
+def test_validation_may_be_rarer_than_epochs(tiny, run, tmp_path):
+    assert run(*tiny, "--set", "run.validate_every=2", "--output", "run")[0] == 0
+    assert [row["val_top1"] != "" for row in summary(tmp_path / "run")] == [False, True, True]
+
+
+def test_evaluation_counts_each_image_once_and_leaves_out_masked_ones():
+    logits = torch.eye(6)
+    batches = [(logits[:4], torch.tensor([0, 1, -1, 0])), (logits[4:], torch.tensor([5, 5]))]
+    result = evaluate({"a": torch.nn.Identity()}, batches, torch.device("cpu"))["a"]
+    assert result["images"] == 5
+    assert result["top1"] == pytest.approx(100 * 3 / 5)
+    assert result["top5"] == pytest.approx(100 * 5 / 5)
+    expected = torch.nn.functional.cross_entropy(logits[[0, 1, 3, 4, 5]], torch.tensor([0, 1, 0, 5, 5]))
+    assert result["loss"] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_the_curve_is_a_picture(tiny, run, tmp_path):
+    assert run(*tiny, "--output", "run")[0] == 0
+    with Image.open(tmp_path / "run" / "curve.png") as image:
+        assert image.width >= 1000
+        assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 20

@@ -1,0 +1,178 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+
+import hydra_vision
+from hydra_vision.train.checkpoint import BEST, load_checkpoint
+from hydra_vision.train.recipes import recipe_names
+
+ROOT = Path(hydra_vision.__file__).parents[1]
+FILES = {"best.pt", "config.yaml", "curve.png", "last.pt", "results.md", "summary.csv"}
+
+
+def script(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    """Runs train_imagenet.py as a user does."""
+    if not (ROOT / "train_imagenet.py").is_file():
+        pytest.skip("train_imagenet.py is part of the checkout, not of the installed package")
+    command = [sys.executable, str(ROOT / "train_imagenet.py"), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+
+
+@pytest.mark.slow
+def test_the_demonstration_learns_real_images_in_two_minutes(tmp_path):
+    started = time.monotonic()
+    result = script(cwd=tmp_path)
+    seconds = time.monotonic() - started
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "output" / "hydra_vit_nano_digits"
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert str(folder.relative_to(tmp_path)) in result.stdout
+    rows = (folder / "summary.csv").read_text().splitlines()
+    last = dict(zip(rows[0].split(","), rows[-1].split(","), strict=True))
+    assert min(float(last["val_top1"]), float(last["ema_top1"])) >= 95
+    assert seconds < 120, f"took {seconds:.0f} s"
+
+
+def test_the_imagenet_recipe_runs_on_a_folder(run, validated, image_folder, tmp_path):
+    """`--data-dir` alone picks the ImageNet recipe; only sizes are made small here."""
+    folder = image_folder(train=8, val=4)
+    shrink = ("--model", "test_hydra_vit", "--num-classes", 3, "--img-size", 32, "--batch-size", 4, "--epochs", 2)
+    shrink = (*shrink, "--set", "schedule.warmup_epochs=1", "--workers", 0, "--device", "cpu")
+    code, out, error = run("--data-dir", folder, *shrink)
+    assert code == 0, error
+    output = tmp_path / "output" / "hydra_vit_base_imagenet1k"
+    assert {path.name for path in output.iterdir()} == FILES
+    recipe = yaml.safe_load((output / "config.yaml").read_text())
+    assert recipe["augment"]["auto_augment"] == "rand-m9-mstd0.5-inc1"
+    assert recipe["optim"]["accum_steps"] == 4
+    assert recipe["run"]["amp"] == "bf16"
+    assert "24 training and 12 validation images, 3 classes" in out
+    assert load_checkpoint(output / BEST)["classes"] == ["blue", "green", "red"]
+    assert validated(output)["raw"]["images"] == 12
+
+
+def test_the_result_is_a_timm_checkpoint(tiny, run, tmp_path):
+    assert run(*tiny, "--output", "run")[0] == 0
+    kwargs = {"img_size": 8, "num_classes": 3, "patch_size": 4, "depth": 1, "embed_dim": 64}
+    model = timm.create_model("hydra_vit_nano", checkpoint_path=str(tmp_path / "run" / BEST), **kwargs)
+    state = load_checkpoint(tmp_path / "run" / BEST)["state_dict_ema"]
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_training_can_start_from_the_weights_of_another_run(tiny, run, tmp_path):
+    assert run(*tiny, "--output", "run")[0] == 0
+    best = load_checkpoint(tmp_path / "run" / BEST)
+    start = ("--set", "model.checkpoint=run/best.pt", "--lr", "1e-12", "--set", "schedule.warmup_lr=0")
+    assert run(*tiny, *start, "--output", "tuned")[0] == 0
+    for name, value in load_checkpoint(tmp_path / "tuned" / BEST)["state_dict"].items():
+        torch.testing.assert_close(value, best["state_dict_ema"][name])
+
+
+def test_a_run_is_never_overwritten(tiny, run, fails, tmp_path):
+    for name in ("tiny", "tiny-1"):
+        assert run(*tiny, "--epochs", "2")[0] == 0
+        assert {path.name for path in (tmp_path / "output" / name).iterdir()} == FILES
+    before = (tmp_path / "output" / "tiny" / BEST).read_bytes()
+    error = fails(*tiny, "--output", "output/tiny", code=2)
+    assert "already holds a run" in error
+    assert "--resume auto" in error
+    assert (tmp_path / "output" / "tiny" / BEST).read_bytes() == before
+
+
+def test_resume_auto_starts_afresh_where_there_is_nothing_and_finds_the_latest_run(tiny, run, tmp_path):
+    code, out, _ = run(*tiny, "--resume", "auto")
+    assert code == 0
+    assert "from epoch" not in out
+    code, out, _ = run(*tiny, "--epochs", "4", "--resume", "auto")
+    assert code == 0
+    assert "from epoch 3" in out
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["tiny"]
+
+
+def test_a_run_can_be_continued_in_another_folder(tiny, run, tmp_path):
+    assert run(*tiny, "--output", "run")[0] == 0
+    assert run("--resume", "run", "--epochs", "4", "--output", "longer")[0] == 0
+    assert len((tmp_path / "run" / "summary.csv").read_text().splitlines()) == 4
+    assert len((tmp_path / "longer" / "summary.csv").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--epochz", "3"], 2, "unknown flag --epochz. Did you mean '--epochs'?"),
+        (["--epoch", "3"], 2, "unknown flag --epoch. Did you mean '--epochs'?"),
+        (["--optim.lr", "3"], 2, "unknown flag --optim.lr: write --set optim.lr=VALUE"),
+        (["--epochs"], 2, "argument --epochs: expected one argument"),
+        (["--epochs", "few"], 2, "--epochs: schedule.epochs='few' is not valid; allowed: a whole number"),
+        (["--set", "optim.lrr=1"], 2, "--set: unknown key 'optim.lrr'. Did you mean 'optim.lr'?"),
+        (["digits"], 2, "unexpected argument 'digits'"),
+        (["--config", "hydra_vit_nano_digit"], 2, "Did you mean 'hydra_vit_nano_digits'?"),
+        (["--json"], 2, "--json goes with --validate"),
+        (["--validate", "a.pt", "--output", "b"], 2, "leave out --resume and --output"),
+        (["--model", "hydra_vit_nan"], 2, "Did you mean 'hydra_vit_nano'?"),
+        (["--device", "gpu"], 2, "run.device='gpu' is not available"),
+        (["--img-size", "9"], 2, "data.img_size=9 is not valid"),
+        (["--data-dir", "nowhere"], 1, "data.dir='nowhere' is not a folder"),
+        (["--config", "hydra_vit_nano_digits", "--data-dir", "a"], 2, "data.dir has no effect"),
+        (["--num-classes", "11"], 1, "model.num_classes=11, but sklearn/digits (train) has 10 classes"),
+        (["--resume", "nowhere.pt"], 1, "no checkpoint 'nowhere.pt'"),
+        (["--validate", "nowhere.pt"], 1, "no checkpoint 'nowhere.pt'"),
+    ],
+)
+def test_mistakes_end_with_one_line_before_any_work(fails, tmp_path, arguments, code, message):
+    assert message in fails(*arguments, code=code)
+    assert list(tmp_path.iterdir()) == [] or list((tmp_path / "output").iterdir()) == []
+
+
+def test_too_many_unreadable_images_end_the_run_by_name(fails, image_folder):
+    folder = image_folder()
+    (folder / "train" / "red" / "003.png").write_bytes(b"")
+    small = ("--model", "test_vit", "--num-classes", 3, "--img-size", 32, "--batch-size", 4, "--device", "cpu")
+    error = fails("--data-dir", folder, *small, "--set", "data.max_unreadable=0", "--workers", 2, code=1)
+    assert "1 unreadable image in the" in error
+    assert "red/003.png" in error
+
+
+def test_skipped_images_are_told_at_the_end(run, image_folder):
+    folder = image_folder()
+    (folder / "val" / "red" / "001.png").write_bytes(b"")
+    small = ("--model", "test_hydra_vit", "--num-classes", 3, "--img-size", 32, "--batch-size", 4, "--device", "cpu")
+    code, out, _ = run("--data-dir", folder, *small, "--epochs", 1, "--set", "schedule.warmup_epochs=0", "--workers", 0)
+    assert code == 0
+    assert "warning: skipped 1 unreadable image" in out
+    assert "red/001.png" in out
+
+
+def test_print_config_shows_the_recipe_after_overrides_and_runs_nothing(run, tmp_path):
+    code, out, _ = run("--print-config", "--lr", "3e-3", "--set", "optim.lr=4e-3")
+    assert code == 0
+    recipe = yaml.safe_load(out)
+    assert recipe["optim"]["lr"] == 4e-3  # the last word wins
+    assert recipe["data"]["name"] == "sklearn/digits"
+    assert list(tmp_path.iterdir()) == []
+    assert yaml.safe_load(run("--print-config", "--data-dir", "x")[1])["model"]["name"] == "hydra_vit_base"
+
+
+def test_list_configs(run):
+    assert run("--list-configs")[1].split() == recipe_names()
+
+
+def test_output_is_plain_lines_where_there_is_no_terminal(tiny, tmp_path):
+    result = script(*tiny, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "\x1b" not in result.stdout
+    assert "\r" not in result.stdout
+    lines = [line for line in result.stdout.splitlines() if line.startswith("epoch")]
+    assert len(lines) == 3
+    assert all("img/s" in line for line in lines)
+    assert "ETA" in lines[0]
+    assert json.dumps(result.stderr) == '""'
