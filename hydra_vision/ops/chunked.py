@@ -31,7 +31,8 @@ from .reference import accumulation_dtype, shift_tokens
 
 __all__ = ['mix_chunked']
 
-_CHUNK = 256  # Q, at most
+_SINGLE_CHUNK = 256  # a sequence up to this long is one chunk: pairs of tiles cost less there than states
+_CHUNK = 128  # Q, at most, of longer sequences
 _TILE = 32  # q, at most
 _SCAN_WIDTH = 32  # chunks (then groups of chunks, ...) combined by one small matrix product
 
@@ -48,19 +49,21 @@ def mix_chunked(
         D: Optional[Tensor] = None,
         init_states: Optional[Tensor] = None,
         *,
-        chunk_size: int = _CHUNK,
+        chunk_size: Optional[int] = None,
         tile_size: int = _TILE,
 ) -> Tensor:
     """y = M x, chunk by chunk. Arguments as in ``quasiseparable_mix``.
 
     Args:
-        chunk_size: Most tokens between two states, at least 1. Chunks and tiles are made equally long, so that little
-            or nothing is padded.
+        chunk_size: Most tokens between two states, at least 1; by default 128, and a single chunk up to L = 256. Chunks
+            and tiles are made equally long, so that little or nothing is padded.
         tile_size: Most tokens in a tile, at least 1.
     """
     batch, L, H, P = x.shape
     G = B_f.shape[2]
     acc = accumulation_dtype(x.dtype)
+    if chunk_size is None:
+        chunk_size = _SINGLE_CHUNK if L <= _SINGLE_CHUNK else _CHUNK
     chunks = -(-L // chunk_size)
     levels = 0  # a chunk is 2 ** levels tiles
     while -(-L // (chunks << levels)) > tile_size:

@@ -119,9 +119,10 @@ def unpack_zxbcdt(
     H = dt_bias.shape[0]
     acc = accumulation_dtype(zxbcdt.dtype)
     z, xbc, dt = split_zxbcdt(zxbcdt, H * headdim, H)
-    dt_f, dt_b = (F.softplus(part.to(acc) + dt_bias.to(acc)) for part in dt.chunk(2, dim=-1))
+    dt = F.softplus(dt.to(acc).unflatten(-1, (2, H)) + dt_bias.to(acc))
     if tuple(dt_limit) != NO_DT_LIMIT:
-        dt_f, dt_b = dt_f.clamp(*dt_limit), dt_b.clamp(*dt_limit)
+        dt = dt.clamp(*dt_limit)
+    dt_f, dt_b = dt.unbind(-2)
     xbc = F.silu(_depthwise_conv(xbc, conv_weight, conv_bias))
     width = ngroups * d_state
     x, *BC = xbc.split([H * headdim] + [width] * (2 if share_bc else 4), dim=-1)
