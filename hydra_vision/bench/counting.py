@@ -2,7 +2,8 @@
 
 Operations: ``torch.utils.flop_counter`` over one image. Matrix products with weights and convolutions are the
 *projections*; products of activations (attention, the chunked form of the quasiseparable operator) are the *mixing*.
-Depthwise convolutions count as convolutions; elementwise work, norms and softmax do not count.
+Depthwise convolutions count as convolutions; elementwise work, norms and softmax do not count. The backward pass of a
+projection is two products of its size, that of the patch embedding one: its input is an image.
 
 Memory traffic, a lower bound in elements, for a perfect cache inside every stage and none between stages:
 
@@ -27,32 +28,48 @@ from torch.utils.flop_counter import FlopCounterMode
 __all__ = ['COUNTED', 'Counts', 'count_model', 'create_model', 'family_models']
 
 COUNTED = (
-    'matrix products and convolutions of one image at the default size, multiply and add as one; the Hydra operator in '
-    'its linear-time chunked form; no elementwise work, norms or softmax'
+    'matrix products and convolutions of one image at the default size, multiply and add as one; the Hydra operator as '
+    "the backend 'chunked' computes it; no elementwise work, norms or softmax"
 )
 
-_PROJECTIONS = ('mm', 'addmm', 'convolution', 'convolution_backward')
+_PROJECTIONS = ('mm', 'addmm', 'convolution')
 # First and last projection of the token mixers that are known: timm's attention, the Hydra mixer.
 _MIXER_ENDS = (('qkv', 'proj'), ('in_proj', 'out_proj'))
 
 
 @dataclass(frozen=True)
 class Counts:
-    """One image, one call: inference, or training (forward and backward)."""
+    """One image, forward. Elements are what all stages of a kind read and write together."""
 
     parameters: int
     projection_flops: int
     mixing_flops: int
-    image_elements: int
-    weight_elements: int
+    stem_flops: int  # of the projections, the patch embedding's or stem's
+    weights: int
+    projection_reads: int
+    projection_writes: int
+    stem_reads: int
+    mixer_reads: int
+    mixer_writes: int
 
     @property
     def flops(self) -> int:
         return self.projection_flops + self.mixing_flops
 
-    def traffic(self, batch: int, itemsize: int) -> int:
-        """Bytes that a batch moves at least."""
-        return (self.image_elements * batch + self.weight_elements) * itemsize
+    def gemm_flops(self, batch: int, training: bool) -> int:
+        """Operations of the projections alone, which every implementation has to do."""
+        one = 3 * self.projection_flops - self.stem_flops if training else self.projection_flops
+        return batch * one
+
+    def traffic(self, batch: int, itemsize: int, training: bool) -> int:
+        """Bytes that every implementation has to move, see the top of this file."""
+        elements = self.projection_reads + self.projection_writes + self.mixer_reads + self.mixer_writes
+        weights = self.weights
+        if training:
+            elements += 2 * (self.projection_reads + self.projection_writes) - self.stem_reads
+            elements += 2 * self.mixer_reads + self.mixer_writes
+            weights *= 3
+        return (batch * elements + weights) * itemsize
 
 
 def family_models() -> list[str]:
@@ -74,51 +91,48 @@ def create_model(name: str, img_size: Optional[int] = None, backend: Optional[st
 
 
 @cache
-def count_model(name: str, img_size: Optional[int] = None, training: bool = False) -> Counts:
+def count_model(name: str, img_size: Optional[int] = None) -> Counts:
     """Count one image of a model.
 
     Args:
         name: A timm model. One of ours is counted in its chunked form, whatever runs later.
         img_size: Side of the image; None for the model's default.
-        training: Forward and backward instead of forward.
     """
     with torch.device('meta'):
-        model = create_model(name, img_size, 'chunked' if name.partition('.')[0] in family_models() else None)
+        model = create_model(name, img_size, 'chunked' if name.partition('.')[0] in family_models() else None).eval()
         channels, height, width = model.default_cfg['input_size']
         if img_size is not None:
             height = width = img_size
         images = torch.empty(1, channels, height, width)
-    model.train(training)
-    sizes: dict[nn.Module, tuple[int, int]] = {}
+    sizes: dict[nn.Module, tuple[int, int]] = {}  # elements read and written
 
     def note(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         sizes[module] = (inputs[0].numel(), output.numel())
 
-    projections = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d) and getattr(m, 'groups', 1) == 1]
-    hooks = [m.register_forward_hook(note) for m in projections]
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
-        output = model(images)
-        if training:
-            output.sum().backward()
-    for hook in hooks:
-        hook.remove()
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and getattr(module, 'groups', 1) == 1:
+            module.register_forward_hook(note)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images)
 
     by_operator = {str(op).rpartition('.')[2]: n for op, n in counter.get_flop_counts()['Global'].items()}
     projected = sum(n for op, n in by_operator.items() if op in _PROJECTIONS)
-    elements = weights = 0
-    for module, (read, written) in sizes.items():
-        is_stem = isinstance(module, nn.Conv2d) and module.in_channels == channels  # its input needs no gradient
-        elements += read * (1 if not training else 2 if is_stem else 3) + written * (3 if training else 1)
-        weights += module.weight.numel() * (3 if training else 1)
-    for module in model.modules():
-        for first_name, last_name in _MIXER_ENDS:
-            first, last = getattr(module, first_name, None), getattr(module, last_name, None)
-            if first in sizes and last in sizes:
-                elements += sizes[first][1] * (3 if training else 1) + sizes[last][0] * (2 if training else 1)
+    stem = next((m for m in sizes if isinstance(m, nn.Conv2d)), None)  # hooks ran in order: the first is at the image
+    mixers = [
+        (getattr(module, first), getattr(module, last))
+        for module in model.modules()
+        for first, last in _MIXER_ENDS
+        if getattr(module, first, None) in sizes and getattr(module, last, None) in sizes
+    ]
     return Counts(
         parameters=sum(p.numel() for p in model.parameters()),
         projection_flops=projected,
         mixing_flops=sum(by_operator.values()) - projected,
-        image_elements=elements,
-        weight_elements=weights,
+        stem_flops=0 if stem is None else 2 * sizes[stem][1] * stem.weight[0].numel(),
+        weights=sum(module.weight.numel() for module in sizes),
+        projection_reads=sum(read for read, _ in sizes.values()),
+        projection_writes=sum(written for _, written in sizes.values()),
+        stem_reads=0 if stem is None else sizes[stem][0],
+        mixer_reads=sum(sizes[first][1] for first, _ in mixers),
+        mixer_writes=sum(sizes[last][0] for _, last in mixers),
     )

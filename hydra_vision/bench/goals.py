@@ -28,7 +28,7 @@ class Goal:
     peer: Optional[str] = None
     base_size: Optional[int] = None
     base_batch: Optional[int] = None
-    quantity: str = 'time'  # 'time' an image, 'speed' in images/s, 'memory' at its peak
+    quantity: str = 'time'  # 'time' an image, 'token time', 'speed' in images/s, 'memory' at its peak
     device: str = 'cuda'
     mode: str = 'infer'
     compiled: bool = True
@@ -90,6 +90,15 @@ def _smaller_against_deit() -> list[Goal]:
     return goals
 
 
+def _linear_in_tokens() -> list[Goal]:
+    where = {'model': 'hydra_vit_base', 'img_size': 2048, 'batch': 4, 'base_size': 224, 'base_batch': 256}
+    goals = []
+    for mode in ('infer', 'train'):
+        title = f'time a token, {mode}, hydra_vit_base at 2048 px / at 224 px'
+        goals.append(Goal(title, **where, limit=1.15, at_most=True, quantity='token time', mode=mode))
+    return goals
+
+
 GOALS: tuple[Goal, ...] = (
     _cpu('(a) time, hydra_vit_tiny / deit_tiny, 224 px, batch 8', 224, 8, 1.5, peer='deit_tiny_patch16_224'),
     _cpu('(b) time, hydra_vit_tiny at 896 px / at 448 px (4 x the tokens)', 896, 1, 4.6, base_size=448, base_batch=1),
@@ -103,6 +112,7 @@ GOALS: tuple[Goal, ...] = (
     ),
     *_base_against_vit(),
     *_smaller_against_deit(),
+    *_linear_in_tokens(),
 )
 
 
@@ -134,8 +144,12 @@ def _find(results: Sequence[Result], goal: Goal, model: str, img_size: int, batc
 
 
 def _quantity(result: Result, quantity: str) -> Optional[float]:
-    return {
-        'time': result.seconds_per_image,
-        'speed': result.images_per_second,
-        'memory': result.peak_bytes,
-    }[quantity]
+    if result.timing is None:
+        return None
+    if quantity == 'memory':
+        return result.peak_bytes
+    if quantity == 'speed':
+        return result.images_per_second
+    if quantity == 'token time':
+        return result.seconds_per_image / (result.case.img_size // 16) ** 2
+    return result.seconds_per_image

@@ -147,8 +147,8 @@ def _bench_models(
     verdicts = check_goals(results, device)
     if verdicts:
         console.print(verdict_table(verdicts))
-        if device.type == 'cpu':
-            console.print(f'the CPU goals are stated for 2 threads; this run used {torch.get_num_threads()}')
+        stated, here = ('2 threads', torch.get_num_threads()) if device.type == 'cpu' else ('an H200', run['device'])
+        console.print(f'the goals are stated for {stated}; this run used {here}')
 
 
 def _bench_operators(

@@ -146,12 +146,14 @@ def run_group(
         progress(f'measuring {len(steps)} variants in turns')
         limit = time_limit * len({case.img_size for case in cases})
         for case, timing in measure(steps, device, rounds=rounds, time_limit=limit).items():
-            counts = count_model(case.model, case.img_size, case.mode == 'train')
+            counts, training = count_model(case.model, case.img_size), case.mode == 'train'
+            flops = counts.gemm_flops(case.batch, training)
+            traffic = counts.traffic(case.batch, case.dtype.itemsize, training)
             results[case] = replace(
                 results[case],
                 timing=timing,
-                gemm_share=roofline.gemm_seconds(counts.projection_flops * case.batch) / timing.median,
-                memory_share=roofline.memory_seconds(counts.traffic(case.batch, case.dtype.itemsize)) / timing.median,
+                gemm_share=roofline.gemm_seconds(flops) / timing.median,
+                memory_share=roofline.memory_seconds(traffic) / timing.median,
             )
     steps.clear()
     _release(device)

@@ -6,7 +6,7 @@ from typing import Optional
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from .models import Result
 
@@ -58,11 +58,11 @@ def _draw(axis, results: Sequence[Result], value: Callable[[Result], Optional[fl
     axis.set_yscale('log')
     axis.xaxis.set_major_locator(FixedLocator(sorted({r.case.img_size for r in results})))
     axis.xaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # a run may stay inside one decade
+    axis.yaxis.set_minor_locator(NullLocator())
     for one in (axis.xaxis, axis.yaxis):
-        formatter = ScalarFormatter()
-        formatter.set_scientific(False)
-        one.set_major_formatter(formatter)
+        one.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
     axis.set_xlabel('side of the image (px)')
-    axis.grid(True, alpha=0.3, which='both')
+    axis.grid(True, alpha=0.3)
     if lines:
         axis.legend()

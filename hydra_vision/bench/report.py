@@ -136,7 +136,7 @@ def _against(result: OperatorResult, results: Sequence[OperatorResult], name: st
     return ''
 
 
-_MEASURED_COLUMNS = ['median ms', '10 % - 90 %', 'GiB', 'of GEMM floor', 'of memory floor']
+_MEASURED_COLUMNS = ['median ms', '10 % - 90 %', 'GiB', 'GEMM floor / time', 'memory floor / time']
 
 
 def _measured_cells(result: 'Result | OperatorResult') -> list[str]:

@@ -1,0 +1,95 @@
+"""The project's goals against made-up rows."""
+
+import pytest
+import torch
+
+from hydra_vision.bench.goals import GOALS, check_goals
+from hydra_vision.bench.models import Case, Result
+from hydra_vision.bench.report import model_ratios, verdict_table
+from hydra_vision.bench.timing import Timing
+
+CPU = torch.device('cpu')
+
+
+def row(model: str, img_size: int, batch: int, seconds: float, **kwargs) -> Result:
+    backend = 'auto' if 'hydra' in model else None
+    peak = kwargs.pop('peak', None)
+    return Result(Case(model, img_size, batch, backend=backend, **kwargs), Timing((seconds,) * 3), peak)
+
+
+def cpu_rows(at_224: float, at_896: float, at_1024: float) -> list[Result]:
+    return [
+        row('hydra_vit_tiny', 224, 8, at_224),
+        row('deit_tiny_patch16_224', 224, 8, 1.0),
+        row('hydra_vit_tiny', 448, 1, 1.0),
+        row('hydra_vit_tiny', 896, 1, at_896),
+        row('hydra_vit_tiny', 1024, 1, at_1024),
+        row('deit_tiny_patch16_224', 1024, 1, 1.0),
+    ]
+
+
+def test_cpu_goals_are_the_three_of_the_specification():
+    verdicts = check_goals(cpu_rows(1.4, 4.5, 0.9), CPU)
+    assert [v.goal.title[:3] for v in verdicts] == ['(a)', '(b)', '(c)']
+    assert [(v.goal.sign, v.goal.limit) for v in verdicts] == [('<=', 1.5), ('<=', 4.6), ('<', 1.0)]
+    assert [v.value for v in verdicts] == pytest.approx([1.4, 4.5, 0.9])
+    assert all(v.met for v in verdicts)
+
+
+def test_limits():
+    assert [v.met for v in check_goals(cpu_rows(1.5, 4.6, 1.0), CPU)] == [True, True, False]
+    assert [v.met for v in check_goals(cpu_rows(1.501, 4.601, 1.001), CPU)] == [False, False, False]
+
+
+def test_a_goal_without_its_rows_is_left_out():
+    assert [v.goal.title[:3] for v in check_goals(cpu_rows(1.4, 4.5, 0.9)[2:], CPU)] == ['(b)', '(c)']
+    assert check_goals(cpu_rows(1.4, 4.5, 0.9), torch.device('cuda')) == []
+    other_dtype = [row(r.case.model, 224, 8, 1.0, dtype=torch.bfloat16) for r in cpu_rows(1, 1, 1)[:2]]
+    assert check_goals(other_dtype, CPU) == []
+
+
+def test_cuda_goals():
+    settings = {'compiled': True, 'dtype': torch.bfloat16, 'mode': 'train'}
+    rows = [
+        row('hydra_vit_base', 512, 64, 1.0, peak=90, **settings),
+        row('vit_base_patch16_224', 512, 64, 2.0, peak=100, **settings),
+    ]
+    verdicts = {v.goal.quantity: v for v in check_goals(rows, torch.device('cuda'))}
+    assert set(verdicts) == {'speed', 'memory'}
+    assert verdicts['speed'].value == pytest.approx(2.0)
+    assert verdicts['speed'].met
+    assert verdicts['memory'].value == pytest.approx(0.9)
+    assert verdicts['memory'].met
+
+
+def test_linear_in_tokens():
+    settings = {'compiled': True, 'dtype': torch.bfloat16}
+    at_224, tokens = 256 * 1e-3, 4 * 128 * 128 / (256 * 196)
+    rows = [
+        row('hydra_vit_base', 224, 256, at_224, **settings),
+        row('hydra_vit_base', 2048, 4, 1.1 * at_224 * tokens, **settings),
+    ]
+    (verdict,) = check_goals(rows, torch.device('cuda'))
+    assert verdict.value == pytest.approx(1.1)
+    assert verdict.met
+
+
+def test_titles_are_unique():
+    assert len({goal.title for goal in GOALS}) == len(GOALS)
+
+
+def test_verdicts_are_marked(capsys):
+    from hydra_vision.tables import stdout_console
+
+    stdout_console().print(verdict_table(check_goals(cpu_rows(1.6, 4.5, 0.9), CPU)))
+    lines = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith('│ (')}
+    assert 'FAIL' in lines['(a)']
+    assert '1.600' in lines['(a)']
+    assert 'PASS' in lines['(b)']
+
+
+def test_ratios_pair_the_same_place():
+    rows = cpu_rows(2.0, 4.5, 0.5)
+    ratios = model_ratios(rows, {'hydra_vit_tiny': 'deit_tiny_patch16_224'})
+    assert [(r['result'].case.img_size, r['speed']) for r in ratios] == [(224, 0.5), (1024, 2.0)]
+    assert all(r['memory'] is None for r in ratios)

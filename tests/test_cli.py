@@ -1,0 +1,147 @@
+"""The console script: what it prints, how it fails."""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import pytest
+import torch
+
+import hydra_vision
+from hydra_vision.cli import main
+from hydra_vision.ops.dispatch import BACKENDS
+
+
+def fails(capsys: pytest.CaptureFixture, *argv: str) -> str:
+    """Run a command that must fail with exit code 2 and one line on stderr; returns the line."""
+    try:
+        code = main(argv)
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ''
+    assert captured.err.count('\n') == 1, captured.err
+    return captured.err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(['--version'])
+    assert stop.value.code == 0
+    assert hydra_vision.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('command', [[], ['env'], ['models'], ['bench']])
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, '--help'])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f'usage: hydra-vision {" ".join(command)}'.rstrip())
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main(['--help'])
+    out = capsys.readouterr().out
+    for command in ('env', 'models', 'train', 'bench', 'tune'):
+        assert f'  {command} ' in out
+
+
+def test_unknown_command_names_the_nearest(capsys):
+    assert "'bench'" in fails(capsys, 'bensh')
+
+
+def test_env_tables(capsys):
+    assert main(['env']) == 0
+    out = capsys.readouterr().out
+    assert torch.__version__ in out
+    assert hydra_vision.__version__ in out
+    for backend in BACKENDS:
+        assert backend in out
+    assert 'default on cpu' in out
+    if not torch.cuda.is_available():
+        assert 'missing: no CUDA device is visible' in out
+
+
+def test_env_json(capsys):
+    assert main(['env', '--json']) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts['versions']['hydra_vision'] == hydra_vision.__version__
+    assert {'python', 'torch', 'triton', 'timm', 'torchvision', 'mamba_ssm'} <= set(facts['versions'])
+    assert facts['devices'][0]['device'] == 'cpu'
+    assert facts['devices'][0]['threads'] == torch.get_num_threads()
+    assert set(facts['backends']) == set(BACKENDS)
+    for backend in facts['backends'].values():
+        assert backend['available'] == (backend['missing'] is None)
+    assert facts['defaults']['cpu'] == {'backend': 'chunked', 'why': 'default on cpu', 'available': True}
+
+
+def test_env_shows_the_environment_variable(capsys, monkeypatch):
+    monkeypatch.setenv('HYDRA_VISION_BACKEND', 'reference')
+    assert main(['env', '--json']) == 0
+    default = json.loads(capsys.readouterr().out)['defaults']['cpu']
+    assert default['backend'] == 'reference'
+    assert 'HYDRA_VISION_BACKEND' in default['why']
+
+
+def test_env_refuses_an_unknown_backend(capsys, monkeypatch):
+    monkeypatch.setenv('HYDRA_VISION_BACKEND', 'cuda')
+    assert 'HYDRA_VISION_BACKEND' in fails(capsys, 'env')
+
+
+def test_models_table(capsys):
+    assert main(['models', '*nano']) == 0
+    out = capsys.readouterr().out
+    assert 'hydra_vit_nano' in out
+    assert 'hydra_vit_tiny' not in out
+    assert '1.88' in out
+    assert '3 x 224 x 224' in out
+    assert 'none' in out
+    assert 'multiply and add as one' in out  # it says what is counted
+
+
+def test_models_json(capsys):
+    assert main(['models', 'hydra_vit_[nt]*', '--json']) == 0
+    nano, tiny = json.loads(capsys.readouterr().out)  # smaller first
+    assert nano['name'] == 'hydra_vit_nano'
+    assert nano['weights'] is None
+    assert tiny['name'] == 'hydra_vit_tiny'
+    assert tiny['params_m'] == pytest.approx(7.08, abs=0.005)
+    assert tiny['input_size'] == [3, 224, 224]
+    # the projections alone: patch embedding, 24 x (in_proj + out_proj), 196 tokens
+    projections = 196 * (768 * 192 + 24 * 192 * (2 * 384 + 4 * 64 + 12 + 384)) / 1e9
+    assert projections < tiny['gmacs'] < 2 * projections
+
+
+def test_models_names_the_nearest(capsys):
+    assert "'hydra_vit_base'" in fails(capsys, 'models', 'hydra_vit_bsae')
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU to tune for')
+def test_tune_says_what_is_missing(capsys):
+    assert 'no CUDA device is visible' in fails(capsys, 'tune')
+
+
+def test_train_gets_its_arguments(capsys):
+    assert main(['train', '--list-configs']) == 0
+    assert 'hydra_vit_base_imagenet1k' in capsys.readouterr().out
+
+
+def test_importing_the_package_stays_light():
+    code = (
+        'import sys, hydra_vision\n'
+        'heavy = {"rich", "matplotlib", "sklearn", "triton", "hydra_vision.bench", "hydra_vision.train"}\n'
+        'already = {"triton"} & set(sys.modules)  # by torch or timm\n'
+        'found = (heavy - already) & set(sys.modules)\n'
+        'assert not found, found\n'
+        'import torch; assert not torch.cuda.is_initialized()\n'
+    )
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_script_is_installed():
+    (script,) = entry_points(group='console_scripts', name='hydra-vision')
+    assert script.load() is main
