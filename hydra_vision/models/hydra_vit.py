@@ -58,16 +58,16 @@ class HydraBlock(nn.Module):
     """x + drop_path(mixer(norm1(x))), followed by the MLP of a classic block where `mlp_ratio` is above 0."""
 
     def __init__(
-            self,
-            dim: int,
-            mixer_layer: Callable,
-            mlp_ratio: float = 0.0,
-            proj_drop: float = 0.0,
-            drop_path: float = 0.0,
-            norm_layer: LayerType = LayerNorm,
-            act_layer: LayerType = nn.GELU,
-            device=None,
-            dtype=None,
+        self,
+        dim: int,
+        mixer_layer: Callable,
+        mlp_ratio: float = 0.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        norm_layer: LayerType = LayerNorm,
+        act_layer: LayerType = nn.GELU,
+        device=None,
+        dtype=None,
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -97,43 +97,43 @@ class HydraViT(nn.Module):
     """
 
     def __init__(
-            self,
-            img_size: Union[int, Tuple[int, int]] = 224,
-            patch_size: Union[int, Tuple[int, int]] = 16,
-            in_chans: int = 3,
-            num_classes: int = 1000,
-            global_pool: Literal['', 'avg', 'avgmax', 'max', 'token'] = 'avg',
-            embed_dim: int = 768,
-            depth: int = 24,
-            mlp_ratio: float = 0.0,
-            d_state: int = 64,
-            d_conv: int = 7,
-            expand: int = 2,
-            headdim: int = 64,
-            ngroups: int = 1,
-            share_bc: bool = False,
-            learnable_init_states: bool = False,
-            dt_min: float = 0.001,
-            dt_max: float = 0.1,
-            dt_init_floor: float = 1e-4,
-            dt_limit: Tuple[float, float] = (0.0, float('inf')),
-            mixer_bias: bool = False,
-            conv_bias: bool = True,
-            backend: str = 'auto',
-            pos_embed: Literal['none', 'learn'] = 'none',
-            class_token: bool = False,
-            class_token_position: Literal['first', 'middle', 'last'] = 'first',
-            dynamic_img_size: bool = False,
-            dynamic_img_pad: bool = False,
-            drop_rate: float = 0.0,
-            pos_drop_rate: float = 0.0,
-            patch_drop_rate: float = 0.0,
-            proj_drop_rate: float = 0.0,
-            drop_path_rate: float = 0.0,
-            norm_layer: Optional[LayerType] = None,
-            act_layer: Optional[LayerType] = None,
-            device=None,
-            dtype=None,
+        self,
+        img_size: Union[int, Tuple[int, int]] = 224,
+        patch_size: Union[int, Tuple[int, int]] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: Literal['', 'avg', 'avgmax', 'max', 'token'] = 'avg',
+        embed_dim: int = 768,
+        depth: int = 24,
+        mlp_ratio: float = 0.0,
+        d_state: int = 64,
+        d_conv: int = 7,
+        expand: int = 2,
+        headdim: int = 64,
+        ngroups: int = 1,
+        share_bc: bool = False,
+        learnable_init_states: bool = False,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        dt_limit: Tuple[float, float] = (0.0, float('inf')),
+        mixer_bias: bool = False,
+        conv_bias: bool = True,
+        backend: str = 'auto',
+        pos_embed: Literal['none', 'learn'] = 'none',
+        class_token: bool = False,
+        class_token_position: Literal['first', 'middle', 'last'] = 'first',
+        dynamic_img_size: bool = False,
+        dynamic_img_pad: bool = False,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        patch_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: Optional[LayerType] = None,
+        act_layer: Optional[LayerType] = None,
+        device=None,
+        dtype=None,
     ) -> None:
         """
         Args:
@@ -244,19 +244,21 @@ class HydraViT(nn.Module):
             conv_bias=conv_bias,
             backend=backend,
         )
-        self.blocks = nn.Sequential(*[
-            HydraBlock(
-                dim=embed_dim,
-                mixer_layer=mixer_layer,
-                mlp_ratio=mlp_ratio,
-                proj_drop=proj_drop_rate,
-                drop_path=dpr[i],
-                norm_layer=norm_layer,
-                act_layer=act_layer,
-                **dd,
-            )
-            for i in range(depth)
-        ])
+        self.blocks = nn.Sequential(
+            *[
+                HydraBlock(
+                    dim=embed_dim,
+                    mixer_layer=mixer_layer,
+                    mlp_ratio=mlp_ratio,
+                    proj_drop=proj_drop_rate,
+                    drop_path=dpr[i],
+                    norm_layer=norm_layer,
+                    act_layer=act_layer,
+                    **dd,
+                )
+                for i in range(depth)
+            ]
+        )
         self.feature_info = [dict(module=f'blocks.{i}', num_chs=embed_dim, reduction=reduction) for i in range(depth)]
         self.norm = norm_layer(embed_dim, **dd)
 
@@ -341,9 +343,9 @@ class HydraViT(nn.Module):
         self.head.train(self.training)
 
     def set_input_size(
-            self,
-            img_size: Optional[Tuple[int, int]] = None,
-            patch_size: Optional[Tuple[int, int]] = None,
+        self,
+        img_size: Optional[Tuple[int, int]] = None,
+        patch_size: Optional[Tuple[int, int]] = None,
     ) -> None:
         """Update the input image resolution and patch size.
 
@@ -404,18 +406,18 @@ class HydraViT(nn.Module):
         if self.cls_token is None or self.class_token_position == 'first':
             return x
         position = x.shape[1] - 1 if self.class_token_position == 'last' else (x.shape[1] - 1) // 2
-        return torch.cat([x[:, position:position + 1], x[:, :position], x[:, position + 1:]], dim=1)
+        return torch.cat([x[:, position : position + 1], x[:, :position], x[:, position + 1 :]], dim=1)
 
     def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            return_prefix_tokens: bool = False,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
-            output_dict: bool = False,
+        self,
+        x: torch.Tensor,
+        indices: Optional[Union[int, List[int]]] = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+        output_dict: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]], Dict[str, Any]]:
         """Forward features that returns intermediates.
 
@@ -434,8 +436,9 @@ class HydraViT(nn.Module):
         """
         assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
         reshape = output_fmt == 'NCHW'
-        assert not (self.training and reshape and not isinstance(self.patch_drop, nn.Identity)), \
+        assert not (self.training and reshape and not isinstance(self.patch_drop, nn.Identity)), (
             'Dropped patches leave no feature map: use output_fmt NLC, eval mode or patch_drop_rate=0.'
+        )
         intermediates = []
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
 
@@ -448,7 +451,7 @@ class HydraViT(nn.Module):
         if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
             blocks = self.blocks
         else:
-            blocks = self.blocks[:max_index + 1]
+            blocks = self.blocks[: max_index + 1]
         for i, blk in enumerate(blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(blk, x)
@@ -461,8 +464,8 @@ class HydraViT(nn.Module):
         # process intermediates
         if self.num_prefix_tokens:
             # split prefix (class) and spatial feature tokens
-            prefix_tokens = [y[:, 0:self.num_prefix_tokens] for y in intermediates]
-            intermediates = [y[:, self.num_prefix_tokens:] for y in intermediates]
+            prefix_tokens = [y[:, 0 : self.num_prefix_tokens] for y in intermediates]
+            intermediates = [y[:, self.num_prefix_tokens :] for y in intermediates]
         else:
             prefix_tokens = None
 
@@ -496,10 +499,10 @@ class HydraViT(nn.Module):
         return x, intermediates
 
     def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
+        self,
+        indices: Union[int, List[int]] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
     ) -> List[int]:
         """Prune layers not required for specified intermediates.
 
@@ -512,7 +515,7 @@ class HydraViT(nn.Module):
             List of indices that were kept.
         """
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[:max_index + 1]  # truncate blocks
+        self.blocks = self.blocks[: max_index + 1]  # truncate blocks
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
@@ -520,12 +523,12 @@ class HydraViT(nn.Module):
         return take_indices
 
     def get_intermediate_layers(
-            self,
-            x: torch.Tensor,
-            n: Union[int, List[int], Tuple[int]] = 1,
-            reshape: bool = False,
-            return_prefix_tokens: bool = False,
-            norm: bool = False,
+        self,
+        x: torch.Tensor,
+        n: Union[int, List[int], Tuple[int]] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
     ) -> List[torch.Tensor]:
         """Get intermediate layer outputs (DINO interface compatibility).
 
@@ -616,12 +619,12 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: HydraViT) -> Dict[st
         k = k.removeprefix('module.')
         k = k.removeprefix('backbone.')
         if k.startswith('layers.'):
-            k = 'blocks.' + k[len('layers.'):]
+            k = 'blocks.' + k[len('layers.') :]
             head, _, tail = k.partition('.norm.')  # the block's own norm, not that of its mixer
             if tail and head.count('.') == 1:
                 k = f'{head}.norm1.{tail}'
         elif k.startswith('norm_f.'):
-            k = 'norm.' + k[len('norm_f.'):]
+            k = 'norm.' + k[len('norm_f.') :]
         if k == 'patch_embed.proj.weight' and v.ndim == 4 and v.shape[-2:] != model.patch_embed.proj.weight.shape[-2:]:
             v = resample_patch_embed(v, list(model.patch_embed.proj.weight.shape[-2:]), verbose=True)
         elif k == 'pos_embed' and model.pos_embed is not None and v.shape[1] != model.pos_embed.shape[1]:
@@ -660,14 +663,16 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({
-    'test_hydra_vit.untrained': _cfg(input_size=(3, 160, 160)),
-    'hydra_vit_nano.untrained': _cfg(),
-    'hydra_vit_tiny.untrained': _cfg(),
-    'hydra_vit_small.untrained': _cfg(),
-    'hydra_vit_base.untrained': _cfg(),
-    'hydra_vit_large.untrained': _cfg(),
-})
+default_cfgs = generate_default_cfgs(
+    {
+        'test_hydra_vit.untrained': _cfg(input_size=(3, 160, 160)),
+        'hydra_vit_nano.untrained': _cfg(),
+        'hydra_vit_tiny.untrained': _cfg(),
+        'hydra_vit_small.untrained': _cfg(),
+        'hydra_vit_base.untrained': _cfg(),
+        'hydra_vit_large.untrained': _cfg(),
+    }
+)
 
 
 @register_model

@@ -38,19 +38,19 @@ _SCAN_WIDTH = 32  # chunks (then groups of chunks, ...) combined by one small ma
 
 
 def mix_chunked(
-        x: Tensor,
-        dt_f: Tensor,
-        dt_b: Tensor,
-        A: Tensor,
-        B_f: Tensor,
-        C_f: Tensor,
-        B_b: Tensor,
-        C_b: Tensor,
-        D: Optional[Tensor] = None,
-        init_states: Optional[Tensor] = None,
-        *,
-        chunk_size: Optional[int] = None,
-        tile_size: int = _TILE,
+    x: Tensor,
+    dt_f: Tensor,
+    dt_b: Tensor,
+    A: Tensor,
+    B_f: Tensor,
+    C_f: Tensor,
+    B_b: Tensor,
+    C_b: Tensor,
+    D: Optional[Tensor] = None,
+    init_states: Optional[Tensor] = None,
+    *,
+    chunk_size: Optional[int] = None,
+    tile_size: int = _TILE,
 ) -> Tensor:
     """y = M x, chunk by chunk. Arguments as in ``quasiseparable_mix``.
 
@@ -138,16 +138,16 @@ def _by_token(t: Tensor, P: int) -> Tensor:
 
 
 def _mix_tiles(
-        x: Tensor,
-        dt_f: Tensor,
-        dt_b: Tensor,
-        P_f: Tensor,
-        P_b: Tensor,
-        B_f: Tensor,
-        C_f: Tensor,
-        B_b: Tensor,
-        C_b: Tensor,
-        q: int,
+    x: Tensor,
+    dt_f: Tensor,
+    dt_b: Tensor,
+    P_f: Tensor,
+    P_b: Tensor,
+    B_f: Tensor,
+    C_f: Tensor,
+    B_b: Tensor,
+    C_b: Tensor,
+    q: int,
 ) -> Tensor:
     """The blocks on the diagonal, both triangles, without the diagonal itself. Returns (Bc, Q, H, P)."""
     Bc, Q, H, P = x.shape
@@ -180,17 +180,17 @@ def _mix_tiles(
 
 
 def _mix_neighbours_(
-        y: Tensor,
-        x: Tensor,
-        dt_f: Tensor,
-        dt_b: Tensor,
-        P_f: Tensor,
-        P_b: Tensor,
-        B_f: Tensor,
-        C_f: Tensor,
-        B_b: Tensor,
-        C_b: Tensor,
-        span: int,
+    y: Tensor,
+    x: Tensor,
+    dt_f: Tensor,
+    dt_b: Tensor,
+    P_f: Tensor,
+    P_b: Tensor,
+    B_f: Tensor,
+    C_f: Tensor,
+    B_b: Tensor,
+    C_b: Tensor,
+    span: int,
 ) -> None:
     """Adds to y what two neighbouring spans of tokens tell each other: the blocks beside the diagonal of 2 * span."""
     G, P = B_f.shape[1], x.shape[-1]
@@ -264,7 +264,9 @@ def _scan(states: Tensor, log_decay: Tensor, start: Optional[Tensor], from_left:
         exponent = sums[..., None, :-1] - sums[..., 1:, None]  # sum over [i+1, j)
         edge = sums[..., -1:] - sums[..., 1:]  # sum over [i+1, c)
     weight = exponent.masked_fill(~mask, 0.0).to(states.dtype).exp() * mask  # (B, H, c, c)
-    flat = states.unflatten(-1, (H // G, width * G // H)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(3)  # (B, H, c, N * P)
+    flat = (
+        states.unflatten(-1, (H // G, width * G // H)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(3)
+    )  # (B, H, c, N * P)
     entering = weight @ flat
     if start is not None:
         start = start.unflatten(-1, (H // G, width * G // H)).permute(0, 2, 1, 3).flatten(0, 1).flatten(1)  # (H, N * P)

@@ -1,7 +1,7 @@
 """Which backend computes the operator, and why.
 
-`'auto'` takes, in this order: the ``HYDRA_VISION_BACKEND`` environment variable, what ``set_default_backend`` was given,
-the default of the tensor's device. A backend that was asked for by name runs or raises; it is never replaced.
+`'auto'` takes, in this order: the ``HYDRA_VISION_BACKEND`` environment variable, what ``set_default_backend`` was
+given, the default of the tensor's device. A backend that was asked for by name runs or raises; it is never replaced.
 """
 
 import importlib.util

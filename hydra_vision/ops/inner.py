@@ -17,23 +17,23 @@ NO_DT_LIMIT = (0.0, float('inf'))
 
 
 def hydra_inner(
-        zxbcdt: Tensor,
-        conv_weight: Tensor,
-        conv_bias: Optional[Tensor],
-        dt_bias: Tensor,
-        A_log: Tensor,
-        D: Tensor,
-        fc_D_weight: Tensor,
-        norm_weight: Tensor,
-        *,
-        headdim: int,
-        d_state: int,
-        ngroups: int = 1,
-        share_bc: bool = False,
-        dt_limit: Tuple[float, float] = NO_DT_LIMIT,
-        init_states: Optional[Tensor] = None,
-        eps: float = 1e-5,
-        backend: str = 'auto',
+    zxbcdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Optional[Tensor],
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    fc_D_weight: Tensor,
+    norm_weight: Tensor,
+    *,
+    headdim: int,
+    d_state: int,
+    ngroups: int = 1,
+    share_bc: bool = False,
+    dt_limit: Tuple[float, float] = NO_DT_LIMIT,
+    init_states: Optional[Tensor] = None,
+    eps: float = 1e-5,
+    backend: str = 'auto',
 ) -> Tensor:
     """The Hydra mixer without its two projections (goombalab/hydra, ``hydra/modules/hydra.py``).
 
@@ -73,22 +73,54 @@ def hydra_inner(
     H = dt_bias.shape[0]
     d_inner = H * headdim
     _check_inner(
-        zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight,
-        d_inner, headdim, d_state, ngroups, share_bc, dt_limit, init_states,
+        zxbcdt,
+        conv_weight,
+        conv_bias,
+        dt_bias,
+        A_log,
+        D,
+        fc_D_weight,
+        norm_weight,
+        d_inner,
+        headdim,
+        d_state,
+        ngroups,
+        share_bc,
+        dt_limit,
+        init_states,
     )
     name = choose_backend(backend, zxbcdt.device)
     if name == 'triton':
         fused = importlib.import_module('hydra_vision.ops.triton').hydra_inner
         return fused(
-            zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight,
-            headdim=headdim, d_state=d_state, ngroups=ngroups, share_bc=share_bc, dt_limit=dt_limit,
-            init_states=init_states, eps=eps,
+            zxbcdt,
+            conv_weight,
+            conv_bias,
+            dt_bias,
+            A_log,
+            D,
+            fc_D_weight,
+            norm_weight,
+            headdim=headdim,
+            d_state=d_state,
+            ngroups=ngroups,
+            share_bc=share_bc,
+            dt_limit=dt_limit,
+            init_states=init_states,
+            eps=eps,
         )
 
     dtype, acc = zxbcdt.dtype, accumulation_dtype(zxbcdt.dtype)
     z, x, dt_f, dt_b, B_f, C_f, B_b, C_b = unpack_zxbcdt(
-        zxbcdt, conv_weight, conv_bias, dt_bias,
-        headdim=headdim, d_state=d_state, ngroups=ngroups, share_bc=share_bc, dt_limit=dt_limit,
+        zxbcdt,
+        conv_weight,
+        conv_bias,
+        dt_bias,
+        headdim=headdim,
+        d_state=d_state,
+        ngroups=ngroups,
+        share_bc=share_bc,
+        dt_limit=dt_limit,
     )
     diagonal = F.linear(x, fc_D_weight.to(dtype)) + D.to(acc)  # (B, L, H)
     A = -torch.exp(A_log.to(acc))
@@ -101,16 +133,16 @@ def hydra_inner(
 
 
 def unpack_zxbcdt(
-        zxbcdt: Tensor,
-        conv_weight: Tensor,
-        conv_bias: Optional[Tensor],
-        dt_bias: Tensor,
-        *,
-        headdim: int,
-        d_state: int,
-        ngroups: int = 1,
-        share_bc: bool = False,
-        dt_limit: Tuple[float, float] = NO_DT_LIMIT,
+    zxbcdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Optional[Tensor],
+    dt_bias: Tensor,
+    *,
+    headdim: int,
+    d_state: int,
+    ngroups: int = 1,
+    share_bc: bool = False,
+    dt_limit: Tuple[float, float] = NO_DT_LIMIT,
 ) -> Tuple[Tensor, ...]:
     """in_proj's output -> z (B, L, d_inner), x (B, L, d_inner), dt_f, dt_b (B, L, H), B_f, C_f, B_b, C_b (B, L, G, N).
 
@@ -148,21 +180,21 @@ def _depthwise_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor
 
 
 def _check_inner(
-        zxbcdt: Tensor,
-        conv_weight: Tensor,
-        conv_bias: Optional[Tensor],
-        dt_bias: Tensor,
-        A_log: Tensor,
-        D: Tensor,
-        fc_D_weight: Tensor,
-        norm_weight: Tensor,
-        d_inner: int,
-        headdim: int,
-        d_state: int,
-        ngroups: int,
-        share_bc: bool,
-        dt_limit: Tuple[float, float],
-        init_states: Optional[Tensor],
+    zxbcdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Optional[Tensor],
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    fc_D_weight: Tensor,
+    norm_weight: Tensor,
+    d_inner: int,
+    headdim: int,
+    d_state: int,
+    ngroups: int,
+    share_bc: bool,
+    dt_limit: Tuple[float, float],
+    init_states: Optional[Tensor],
 ) -> None:
     if not zxbcdt.dtype.is_floating_point:
         raise TypeError(f'zxbcdt has dtype {zxbcdt.dtype}; allowed: float16, bfloat16, float32, float64')
@@ -180,13 +212,13 @@ def _check_inner(
     if d_conv % 2 == 0:
         raise ValueError(f'conv_weight has an even d_conv = {d_conv}; it must be odd to keep the length L')
     for name, t, shape in (
-            ('conv_weight', conv_weight, (conv_dim, 1, d_conv)),
-            ('conv_bias', conv_bias, (conv_dim,)),
-            ('A_log', A_log, (H,)),
-            ('D', D, (H,)),
-            ('fc_D_weight', fc_D_weight, (H, d_inner)),
-            ('norm_weight', norm_weight, (d_inner,)),
-            ('init_states', init_states, (H, headdim, d_state)),
+        ('conv_weight', conv_weight, (conv_dim, 1, d_conv)),
+        ('conv_bias', conv_bias, (conv_dim,)),
+        ('A_log', A_log, (H,)),
+        ('D', D, (H,)),
+        ('fc_D_weight', fc_D_weight, (H, d_inner)),
+        ('norm_weight', norm_weight, (d_inner,)),
+        ('init_states', init_states, (H, headdim, d_state)),
     ):
         if t is not None and tuple(t.shape) != shape:
             raise ValueError(f'{name} has shape {tuple(t.shape)}; it must be {shape}')

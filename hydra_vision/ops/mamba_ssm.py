@@ -16,16 +16,16 @@ CHUNK_SIZE = 256  # the released module's
 
 
 def mix_mamba_ssm(
-        x: Tensor,
-        dt_f: Tensor,
-        dt_b: Tensor,
-        A: Tensor,
-        B_f: Tensor,
-        C_f: Tensor,
-        B_b: Tensor,
-        C_b: Tensor,
-        D: Optional[Tensor] = None,
-        init_states: Optional[Tensor] = None,
+    x: Tensor,
+    dt_f: Tensor,
+    dt_b: Tensor,
+    A: Tensor,
+    B_f: Tensor,
+    C_f: Tensor,
+    B_b: Tensor,
+    C_b: Tensor,
+    D: Optional[Tensor] = None,
+    init_states: Optional[Tensor] = None,
 ) -> Tensor:
     """y = M x. Arguments as in ``quasiseparable_mix``; CUDA tensors only."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined

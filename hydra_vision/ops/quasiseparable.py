@@ -15,18 +15,18 @@ __all__ = ['mix_unchecked', 'quasiseparable_matrix', 'quasiseparable_mix']
 
 
 def quasiseparable_mix(
-        x: Tensor,
-        dt_f: Tensor,
-        dt_b: Tensor,
-        A: Tensor,
-        B_f: Tensor,
-        C_f: Tensor,
-        B_b: Tensor,
-        C_b: Tensor,
-        D: Optional[Tensor] = None,
-        *,
-        init_states: Optional[Tensor] = None,
-        backend: str = 'auto',
+    x: Tensor,
+    dt_f: Tensor,
+    dt_b: Tensor,
+    A: Tensor,
+    B_f: Tensor,
+    C_f: Tensor,
+    B_b: Tensor,
+    C_b: Tensor,
+    D: Optional[Tensor] = None,
+    *,
+    init_states: Optional[Tensor] = None,
+    backend: str = 'auto',
 ) -> Tensor:
     """Mix tokens with the data-dependent quasiseparable matrix, y = M x (Hydra, NeurIPS 2024, eq. 3).
 
@@ -64,14 +64,14 @@ def quasiseparable_mix(
 
 
 def quasiseparable_matrix(
-        dt_f: Tensor,
-        dt_b: Tensor,
-        A: Tensor,
-        B_f: Tensor,
-        C_f: Tensor,
-        B_b: Tensor,
-        C_b: Tensor,
-        D: Optional[Tensor] = None,
+    dt_f: Tensor,
+    dt_b: Tensor,
+    A: Tensor,
+    B_f: Tensor,
+    C_f: Tensor,
+    B_b: Tensor,
+    C_b: Tensor,
+    D: Optional[Tensor] = None,
 ) -> Tensor:
     """The matrix M (B, H, L, L) of ``quasiseparable_mix``, for tests and pictures: O(L^2) memory.
 
@@ -82,19 +82,19 @@ def quasiseparable_matrix(
 
 
 def mix_unchecked(
-        name: str,
-        x: Tensor,
-        dt_f: Tensor,
-        dt_b: Tensor,
-        A: Tensor,
-        B_f: Tensor,
-        C_f: Tensor,
-        B_b: Tensor,
-        C_b: Tensor,
-        D: Optional[Tensor],
-        init_states: Optional[Tensor],
+    name: str,
+    x: Tensor,
+    dt_f: Tensor,
+    dt_b: Tensor,
+    A: Tensor,
+    B_f: Tensor,
+    C_f: Tensor,
+    B_b: Tensor,
+    C_b: Tensor,
+    D: Optional[Tensor],
+    init_states: Optional[Tensor],
 ) -> Tensor:
-    """The operator on arguments known to fit, by the backend ``choose_backend`` named. Autocast does not reach inside."""
+    """The operator on arguments known to fit, by a backend that can run. Autocast does not reach inside."""
     if name == 'triton':
         mix = importlib.import_module('hydra_vision.ops.triton').quasiseparable_mix
     else:
@@ -107,12 +107,12 @@ def mix_unchecked(
 
 
 def _check(
-        main: dict[str, Tensor],
-        dt_f: Tensor,
-        dt_b: Tensor,
-        A: Tensor,
-        D: Optional[Tensor],
-        init_states: Optional[Tensor],
+    main: dict[str, Tensor],
+    dt_f: Tensor,
+    dt_b: Tensor,
+    A: Tensor,
+    D: Optional[Tensor],
+    init_states: Optional[Tensor],
 ) -> None:
     """``main``: the tensors of one dtype, [x], B_f, C_f, B_b, C_b, by name."""
     side = {'dt_f': dt_f, 'dt_b': dt_b, 'A': A, 'D': D, 'init_states': init_states}

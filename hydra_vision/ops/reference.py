@@ -51,16 +51,16 @@ def _interval_sums(a: Tensor) -> Tensor:
 
 
 def dense_matrix(
-        dt_f: Tensor,
-        dt_b: Tensor,
-        A: Tensor,
-        B_f: Tensor,
-        C_f: Tensor,
-        B_b: Tensor,
-        C_b: Tensor,
-        D: Optional[Tensor] = None,
+    dt_f: Tensor,
+    dt_b: Tensor,
+    A: Tensor,
+    B_f: Tensor,
+    C_f: Tensor,
+    B_b: Tensor,
+    C_b: Tensor,
+    D: Optional[Tensor] = None,
 ) -> Tensor:
-    """M (B, H, L, L) of the module docstring, in the accumulation dtype of ``B_f``. Shapes as in ``quasiseparable_mix``."""
+    """M (B, H, L, L) of the module docstring, in the accumulation dtype of ``B_f``."""
     acc = accumulation_dtype(B_f.dtype)
     L, H = dt_f.shape[1:]
     dt_f, dt_b = (dt.to(acc).transpose(1, 2) for dt in (dt_f, dt_b))  # (B, H, L)
@@ -83,16 +83,16 @@ def dense_matrix(
 
 
 def mix_dense(
-        x: Tensor,
-        dt_f: Tensor,
-        dt_b: Tensor,
-        A: Tensor,
-        B_f: Tensor,
-        C_f: Tensor,
-        B_b: Tensor,
-        C_b: Tensor,
-        D: Optional[Tensor] = None,
-        init_states: Optional[Tensor] = None,
+    x: Tensor,
+    dt_f: Tensor,
+    dt_b: Tensor,
+    A: Tensor,
+    B_f: Tensor,
+    C_f: Tensor,
+    B_b: Tensor,
+    C_b: Tensor,
+    D: Optional[Tensor] = None,
+    init_states: Optional[Tensor] = None,
 ) -> Tensor:
     """y = M x through the dense matrix. x (B, L, H, P) -> (B, L, H, P), dtype of x."""
     acc = accumulation_dtype(x.dtype)
@@ -112,16 +112,16 @@ def mix_dense(
 
 
 def mix_recurrence(
-        x: Tensor,
-        dt_f: Tensor,
-        dt_b: Tensor,
-        A: Tensor,
-        B_f: Tensor,
-        C_f: Tensor,
-        B_b: Tensor,
-        C_b: Tensor,
-        D: Optional[Tensor] = None,
-        init_states: Optional[Tensor] = None,
+    x: Tensor,
+    dt_f: Tensor,
+    dt_b: Tensor,
+    A: Tensor,
+    B_f: Tensor,
+    C_f: Tensor,
+    B_b: Tensor,
+    C_b: Tensor,
+    D: Optional[Tensor] = None,
+    init_states: Optional[Tensor] = None,
 ) -> Tensor:
     """y = M x token by token: h <- exp(A dt) h + dt x B^T, read by the *next* token's row. For tests only."""
     acc = accumulation_dtype(x.dtype)

@@ -30,12 +30,15 @@ class ReleasedLayout(nn.Module):
         self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
 
 
-@pytest.mark.parametrize('kwargs', [
-    dict(),
-    dict(d_state=16, d_conv=3, headdim=32, ngroups=2, bias=True),
-    dict(expand=1, headdim=16),
-    dict(init_states=True),
-])
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(),
+        dict(d_state=16, d_conv=3, headdim=32, ngroups=2, bias=True),
+        dict(expand=1, headdim=16),
+        dict(init_states=True),
+    ],
+)
 def test_state_dict_moves_both_ways(kwargs):
     theirs = ReleasedLayout(64, **kwargs)
     ours = Hydra(64, **{'learnable_init_states' if k == 'init_states' else k: v for k, v in kwargs.items()})
@@ -59,9 +62,15 @@ def test_initialisation():
     torch.testing.assert_close(F.softplus(floored.dt_bias), torch.full((2,), 1e-4))
 
 
-@pytest.mark.parametrize('kwargs', [
-    dict(), dict(share_bc=True), dict(ngroups=2), dict(bias=True, conv_bias=False, dt_limit=(0.01, 0.1)),
-])
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(),
+        dict(share_bc=True),
+        dict(ngroups=2),
+        dict(bias=True, conv_bias=False, dt_limit=(0.01, 0.1)),
+    ],
+)
 @pytest.mark.parametrize('L', [1, 2, 65, 197])
 def test_output_is_the_matrix_applied(L, kwargs):
     torch.manual_seed(0)
@@ -147,15 +156,18 @@ def test_backends_agree_and_a_named_one_is_obeyed(monkeypatch):
         mixer(u)
 
 
-@pytest.mark.parametrize(('kwargs', 'message'), [
-    (dict(d_conv=4), 'd_conv = 4; it must be odd'),
-    (dict(d_conv=0), 'd_conv = 0; it must be odd'),
-    (dict(headdim=48), 'headdim = 48 does not divide d_inner'),
-    (dict(ngroups=3), 'ngroups = 3 does not divide the number of heads 2'),
-    (dict(d_state=0), 'd_state = 0; it must be at least 1'),
-    (dict(dt_limit=(0.1, 0.01)), 'dt_limit'),
-    (dict(dt_min=0.0), 'dt_min'),
-])
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        (dict(d_conv=4), 'd_conv = 4; it must be odd'),
+        (dict(d_conv=0), 'd_conv = 0; it must be odd'),
+        (dict(headdim=48), 'headdim = 48 does not divide d_inner'),
+        (dict(ngroups=3), 'ngroups = 3 does not divide the number of heads 2'),
+        (dict(d_state=0), 'd_state = 0; it must be at least 1'),
+        (dict(dt_limit=(0.1, 0.01)), 'dt_limit'),
+        (dict(dt_min=0.0), 'dt_min'),
+    ],
+)
 def test_bad_sizes_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         Hydra(64, **kwargs)

@@ -37,13 +37,16 @@ def images(B: int = 2, H: int = 64, W: int = 64, C: int = 3) -> torch.Tensor:
     return torch.randn(B, C, H, W, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize(('name', 'millions'), [
-    ('hydra_vit_nano', 1.88),
-    ('hydra_vit_tiny', 7.08),
-    ('hydra_vit_small', 24.95),
-    ('hydra_vit_base', 93.20),
-    ('hydra_vit_large', 323.8),
-])
+@pytest.mark.parametrize(
+    ('name', 'millions'),
+    [
+        ('hydra_vit_nano', 1.88),
+        ('hydra_vit_tiny', 7.08),
+        ('hydra_vit_small', 24.95),
+        ('hydra_vit_base', 93.20),
+        ('hydra_vit_large', 323.8),
+    ],
+)
 def test_parameter_counts(name, millions):
     model = timm.create_model(name, device='meta')
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=1e-3)
@@ -69,7 +72,7 @@ def test_registered_with_a_configuration(name):
     assert (cfg.first_conv, cfg.classifier, cfg.pool_size) == ('patch_embed.proj', 'head', None)
     assert (cfg.crop_pct, cfg.interpolation, cfg.fixed_input_size) == (0.9, 'bicubic', True)
     assert cfg.license == 'mit'
-    with pytest.raises(RuntimeError, match='[Nn]o pretrained weights|Invalid pretrained|untrained'):
+    with pytest.raises(RuntimeError, match=r'[Nn]o pretrained weights|Invalid pretrained|untrained'):
         timm.create_model(name, pretrained=True, device='meta')
 
 
@@ -101,13 +104,13 @@ def test_unknown_and_wrong_arguments():
     with pytest.raises(TypeError):
         create(not_a_model_arg=1)
     for kwargs, message in (
-            (dict(global_pool='mean'), "global_pool = 'mean'; allowed:"),
-            (dict(global_pool='token'), 'needs class_token=True'),
-            (dict(pos_embed='rope'), "pos_embed = 'rope'; allowed: 'none', 'learn'"),
-            (dict(class_token=True, class_token_position='front'), "class_token_position = 'front'"),
-            (dict(img_size=8), 'img_size = 8 is smaller than patch_size = 16'),
-            (dict(depth=0), 'depth = 0'),
-            (dict(d_conv=4), 'd_conv = 4; it must be odd'),
+        (dict(global_pool='mean'), "global_pool = 'mean'; allowed:"),
+        (dict(global_pool='token'), 'needs class_token=True'),
+        (dict(pos_embed='rope'), "pos_embed = 'rope'; allowed: 'none', 'learn'"),
+        (dict(class_token=True, class_token_position='front'), "class_token_position = 'front'"),
+        (dict(img_size=8), 'img_size = 8 is smaller than patch_size = 16'),
+        (dict(depth=0), 'depth = 0'),
+        (dict(d_conv=4), 'd_conv = 4; it must be odd'),
     ):
         with pytest.raises(ValueError, match=message):
             create(**kwargs)
@@ -274,9 +277,7 @@ def test_layer_groups():
     assert layers['cls_token'] == layers['pos_embed'] == layers['patch_embed.proj.weight'] == 0
     assert [layers[f'blocks.{i}.mixer.A_log'] for i in range(4)] == [1, 2, 3, 4]
     assert layers['norm.weight'] == 4  # with the last block
-    groups = param_groups_layer_decay(
-        model, 0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.5
-    )
+    groups = param_groups_layer_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.5)
     assert len({g['lr_scale'] for g in groups}) == 6  # stem, four blocks, head
     assert len(set(group_parameters(model, model.group_matcher(coarse=True), reverse=True).values())) > 1
 
@@ -326,8 +327,13 @@ def test_checkpoint_at_another_size_and_channel_count(tmp_path, in_chans, kwargs
     save_file(source.state_dict(), tmp_path / 'model.safetensors')
     overlay = dict(file=str(tmp_path / 'model.safetensors'), num_classes=5, input_size=(3, 64, 64))
     model = timm.create_model(
-        'test_hydra_vit', pretrained=True, pretrained_cfg_overlay=overlay, img_size=(96, 128), in_chans=in_chans,
-        num_classes=7, **kwargs,
+        'test_hydra_vit',
+        pretrained=True,
+        pretrained_cfg_overlay=overlay,
+        img_size=(96, 128),
+        in_chans=in_chans,
+        num_classes=7,
+        **kwargs,
     ).eval()
     assert model(images(H=96, W=128, C=in_chans)).shape == (2, 7)
     assert torch.equal(model.blocks[3].mixer.in_proj.weight, source.blocks[3].mixer.in_proj.weight)
@@ -342,16 +348,21 @@ def test_patch_size_of_a_checkpoint_is_resampled():
     assert model(images()).shape == (2, 5)
 
 
-@pytest.mark.parametrize('wrap', [
-    lambda sd: sd,
-    lambda sd: {'state_dict': sd},
-    lambda sd: {'model': {f'module.{k}': v for k, v in sd.items()}, 'epoch': 3},
-    lambda sd: {
-        'backbone.' + k.replace('blocks.', 'layers.').replace('.norm1.', '.norm.')
-        if k.startswith('blocks.') else k.replace('norm.', 'norm_f.'): v
-        for k, v in sd.items()
-    },
-], ids=['plain', 'state_dict', 'module', 'stack of released mixers'])
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda sd: sd,
+        lambda sd: {'state_dict': sd},
+        lambda sd: {'model': {f'module.{k}': v for k, v in sd.items()}, 'epoch': 3},
+        lambda sd: {
+            'backbone.' + k.replace('blocks.', 'layers.').replace('.norm1.', '.norm.')
+            if k.startswith('blocks.')
+            else k.replace('norm.', 'norm_f.'): v
+            for k, v in sd.items()
+        },
+    ],
+    ids=['plain', 'state_dict', 'module', 'stack of released mixers'],
+)
 def test_checkpoint_names(wrap):
     source = create()
     target = timm.create_model('test_hydra_vit', img_size=64, num_classes=5)

@@ -15,18 +15,18 @@ class MixInputs(dict):
 
 
 def make_mix_inputs(
-        B: int = 2,
-        L: int = 7,
-        H: int = 4,
-        P: int = 3,
-        N: int = 5,
-        G: int = 1,
-        dt: str = 'usual',
-        A: str = 'usual',
-        D: str = 'token',
-        init_states: bool = False,
-        dtype: torch.dtype = torch.float64,
-        seed: int = 0,
+    B: int = 2,
+    L: int = 7,
+    H: int = 4,
+    P: int = 3,
+    N: int = 5,
+    G: int = 1,
+    dt: str = 'usual',
+    A: str = 'usual',
+    D: str = 'token',
+    init_states: bool = False,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
 ) -> MixInputs:
     """Random inputs. ``dt``: 'usual' [1e-3, 1], 'zero', 'large' (50), 'mixed' (0, tiny and up to 50 side by side)."""
     generator = torch.Generator().manual_seed(seed)
@@ -37,7 +37,7 @@ def make_mix_inputs(
     def steps() -> torch.Tensor:
         u = torch.rand(B, L, H, generator=generator, dtype=torch.float64)
         if dt == 'usual':
-            return 1e-3 * 1e3 ** u
+            return 1e-3 * 1e3**u
         if dt == 'zero':
             return torch.zeros_like(u)
         if dt == 'large':

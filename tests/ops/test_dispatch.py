@@ -6,8 +6,7 @@ import types
 import pytest
 import torch
 
-from hydra_vision.ops import available_backends, quasiseparable_mix, set_default_backend
-from hydra_vision.ops import dispatch
+from hydra_vision.ops import available_backends, dispatch, quasiseparable_mix, set_default_backend
 from hydra_vision.ops.reference import mix_recurrence, shift_tokens
 
 

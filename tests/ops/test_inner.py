@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 from hydra_vision.ops import hydra_inner
 from hydra_vision.ops.inner import unpack_zxbcdt
-from hydra_vision.ops.reference import mix_recurrence
 
 H, P, N = 4, 8, 6
 
@@ -20,7 +19,7 @@ def make_inner_inputs(B=2, L=17, G=1, share_bc=False, d_conv=7, init_states=Fals
     conv_dim = H * P + (2 if share_bc else 4) * G * N
     tensors = dict(
         zxbcdt=randn(B, L, H * P + conv_dim + 2 * H),
-        conv_weight=randn(conv_dim, 1, d_conv) / d_conv ** 0.5,
+        conv_weight=randn(conv_dim, 1, d_conv) / d_conv**0.5,
         conv_bias=randn(conv_dim),
         dt_bias=randn(H),
         A_log=0.1 * randn(H),
@@ -35,8 +34,21 @@ def make_inner_inputs(B=2, L=17, G=1, share_bc=False, d_conv=7, init_states=Fals
 
 
 def by_hand(
-        zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states=None, *,
-        headdim, d_state, ngroups, share_bc, dt_limit=(0.0, float('inf')),
+    zxbcdt,
+    conv_weight,
+    conv_bias,
+    dt_bias,
+    A_log,
+    D,
+    fc_D_weight,
+    norm_weight,
+    init_states=None,
+    *,
+    headdim,
+    d_state,
+    ngroups,
+    share_bc,
+    dt_limit=(0.0, float('inf')),
 ):
     """The released module's forward between its projections, step by step: flips, a roll, a token-wise recurrence."""
     B, L, _ = zxbcdt.shape
@@ -130,32 +142,38 @@ def test_norm_statistics_do_not_overflow_float16():
     assert y.abs().max() > 0.1
 
 
-@pytest.mark.parametrize(('change', 'message'), [
-    (dict(zxbcdt=lambda t: t[..., :-1]), r'zxbcdt has shape .* it must be \(B, L, 96\)'),
-    (dict(zxbcdt=lambda t: t[0]), 'zxbcdt has shape'),
-    (dict(zxbcdt=lambda t: t[:, :0]), 'L >= 1'),
-    (dict(conv_weight=lambda t: t[..., :-1]), 'even d_conv = 6; it must be odd'),
-    (dict(conv_weight=lambda t: t[:-1]), 'conv_weight has shape'),
-    (dict(conv_bias=lambda t: t[:-1]), 'conv_bias has shape'),
-    (dict(A_log=lambda t: t[:-1]), 'A_log has shape'),
-    (dict(D=lambda t: t[:-1]), 'D has shape'),
-    (dict(fc_D_weight=lambda t: t.T), 'fc_D_weight has shape'),
-    (dict(norm_weight=lambda t: t[:-1]), 'norm_weight has shape'),
-])
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(zxbcdt=lambda t: t[..., :-1]), r'zxbcdt has shape .* it must be \(B, L, 96\)'),
+        (dict(zxbcdt=lambda t: t[0]), 'zxbcdt has shape'),
+        (dict(zxbcdt=lambda t: t[:, :0]), 'L >= 1'),
+        (dict(conv_weight=lambda t: t[..., :-1]), 'even d_conv = 6; it must be odd'),
+        (dict(conv_weight=lambda t: t[:-1]), 'conv_weight has shape'),
+        (dict(conv_bias=lambda t: t[:-1]), 'conv_bias has shape'),
+        (dict(A_log=lambda t: t[:-1]), 'A_log has shape'),
+        (dict(D=lambda t: t[:-1]), 'D has shape'),
+        (dict(fc_D_weight=lambda t: t.T), 'fc_D_weight has shape'),
+        (dict(norm_weight=lambda t: t[:-1]), 'norm_weight has shape'),
+    ],
+)
 def test_bad_tensors_are_named(change, message):
     tensors, options = make_inner_inputs()
-    (name, function), = change.items()
+    ((name, function),) = change.items()
     tensors[name] = function(tensors[name])
     with pytest.raises(ValueError, match=message):
         hydra_inner(**tensors, **options)
 
 
-@pytest.mark.parametrize(('options', 'message'), [
-    (dict(ngroups=3), 'ngroups = 3; it must divide the number of heads H = 4'),
-    (dict(dt_limit=(1.0, 0.5)), 'dt_limit = '),
-    (dict(dt_limit=(-1.0, 0.5)), 'dt_limit = '),
-    (dict(backend='nothing'), "unknown backend 'nothing'"),
-])
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(ngroups=3), 'ngroups = 3; it must divide the number of heads H = 4'),
+        (dict(dt_limit=(1.0, 0.5)), 'dt_limit = '),
+        (dict(dt_limit=(-1.0, 0.5)), 'dt_limit = '),
+        (dict(backend='nothing'), "unknown backend 'nothing'"),
+    ],
+)
 def test_bad_options_are_named(options, message):
     tensors, defaults = make_inner_inputs()
     with pytest.raises(ValueError, match=message):
