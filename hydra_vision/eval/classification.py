@@ -9,7 +9,7 @@ from torch import nn
 Result = dict[str, float]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what a model caches here must be usable in training
 def evaluate(
     models: Mapping[str, nn.Module],
     loader: Iterable,

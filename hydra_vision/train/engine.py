@@ -15,10 +15,17 @@ from hydra_vision.eval.classification import Result, evaluate
 from hydra_vision.train import build, data, report
 from hydra_vision.train.checkpoint import BEST, LAST, random_state, save_checkpoint, set_random_state, write_text
 from hydra_vision.train.config import Config
-from hydra_vision.train.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from hydra_vision.train.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    TrainError,
+    first_line,
+)
 from hydra_vision.version import __version__
 
-_CHECK_EVERY = 50  # batches between looks at the loss on a GPU: each look waits for the device
+_CHECK_EVERY = {"cuda": 50}  # batches between looks at the loss, 1 elsewhere: each look waits for the device
 _DRAW_EVERY = 30.0  # seconds between drawings of the curve while the run goes on
 
 
@@ -88,6 +95,11 @@ class Trainer:
                         self._draw()
                         drawn = time.monotonic()
             self._draw()
+        except torch.OutOfMemoryError as error:
+            raise TrainError(
+                f"{self.device} has not enough memory ({first_line(error)}); a smaller --batch-size with a larger "
+                f"--accum-steps, or --set run.grad_checkpointing=true, needs less"
+            ) from error
         except BaseException:
             with contextlib.suppress(CheckpointError):  # the error that ended the run is the one to tell
                 self._draw()
@@ -100,7 +112,7 @@ class Trainer:
         data.start_epoch(config, loader, self.epoch)
         if self.mixup is not None and config.augment.mix_off_epoch is not None:
             self.mixup.mixup_enabled = self.epoch < config.augment.mix_off_epoch
-        check_every = _CHECK_EVERY if self.device.type == "cuda" else 1
+        check_every = _CHECK_EVERY.get(self.device.type, 1)
         accum, total = config.optim.accum_steps, len(loader)
         losses: list[torch.Tensor] = []
         checked, loss_sum = 0, 0.0
@@ -214,7 +226,7 @@ class Trainer:
             "state_dict_ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "random": random_state(),
+            "random": random_state(self.device),
             "versions": {"hydra_vision": __version__, "timm": timm.__version__, "torch": str(torch.__version__)},
         }
         save_checkpoint(self.folder, state, is_best=self.best is not None and self.best["epoch"] == self.epoch)
@@ -239,7 +251,7 @@ class Trainer:
         if self.schedule is not None:
             self.schedule.step(self.epoch)
             self.schedule.step_update(self.updates)
-        set_random_state(state["random"])
+        set_random_state(state["random"], self.device)
 
     def _announce(self) -> None:
         """What is about to happen, in a few lines."""

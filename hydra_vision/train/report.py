@@ -121,6 +121,7 @@ class Meter:
             TextColumn("{task.fields[text]}"),
             console=console,
             transient=True,
+            refresh_per_second=4,
             disable=not console.is_terminal,
         )
 

@@ -101,9 +101,9 @@ def test_random_state_survives_a_checkpoint(tmp_path):
 
     random.gauss(0, 1)  # leaves a second number waiting in the generator
     np.random.randn()
-    save_checkpoint(tmp_path, {"random": random_state()}, is_best=False)
+    save_checkpoint(tmp_path, {"random": random_state(torch.device("cpu"))}, is_best=False)
     expected = draw()
-    set_random_state(load_checkpoint(tmp_path / LAST)["random"])
+    set_random_state(load_checkpoint(tmp_path / LAST)["random"], torch.device("cpu"))
     assert draw() == expected
 
 

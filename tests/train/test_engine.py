@@ -97,7 +97,11 @@ def test_a_finished_run_is_not_trained_again(tiny, run, tmp_path):
     assert (tmp_path / "run" / LAST).read_bytes() == before
 
 
-def test_a_loss_that_is_nan_stops_the_run_with_the_last_good_checkpoint(tiny, fails, tmp_path, monkeypatch):
+@pytest.mark.parametrize("check_every", [1, 4])
+def test_a_loss_that_is_nan_stops_the_run_with_the_last_good_checkpoint(
+    tiny, fails, tmp_path, monkeypatch, check_every
+):
+    monkeypatch.setitem(engine._CHECK_EVERY, "cpu", check_every)
     build_loss = engine.build.create_loss
 
     def create_loss(config):
@@ -117,6 +121,14 @@ def test_a_loss_that_is_nan_stops_the_run_with_the_last_good_checkpoint(tiny, fa
     assert state["epoch"] == 1
     assert all(value.isfinite().all() for value in state["state_dict"].values())
     assert (tmp_path / "run" / "curve.png").is_file()
+
+
+def test_too_little_memory_says_what_would_need_less(tiny, fails, monkeypatch):
+    def backward(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+    monkeypatch.setattr(engine.Trainer, "_backward", backward)
+    assert "a smaller --batch-size with a larger --accum-steps" in fails(*tiny, code=1)
 
 
 def test_weights_that_broke_in_the_last_step_are_not_saved(tiny, fails, tmp_path, monkeypatch):
@@ -215,7 +227,7 @@ def test_bfloat16_and_mixing_that_is_switched_off(tiny, run, tmp_path):
 
 @pytest.mark.slow
 def test_a_compiled_run(tiny, run, tmp_path):
-    options = ("--compile", "true", "--epochs", "1", "--set", "schedule.warmup_epochs=0")
+    options = ("--compile", "true", "--epochs", "2")
     assert run(*tiny, *options, "--output", "run")[0] == 0
     assert not any("_orig_mod" in name for name in load_checkpoint(tmp_path / "run" / LAST)["state_dict"])
 
