@@ -49,10 +49,7 @@ def _env(argv: list[str]) -> int:
     from .environment import environment
     from .tables import make_table, stdout_console
 
-    try:
-        facts = environment()
-    except ValueError as error:  # an unknown name in HYDRA_VISION_BACKEND
-        raise UserError(str(error)) from error
+    facts = environment()
     if arguments.json:
         print(json.dumps(facts, indent=2))
         return 0

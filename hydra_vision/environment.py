@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 import torch
 
+from .command_line import UserError
 from .ops.dispatch import backend_reasons, default_backend
 from .version import __version__
 
@@ -74,13 +75,16 @@ def environment() -> dict[str, Any]:
     """Versions, devices, backends and defaults as plain JSON values.
 
     Raises:
-        ValueError: ``HYDRA_VISION_BACKEND`` holds an unknown name.
+        UserError: ``HYDRA_VISION_BACKEND`` holds an unknown name.
     """
     devices = _devices()
     reasons = backend_reasons()
     defaults = {}
     for kind in dict.fromkeys(device['device'].partition(':')[0] for device in devices):
-        backend, why = default_backend(kind)
+        try:
+            backend, why = default_backend(kind)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         defaults[kind] = {'backend': backend, 'why': why, 'available': reasons[backend] is None}
     return {
         'versions': versions(),

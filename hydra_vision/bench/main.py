@@ -96,8 +96,22 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision bench')
             cases: list = _plan_operators(arguments, device, dtype, modes)
         else:
             cases = _plan_models(arguments, device, dtype, modes)
+        facts = environment()
+        default = facts['defaults'][device.type]
+        if not default['available'] and any(getattr(case, 'backend', None) == 'auto' for case in cases):
+            reason = facts['backends'][default['backend']]['missing']
+            raise UserError(
+                f"backend 'auto' is {default['backend']} ({default['why']}), which cannot run here: {reason}"
+            )
         output = _output_folder(arguments.output, device)
-        facts = _header(console, device, dtype, cases)
+        facts['run'] = {
+            'device': str(device),
+            'device_name': device_name(device),
+            'dtype': str(dtype).removeprefix('torch.'),
+            'threads': torch.get_num_threads(),
+            'started': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
+        }
+        _print_header(console, facts, cases)
         roofline = measure_roofline(device, dtype)
         console.print(f'measured {roofline} (large random matrices; bytes read + written)')
         if arguments.operator:
@@ -286,16 +300,8 @@ def _peer_of(names: Sequence[str]) -> dict[str, str]:
     return peers
 
 
-def _header(console: Console, device: torch.device, dtype: torch.dtype, cases: Sequence[Any]) -> dict[str, Any]:
-    """Print and return what the numbers depend on."""
-    facts = environment()
-    facts['run'] = {
-        'device': str(device),
-        'device_name': device_name(device),
-        'dtype': str(dtype).removeprefix('torch.'),
-        'threads': torch.get_num_threads(),
-        'started': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
-    }
+def _print_header(console: Console, facts: dict[str, Any], cases: Sequence[Any]) -> None:
+    """What the numbers depend on, and what is timed."""
     run, precision = facts['run'], facts['precision']
     installed = [f'{name} {version}' for name, version in facts['versions'].items() if version is not None]
     console.print(f'device {run["device"]}: {run["device_name"]}, {run["threads"]} CPU threads')
@@ -304,13 +310,12 @@ def _header(console: Console, device: torch.device, dtype: torch.dtype, cases: S
     cudnn = 'allowed' if precision['cudnn_allow_tf32'] else 'off'
     console.print(f'dtype {run["dtype"]}, TF32 {tf32} in matrix products, {cudnn} in cuDNN (used on CUDA only)')
     if isinstance(cases[0], Case):
-        if dtype != torch.float32:
+        if run['dtype'] != 'float32':
             console.print(f'weights in float32, autocast to {run["dtype"]}')
         for mode in dict.fromkeys(case.mode for case in cases):
             console.print(MODES[mode])
-        default = facts['defaults'][device.type]
+        default = facts['defaults'][run['device'].partition(':')[0]]
         console.print(f"backend 'auto' of the Hydra models: {default['backend']} ({default['why']})")
-    return facts
 
 
 def _device(name: Optional[str]) -> torch.device:

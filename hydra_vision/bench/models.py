@@ -162,11 +162,11 @@ def run_group(
 
 @contextlib.contextmanager
 def _fresh_compiler() -> Iterator[None]:
-    """Compiled code of one group only, and an error where Dynamo would fall back to eager without a word."""
+    """Compiled code of one group only; many models may share a class, and none may fall back to eager unnoticed."""
     import torch._dynamo  # costs seconds; by now the models have imported it anyway
 
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
         yield
     torch._dynamo.reset()
 

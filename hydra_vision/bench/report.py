@@ -110,7 +110,7 @@ def model_table(results: Sequence[Result]) -> Table:
     rows = []
     for result in results:
         case = result.case
-        speed = '' if result.images_per_second is None else f'{result.images_per_second:.4g}'
+        speed = '' if result.images_per_second is None else _digits(result.images_per_second)
         head = [case.mode, str(case.img_size), str(case.batch), case.execution, case.label]
         rows.append([*head, speed, *_measured_cells(result)])
     columns = ['mode', 'px', 'batch', 'run', 'model', 'images/s', *_MEASURED_COLUMNS]
@@ -144,12 +144,17 @@ def _measured_cells(result: 'Result | OperatorResult') -> list[str]:
     if timing is None:
         return [result.status, '', '', '', '']
     return [
-        f'{timing.median * 1000:.4g}',
-        f'{timing.p10 * 1000:.4g} - {timing.p90 * 1000:.4g}',
+        _digits(timing.median * 1000),
+        f'{_digits(timing.p10 * 1000)} - {_digits(timing.p90 * 1000)}',
         '' if result.peak_bytes is None else f'{result.peak_bytes / 2**30:.2f}',
         f'{result.gemm_share:.1%}',
         f'{result.memory_share:.1%}',
     ]
+
+
+def _digits(value: float) -> str:
+    """Four digits, never an exponent."""
+    return f'{value:.0f}' if value >= 1000 else f'{value:.4g}'
 
 
 def model_ratios(results: Sequence[Result], peer_of: dict[str, str]) -> list[dict[str, Any]]:

@@ -97,16 +97,13 @@ def test_threads_are_given_back(run):
 
 def test_operator_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, 'measure_roofline', lambda *a: Roofline(1e12, 1e12))
-    options = '--device cpu --operator --shapes 1x20,2x5 --heads 2 --headdim 8 --d-state 4 --mode infer,train'
+    options = '--device cpu --operator --shapes 1x20 --heads 2 --headdim 8 --d-state 4 --mode infer,train'
     argv = ['bench', *options.split(), '--repeats', '3', '--time-limit', '0', '--output', str(tmp_path)]
     assert main(argv) == 0
     rows = rows_of(tmp_path / 'operators.csv')
     names = {'reference', 'chunked', 'sdpa'}
     assert {(r['operator'], r['B'], r['L'], r['passes']) for r in rows} == {
-        (name, *shape, passes)
-        for name in names
-        for shape in (('1', '20'), ('2', '5'))
-        for passes in ('forward', 'forward+backward')
+        (name, '1', '20', passes) for name in names for passes in ('forward', 'forward+backward')
     }
     assert {r['N'] for r in rows if r['operator'] == 'chunked'} == {'4'}
     assert {r['H'] for r in rows if r['operator'] == 'sdpa'} == {'1'}
@@ -180,6 +177,15 @@ def test_bad_arguments(capsys, options, message):
 def test_what_needs_a_gpu_says_so(capsys, options):
     assert main(['bench', *options.split()]) == 2
     assert 'CUDA' in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_default_that_cannot_run(capsys, monkeypatch):
+    monkeypatch.setenv('HYDRA_VISION_BACKEND', 'mamba_ssm')
+    assert main(['bench', '--device', 'cpu', '--models', 'test_hydra_vit', '--img-sizes', '32']) == 2
+    message = capsys.readouterr().err
+    assert "'auto' is mamba_ssm (HYDRA_VISION_BACKEND is set)" in message
+    assert message.count('\n') == 1
 
 
 @pytest.mark.gpu
