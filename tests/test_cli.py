@@ -129,5 +129,7 @@ def test_train_gets_its_arguments(capsys):
 
 
 def test_script_is_installed():
-    (script,) = entry_points(group='console_scripts', name='hydra-vision')
-    assert script.load() is main
+    scripts = entry_points(group='console_scripts', name='hydra-vision')
+    if not scripts:
+        pytest.skip('the package is imported from a checkout that is not installed')
+    assert {script.value for script in scripts} == {'hydra_vision.cli:main'}

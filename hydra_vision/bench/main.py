@@ -98,7 +98,7 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision bench')
             cases = _plan_models(arguments, device, dtype, modes)
         facts = environment()
         default = facts['defaults'][device.type]
-        if not default['available'] and any(getattr(case, 'backend', None) == 'auto' for case in cases):
+        if not default['available'] and any(case.backend == 'auto' for case in cases):
             reason = facts['backends'][default['backend']]['missing']
             raise UserError(
                 f"backend 'auto' is {default['backend']} ({default['why']}), which cannot run here: {reason}"

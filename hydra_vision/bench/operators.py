@@ -58,7 +58,7 @@ class Shape:
 class OperatorCase:
     """One implementation, a backend of ``quasiseparable_mix`` or attention, at one shape."""
 
-    name: str
+    backend: str
     shape: Shape
     mode: str
     dtype: torch.dtype
@@ -69,7 +69,7 @@ class OperatorCase:
 
     @property
     def is_attention(self) -> bool:
-        return self.name == ATTENTION
+        return self.backend == ATTENTION
 
     @property
     def flops(self) -> int:
@@ -161,7 +161,7 @@ def _operator_step(case: OperatorCase, arguments: dict[str, Tensor]) -> Callable
         inputs = list(arguments.values())
 
         def forward() -> Tensor:
-            return quasiseparable_mix(**arguments, backend=case.name)
+            return quasiseparable_mix(**arguments, backend=case.backend)
 
     if not training:
 
@@ -204,7 +204,7 @@ def run_shape(
     steps: dict[OperatorCase, Callable[[], object]] = {}
     results: dict[OperatorCase, OperatorResult] = {}
     for case in cases:
-        progress(f'warming up {case.name}, {case.shape}, {case.passes}')
+        progress(f'warming up {case.backend}, {case.shape}, {case.passes}')
         before = allocated(device)
         try:
             step = _operator_step(case, arguments)

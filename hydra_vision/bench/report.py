@@ -85,7 +85,7 @@ def operator_row(result: OperatorResult, run: dict[str, Any]) -> dict[str, Any]:
 def _operator_key(result: OperatorResult) -> dict[str, Any]:
     shape = result.case.shape
     return {
-        'operator': result.case.name,
+        'operator': result.case.backend,
         'B': shape.batch,
         'L': shape.length,
         'H': shape.attention_heads if result.case.is_attention else shape.heads,
@@ -122,7 +122,7 @@ def operator_table(results: Sequence[OperatorResult]) -> Table:
     rows = []
     for result in results:
         against = {name: _against(result, results, name) for name in ('mamba_ssm', 'sdpa')}
-        rows.append([str(result.case.shape), result.case.passes, result.case.name, *_measured_cells(result)])
+        rows.append([str(result.case.shape), result.case.passes, result.case.backend, *_measured_cells(result)])
         rows[-1] += [against['mamba_ssm'], against['sdpa']]
     columns = ['shape', 'passes', 'operator', *_MEASURED_COLUMNS, 'speed / mamba_ssm', 'speed / sdpa']
     return make_table('quasiseparable_mix', columns, rows, right=range(3, len(columns)))
@@ -131,7 +131,7 @@ def operator_table(results: Sequence[OperatorResult]) -> Table:
 def _against(result: OperatorResult, results: Sequence[OperatorResult], name: str) -> str:
     for other in results:
         same = (other.case.shape, other.case.mode) == (result.case.shape, result.case.mode)
-        if same and other.case.name == name and other.timing and result.timing:
+        if same and other.case.backend == name and other.timing and result.timing:
             return f'{other.timing.median / result.timing.median:.2f}'
     return ''
 
