@@ -226,13 +226,15 @@ def conv7_backward_kernel(
     x3 = _row(u_b, first, stride_l, cols, ok, L, ALIGN).to(tl.float32)
     x4 = _row(u_b, first + 1, stride_l, cols, ok, L, ALIGN).to(tl.float32)
     x5 = _row(u_b, first + 2, stride_l, cols, ok, L, ALIGN).to(tl.float32)
+    # Gradients before the activation of rows t-1 .. t-6. Triton 3.6 takes loop variables that start as one value and are
+    # handed on from one to the next for constants: they start as different values (in lanes that are never stored).
     zero = tl.zeros((BC,), tl.float32)
-    d1 = zero  # gradients before the activation of rows t-1 .. t-6
-    d2 = zero
-    d3 = zero
-    d4 = zero
-    d5 = zero
-    d6 = zero
+    d1 = tl.where(ok, 0.0, 1.0)  # (BC,)
+    d2 = tl.where(ok, 0.0, 2.0)
+    d3 = tl.where(ok, 0.0, 3.0)
+    d4 = tl.where(ok, 0.0, 4.0)
+    d5 = tl.where(ok, 0.0, 5.0)
+    d6 = tl.where(ok, 0.0, 6.0)
     s0 = zero
     s1 = zero
     s2 = zero

@@ -54,6 +54,8 @@ def decay_kernel(
     A,  # (H,)
     lf,  # (B, H, Lp) out, float32 or float64
     lb,
+    cf,  # (B, H, Lp) out, as lf: lf - log2(dt_f), so that a column's dt costs nothing
+    cb,
     dtf,  # (B, H, Lp) out, float32
     dtb,
     stride_b,
@@ -88,6 +90,8 @@ def decay_kernel(
         step = tl.maximum(dt.to(sums) * a[None, :].to(sums) * 1.4426950408889634, -200.0)  # (T, HB)
         total = tl.cumsum(step, axis=0, reverse=direction == 1)
         tl.store((lf if direction == 0 else lb) + out, total, mask=keep)
+        column = tl.where(dt > 1e-37, total - tl.log2(tl.maximum(dt, 1e-37).to(sums)), float('inf'))
+        tl.store((cf if direction == 0 else cb) + out, column, mask=keep)
         tl.store((dtf if direction == 0 else dtb) + out, dt, mask=keep)
 
 

@@ -183,7 +183,7 @@ def inner_backward(a: InnerArguments, y: Tensor, rstd: Tensor, diag: Tensor, dou
 
     ddt = dz[..., a.d_inner + a.width :]
     dA_log, ddt_bias = decays_backward(plan, a.dt_source(), g, ddt[..., : a.H], ddt[..., a.H :])
-    with torch.autocast(plan.device.type, enabled=False):
+    with torch.autocast('cuda' if plan.device.type == 'cuda' else 'cpu', enabled=False):
         flat_x = xbc.view(-1, a.width)[:, : a.d_inner].to(plan.wide)
         dfc = ddiag.view(-1, a.H).to(plan.wide).T @ flat_x
     dconv_weight, dconv_bias = _conv_backward(a, plan, dxbc, dz)

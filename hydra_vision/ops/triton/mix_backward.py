@@ -281,6 +281,7 @@ def mix_columns_kernel(
         else:
             acc += dyf * tl.load(diag + (b * H + h) * L + rows, mask=rows < L, other=0.0)[:, None]
         if FC:
+            wide: tl.constexpr = tl.bfloat16 if dy.dtype.element_ty == tl.bfloat16 else tl.float32
             for start in tl.static_range(0, HB, 16):
                 hh = start + tl.arange(0, 16)
                 some = hh < H
@@ -288,7 +289,6 @@ def mix_columns_kernel(
                     ddiag + (b * L + rows)[:, None] * H + hh[None, :], mask=(rows < L)[:, None] & some[None, :], other=0.0
                 )  # (T, 16)
                 f = tl.load(fc + hh[:, None] * (H * P) + h * P + p[None, :], mask=some[:, None], other=0.0)  # (16, P)
-                wide: tl.constexpr = tl.bfloat16 if dy.dtype.element_ty == tl.bfloat16 else tl.float32
                 acc = tl.dot(dd.to(wide), f.to(wide), acc, input_precision=PREC)
         else:
             tl.store(ddiag + (b * L + rows) * H + h, tl.sum(dyf * xj, axis=1), mask=rows < L)

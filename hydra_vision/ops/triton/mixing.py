@@ -10,6 +10,8 @@ from torch import Tensor
 from .decay import decay_backward_kernel, decay_kernel
 from .mix import mix_kernel
 from .mix_backward import mix_columns_kernel, mix_rows_kernel
+from .mix_heads import mix_heads_kernel
+from .mix_heads_backward import mix_heads_backward_kernel
 from .plan import SUMS, Plan
 from .score_grads import bc_grads_kernel, score_grads_kernel
 from .scores import scores_kernel
@@ -45,6 +47,8 @@ class Decays:
 
     lf: Tensor
     lb: Tensor
+    cf: Tensor
+    cb: Tensor
     dtf: Tensor
     dtb: Tensor
 
@@ -68,11 +72,11 @@ def _head_block(H: int) -> int:
 def decays(plan: Plan, source: DtSource) -> Decays:
     """dt after softplus and clamp, and its tile-local sums."""
     lf = torch.empty(plan.B, plan.H, plan.Lp, dtype=plan.sums, device=plan.device)
-    out = Decays(lf, torch.empty_like(lf), plan.rows(), plan.rows())
+    out = Decays(lf, *(torch.empty_like(lf) for _ in range(3)), plan.rows(), plan.rows())
     HB = _head_block(plan.H)
     bias = source.A if source.bias is None else source.bias
     decay_kernel[(plan.nT * plan.B, triton.cdiv(plan.H, HB))](
-        source.dt_f, source.dt_b, bias, source.A, out.lf, out.lb, out.dtf, out.dtb,
+        source.dt_f, source.dt_b, bias, source.A, out.lf, out.lb, out.cf, out.cb, out.dtf, out.dtb,
         source.dt_f.stride(0), source.dt_f.stride(1), plan.L, plan.H, plan.Lp, *source.bounds(),
         **source.flags(), HB=HB, T=plan.T, num_warps=4,
     )  # fmt: skip
@@ -110,7 +114,7 @@ def _states(plan: Plan, V_f: Tensor, V_b: Tensor, u: Tensor, d: Decays, start: O
         V_f, V_b, u, d.lf, d.lb, d.dtf, d.dtb, d.dtf if start is None else start, states, states, d.dtf, d.dtf,
         V_f.stride(0), V_f.stride(1), V_f.stride(2), u.stride(0), u.stride(1), u.stride(2),
         plan.L, plan.H, plan.G, plan.Lp, plan.nC, plan.QT, N=plan.N, P=plan.P, T=plan.T, GRAD=False,
-        HAS_START=start is not None, PREC=plan.precision, **plan.options('states'),
+        HAS_START=start is not None, PREC=plan.precision, STAGES=plan.options('states')['num_stages'], **plan.options('states'),
     )  # fmt: skip
     return states
 
@@ -127,7 +131,8 @@ def _state_grads(
         V_f, V_b, dy, d.lf, d.lb, d.dtf, d.dtb, d.dtf, states, out, through, through if dstart is None else dstart,
         V_f.stride(0), V_f.stride(1), V_f.stride(2), dy.stride(0), dy.stride(1), dy.stride(2),
         plan.L, plan.H, plan.G, plan.Lp, plan.nC, plan.QT, N=plan.N, P=plan.P, T=plan.T, GRAD=True,
-        HAS_START=has_start, PREC=plan.precision, **plan.options('state_grads'),
+        HAS_START=has_start, PREC=plan.precision, STAGES=plan.options('state_grads')['num_stages'],
+        **plan.options('state_grads'),
     )  # fmt: skip
     if dstart is not None:
         dstart = dstart.sum((0, 2)).transpose(1, 2)  # (H, P, N)
@@ -150,6 +155,17 @@ def mix_forward(
     S = _scores(plan, bc, transposed=False)
     states = _states(plan, B_f, B_b, x, d, start) if _has_state(plan, start) else S
     y = torch.empty(plan.B, plan.L, plan.H, plan.P, dtype=plan.dtype, device=plan.device)
+    if plan.QT == 1:
+        options = plan.options('mix_heads')
+        heads = plan.launch.heads_of('mix_heads', plan.H // plan.G)
+        mix_heads_kernel[(plan.nT * (plan.H // heads) * plan.B,)](
+            x, S, C_f, C_b, states, d.lf, d.lb, d.cf, d.cb, d.dtf if diag is None else diag, y,
+            x.stride(0), x.stride(1), x.stride(2), C_f.stride(0), C_f.stride(1), C_f.stride(2),
+            plan.L, plan.H, plan.G, plan.Lp, plan.nT, HG=heads, N=plan.N, P=plan.P, T=plan.T,
+            DIAGONAL=_diagonal_kind(diag), HAS_STATE=_has_state(plan, start), HAS_START=start is not None,
+            PREC=plan.precision, STAGES=options['num_stages'], **options,
+        )  # fmt: skip
+        return y
     mix_kernel[(plan.nT * plan.H * plan.B,)](
         x, S, C_f, C_b, states, d.lf, d.lb, d.dtf, d.dtb, d.dtf if diag is None else diag, y,
         x.stride(0), x.stride(1), x.stride(2), C_f.stride(0), C_f.stride(1), C_f.stride(2),
@@ -195,36 +211,46 @@ def mix_backward(
     sums = torch.empty(SUMS, plan.B, plan.H, plan.Lp, dtype=torch.float32, device=plan.device)
     if plan.QT > 1:
         cross = torch.empty(plan.B, plan.H, 2, plan.nT, plan.QT, dtype=torch.float32, device=plan.device)
-    if has_state:
+    if has_state and plan.QT > 1:
         onward = torch.empty(plan.B, plan.H, 2, plan.nT, dtype=torch.float32, device=plan.device)
-    if has_state or plan.QT > 1:
-        mix_rows_kernel[grid](
-            x, dy, S, C_f, C_b, states, d.lf, d.lb, d.dtf, d.dtb, sums, sums if cross is None else cross, *x_strides,
-            *bc_strides, plan.B, *sizes, N=plan.N, **shape, HAS_STATE=has_state, **plan.options('mix_rows'),
-        )  # fmt: skip
-
-    dS, dST = plan.tiles(plan.wide), plan.tiles(plan.wide)
-    score_grads_kernel[(plan.QT * plan.nT * plan.G * plan.B,)](
-        x, dy, d.lf, d.lb, d.dtf, d.dtb, S, sums, dS, dST, *x_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp, plan.nT,
-        plan.QT, **shape, **plan.options('score_grads'),
-    )  # fmt: skip
-    del S
-    dB_f, dC_f, dB_b, dC_b = dbc
-    bc_grads_kernel[(4 * plan.nT * plan.G * plan.B,)](
-        x, dy, B_f, C_f, B_b, C_b, dS, dST, states, dstates, d.lf, d.lb, d.dtf, d.dtb, dB_f, dC_f, dB_b, dC_b,
-        *x_strides, *bc_strides, *out_strides, *sizes, N=plan.N, **shape, HAS_STATE=has_state,
-        **plan.options('bc_grads'),
-    )  # fmt: skip
-    del dS, dST
-
-    ST = _scores(plan, bc, transposed=True)
     if diag is not None and ddiag is None:
         ddiag = torch.empty(plan.B, plan.L, plan.H, dtype=torch.float32, device=plan.device)
     unused = sums
-    mix_columns_kernel[grid](
-        x, dy, ST, B_f, B_b, dstates, d.lf, d.lb, d.dtf, d.dtb, unused if diag is None else diag,
-        unused if ddiag is None else ddiag, unused if fc is None else fc, sums, unused if onward is None else onward, dx,
-        *x_strides, *bc_strides, *dx_strides, plan.B, *sizes, N=plan.N, **shape, DIAGONAL=_diagonal_kind(diag),
-        FC=fc is not None, HB=16 * triton.cdiv(plan.H, 16), HAS_STATE=has_state, **plan.options('mix_columns'),
+    diagonal = (unused if diag is None else diag, unused if ddiag is None else ddiag, unused if fc is None else fc)
+    diagonal_flags = {'DIAGONAL': _diagonal_kind(diag), 'FC': fc is not None, 'HB': 16 * triton.cdiv(plan.H, 16)}
+    parts = 1
+    if plan.QT == 1:
+        options = plan.options('mix_heads_backward')
+        heads = plan.launch.heads_of('mix_heads_backward', plan.H // plan.G)
+        parts = plan.H // plan.G // heads
+        dS, dST = (torch.empty(parts, *S.shape, dtype=plan.wide, device=plan.device) for _ in range(2))
+        ST = _scores(plan, bc, transposed=True)
+        mix_heads_backward_kernel[(plan.nT * (plan.H // heads) * plan.B,)](
+            x, dy, ST, B_f, B_b, dstates, d.lf, d.lb, d.dtf, d.dtb, *diagonal, sums, dx, dS, dST,
+            *x_strides, *bc_strides, *dx_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp, plan.nT,
+            HG=heads, N=plan.N, **shape, **diagonal_flags, HAS_STATE=has_state, STAGES=options['num_stages'], **options,
+        )  # fmt: skip
+    else:
+        dS, dST = plan.tiles(plan.wide), plan.tiles(plan.wide)
+        mix_rows_kernel[grid](
+            x, dy, S, C_f, C_b, states, d.lf, d.lb, d.dtf, d.dtb, sums, cross, *x_strides,
+            *bc_strides, plan.B, *sizes, N=plan.N, **shape, HAS_STATE=has_state, **plan.options('mix_rows'),
+        )  # fmt: skip
+        score_grads_kernel[(plan.QT * plan.nT * plan.G * plan.B,)](
+            x, dy, d.lf, d.lb, d.dtf, d.dtb, S, sums, dS, dST, *x_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp,
+            plan.nT, plan.QT, **shape, **plan.options('score_grads'),
+        )  # fmt: skip
+        ST = _scores(plan, bc, transposed=True)
+        mix_columns_kernel[grid](
+            x, dy, ST, B_f, B_b, dstates, d.lf, d.lb, d.dtf, d.dtb, *diagonal, sums,
+            unused if onward is None else onward, dx, *x_strides, *bc_strides, *dx_strides, plan.B, *sizes,
+            N=plan.N, **shape, **diagonal_flags, HAS_STATE=has_state, **plan.options('mix_columns'),
+        )  # fmt: skip
+    dB_f, dC_f, dB_b, dC_b = dbc
+    bc_grads_kernel[(4 * plan.nT * plan.G * plan.B,)](
+        x, dy, B_f, C_f, B_b, C_b, dS, dST, states, dstates, sums, d.lf, d.lb, d.dtf, d.dtb, dB_f, dC_f, dB_b, dC_b,
+        *x_strides, *bc_strides, *out_strides, plan.B, *sizes, N=plan.N, **shape, PARTS=parts, ROWS=plan.QT == 1,
+        HAS_START=start is not None, HAS_STATE=has_state, STAGES=plan.options('bc_grads')['num_stages'],
+        **plan.options('bc_grads'),
     )  # fmt: skip
     return MixGrads(sums, cross, onward, through, ddiag, dstart)

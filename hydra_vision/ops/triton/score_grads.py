@@ -66,10 +66,10 @@ def score_grads_kernel(
             acc += product
             product *= s
             at = sums + head + rows
-            lower = tl.where(i > j, product, 0.0)
+            lower = tl.where(i > j + 1, product, 0.0)  # no token lies between neighbours
             tl.store(at, tl.sum(lower, axis=1))
             tl.store(at + plane, tl.sum(lower, axis=0))
-            upper = tl.where(i < j, product, 0.0)
+            upper = tl.where(i < j - 1, product, 0.0)
             tl.store(at + 5 * plane, tl.sum(upper, axis=1))
             tl.store(at + 6 * plane, tl.sum(upper, axis=0))
     else:
@@ -113,10 +113,11 @@ def bc_grads_kernel(
     C_f,
     B_b,
     C_b,
-    dS,  # (B, G, nT, QT, T, T)
+    dS,  # (B, G * PARTS, nT, QT, T, T), summed over PARTS
     dST,
     states,  # (B, H, 2, nC, N, P)
     dstates,
+    sums,  # (10, B, H, Lp) planes 2 and 7 out, where ROWS
     lf,  # (B, H, Lp)
     lb,
     dtf,
@@ -134,6 +135,7 @@ def bc_grads_kernel(
     stride_ob,
     stride_ol,
     stride_og,
+    B,
     L,
     H,
     G,
@@ -144,8 +146,12 @@ def bc_grads_kernel(
     N: tl.constexpr,
     P: tl.constexpr,
     T: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,  # chunks of one tile: what C reads from states is each row's sum of G outside the tile
+    HAS_START: tl.constexpr,
     HAS_STATE: tl.constexpr,
     PREC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     pid = tl.program_id(0)
     which = pid % 4  # C_f, C_b, B_f, B_b
@@ -182,7 +188,7 @@ def bc_grads_kernel(
         else:
             source = C_b
             target = dB_b
-    block += ((b * G + g) * nT + tile) * QT * (T * T)
+    block += ((b * G + g) * PARTS * nT + tile) * QT * (T * T)
     # C_f and B_b sum over the tiles before this one, C_b and B_f over those after it
     before = (direction == 0) == is_c
     low = tl.where(before, first, tile)
@@ -190,6 +196,8 @@ def bc_grads_kernel(
     acc = tl.zeros((T, N), tl.float32)
     for other in range(low, high):
         d = tl.load(block + (other - first) * (T * T) + i * T + j)  # (T, T)
+        for part in tl.static_range(1, PARTS):
+            d += tl.load(block + (part * nT * QT + other - first) * (T * T) + i * T + j)
         keep = tl.where(before, other * T + j < tile * T + i, other * T + j > tile * T + i)  # (T, T)
         v = load_rows(source + base, other * T + t + source_shift, n, stride_l, L)  # (T, N)
         acc = tl.dot(tl.where(keep, d, 0.0).to(d.dtype), v.to(d.dtype), acc, input_precision=PREC)
@@ -198,12 +206,19 @@ def bc_grads_kernel(
         dt_all = dtf if direction == 0 else dtb
         st_all = states if is_c else dstates
         side = tl.where(direction == 0, 0, T - 1)
-        for k in range(H // G):
+        plane = tl.cast(B, tl.int64) * H * Lp
+        absent = tl.where(before, 0, nC - 1)
+        present = (chunk + tl.zeros_like(n) != absent)[None, :]  # (1, N): no state enters the first chunk
+        if HAS_START:
+            present = (n >= 0)[None, :]
+        if ROWS:
+            own = load_rows((C_f if direction == 0 else C_b) + base, rows + shift, n, stride_l, L).to(tl.float32)  # (T, N)
+        for k in tl.range(0, H // G, num_stages=STAGES):
             h = g * (H // G) + k
             l_ptr = l_all + (b * H + h) * Lp
             span = tl.zeros((), lf.dtype.element_ty)
             st_ptr = st_all + (((b * H + h) * 2 + direction) * nC + chunk) * (N * P)
-            st = tl.load(st_ptr + n[None, :] * P + p[:, None])  # (P, N)
+            st = tl.load(st_ptr + n[None, :] * P + p[:, None], mask=present, other=0.0)  # (P, N)
             # from the chunk's edge on the far side of the state to this tile's edge
             lo = tl.where(before, first, tile + 1)
             hi = tl.where(before, tile, last)
@@ -219,7 +234,13 @@ def bc_grads_kernel(
                 w = tl.exp2(e.to(tl.float32)) * tl.load(dt_all + (b * H + h) * Lp + rows)
                 v = load_rows(x + b * stride_xb + h * stride_xh, rows, p, stride_xl, L)  # (T, P)
             vw = (v.to(tl.float32) * w[:, None]).to(st.dtype)
-            acc = tl.dot(vw, st, acc, input_precision=PREC)
+            if ROWS:
+                share = tl.dot(vw, st, input_precision=PREC)  # (T, N)
+                acc += share
+                if is_c:
+                    tl.store(sums + (2 + 5 * direction) * plane + (b * H + h) * Lp + rows, tl.sum(share * own, axis=1))
+            else:
+                acc = tl.dot(vw, st, acc, input_precision=PREC)
     out = target + b * stride_ob + g * stride_og + n[None, :]
     to = rows + tl.where(is_c, shift, 0)
     keep_rows = (to >= 0) & (to < L) & (rows < L)

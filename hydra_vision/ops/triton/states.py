@@ -43,6 +43,7 @@ def states_kernel(
     GRAD: tl.constexpr,
     HAS_START: tl.constexpr,
     PREC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     pid = tl.program_id(0)
     direction = pid % 2
@@ -64,33 +65,33 @@ def states_kernel(
     state = tl.zeros((N, P), tl.float32)
     if HAS_START and not GRAD:
         state = tl.load(start + h * (P * N) + p[None, :] * N + n[:, None]).to(tl.float32)
-    for k in range(nC):
-        chunk = tl.where(ascending, k, nC - 1 - k)
-        here = (slot + chunk) * (N * P)
-        if GRAD:
-            tl.store(out + here + tile_np, state.to(out.dtype.element_ty))
-            span = tl.zeros((), lf.dtype.element_ty)
-            for m in range(QT):
-                span += tl.load(l_ptr + (chunk * QT + m) * T + tl.where(direction == 0, T - 1, 0))
-            saved = tl.load(states + here + tile_np).to(tl.float32)  # (N, P)
-            tl.store(through + slot + chunk, tl.sum(saved * state) * tl.exp2(span.to(tl.float32)))
-        else:
-            tl.store(states + here + tile_np, state.to(states.dtype.element_ty))
-        first = chunk * QT
-        for m in range(QT):
-            tile = first + tl.where(ascending, m, QT - 1 - m)
-            rows = tile * T + t
-            u = load_rows(u_ptr, rows, p, stride_ul, L)  # (T, P)
-            total = tl.load(l_ptr + tile * T + tl.where(direction == 0, T - 1, 0))
+    for k in tl.range(0, nC * QT, num_stages=STAGES):
+        m = k % QT
+        chunk = tl.where(ascending, k // QT, nC - 1 - k // QT)
+        tile = chunk * QT + tl.where(ascending, m, QT - 1 - m)
+        if m == 0:
+            here = (slot + chunk) * (N * P)
             if GRAD:
-                shift = tl.where(direction == 0, -1, 1)
-                v = load_cols(v_ptr, rows + shift, n, stride_vl, L)  # (N, T)
-                near = t + shift
-                w = tl.exp2(tl.load(l_ptr + tile * T + near, mask=(near >= 0) & (near < T), other=0.0).to(tl.float32))
+                span = tl.zeros((), lf.dtype.element_ty)
+                for inner in range(QT):
+                    span += tl.load(l_ptr + (chunk * QT + inner) * T + tl.where(direction == 0, T - 1, 0))
+                saved = tl.load(states + here + tile_np).to(tl.float32)  # (N, P)
+                tl.store(through + slot + chunk, tl.sum(saved * state) * tl.exp2(span.to(tl.float32)))
+                tl.store(out + here + tile_np, state.to(out.dtype.element_ty))
             else:
-                v = load_cols(v_ptr, rows, n, stride_vl, L)  # (N, T)
-                w = tl.exp2((total - tl.load(l_ptr + rows)).to(tl.float32)) * tl.load(dt_ptr + rows)  # (T,)
-            wu = (u.to(tl.float32) * w[:, None]).to(u.dtype)  # (T, P)
-            state = tl.dot(v, wu, state * tl.exp2(total.to(tl.float32)), input_precision=PREC)
+                tl.store(states + here + tile_np, state.to(states.dtype.element_ty))
+        rows = tile * T + t
+        u = load_rows(u_ptr, rows, p, stride_ul, L)  # (T, P)
+        total = tl.load(l_ptr + tile * T + tl.where(direction == 0, T - 1, 0))
+        if GRAD:
+            shift = tl.where(direction == 0, -1, 1)
+            v = load_cols(v_ptr, rows + shift, n, stride_vl, L)  # (N, T)
+            near = t + shift
+            w = tl.exp2(tl.load(l_ptr + tile * T + near, mask=(near >= 0) & (near < T), other=0.0).to(tl.float32))
+        else:
+            v = load_cols(v_ptr, rows, n, stride_vl, L)  # (N, T)
+            w = tl.exp2((total - tl.load(l_ptr + rows)).to(tl.float32)) * tl.load(dt_ptr + rows)  # (T,)
+        wu = (u.to(tl.float32) * w[:, None]).to(u.dtype)  # (T, P)
+        state = tl.dot(v, wu, state * tl.exp2(total.to(tl.float32)), input_precision=PREC)
     if GRAD and HAS_START:
         tl.store(dstart + ((b * H + h) * 2 + direction) * (N * P) + tile_np, state)

@@ -21,16 +21,23 @@ class Launch:
         chunk: QT, tiles a chunk; states travel between chunks, so L <= T * QT needs none.
         warps: warps of a kernel, by its name; 4 where absent.
         stages: pipeline stages of a kernel, by its name; 1 where absent.
+        heads: most heads a program of a kernel that loops over them, by its name; 6 where absent.
     """
 
     tile: int
     chunk: int
     warps: dict[str, int] = field(default_factory=dict)
     stages: dict[str, int] = field(default_factory=dict)
+    heads: dict[str, int] = field(default_factory=dict)
 
     def options(self, kernel: str) -> dict[str, int]:
         """num_warps and num_stages of one kernel."""
         return {'num_warps': self.warps.get(kernel, 4), 'num_stages': self.stages.get(kernel, 1)}
+
+    def heads_of(self, kernel: str, available: int) -> int:
+        """Heads a program: the largest divisor of ``available`` that the row allows."""
+        most = min(self.heads.get(kernel, 6), available)
+        return next(count for count in range(most, 0, -1) if available % count == 0)
 
 
 def bucket(L: int) -> int:
@@ -43,9 +50,11 @@ def _row(arch: int, limit: int, P: int, N: int, itemsize: int) -> Launch:
     tile = 32 if itemsize == 4 else 64
     if itemsize == 4 and wide:
         tile = 16
-    chunk = max(1, min(limit, 256) // tile) if limit <= 256 else max(1, 128 // tile)
-    warps = {'norm': 4, 'norm_backward': 8}
-    return Launch(tile, chunk, warps)
+    chunk = max(1, limit // tile) if limit <= 256 else 1
+    stages = {'mix_heads': 2, 'mix_heads_backward': 2, 'states': 3, 'state_grads': 3, 'bc_grads': 2, 'diagonal': 3}
+    if itemsize == 4 or wide:
+        stages = {}
+    return Launch(tile, chunk, {'norm': 4, 'norm_backward': 8}, stages)
 
 
 def shipped() -> dict[tuple[int, int, int, int, int], Launch]:

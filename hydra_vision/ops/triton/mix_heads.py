@@ -1,0 +1,98 @@
+"""y = M x in chunks of one tile: one program a (tile, heads of a group, batch), looping over the heads.
+
+Scores and C are read once for all heads of the program, and the loop lets the compiler fetch the next head's X and
+states while this one is computed. Used where states travel between all tiles.
+"""
+
+import triton
+import triton.language as tl
+
+from .scores import load_rows
+
+
+@triton.jit
+def load_state(ptr, N: tl.constexpr, P: tl.constexpr, tile, absent):
+    """(N, P) state; zero, and no traffic, at the tile ``absent``, which no state enters."""
+    n = tl.arange(0, N)
+    present = tile + tl.zeros_like(n) != absent  # (N,)
+    return tl.load(ptr + n[:, None] * P + tl.arange(0, P)[None, :], mask=present[:, None], other=0.0)
+
+
+@triton.jit
+def mix_heads_kernel(
+    x,  # (B, L, H, P)
+    S,  # (B, G, nT, 1, T, T)
+    C_f,  # (B, L, G, N)
+    C_b,
+    states,  # (B, H, 2, nT, N, P)
+    lf,  # (B, H, Lp)
+    lb,
+    cf,
+    cb,
+    diag,  # (B, H, L) float32, or (H,), or None
+    y,  # (B, L, H, P) contiguous, out
+    stride_xb,
+    stride_xl,
+    stride_xh,
+    stride_cb,
+    stride_cl,
+    stride_cg,
+    L,
+    H,
+    G,
+    Lp,
+    nT,
+    HG: tl.constexpr,  # heads a program, divides H / G
+    N: tl.constexpr,
+    P: tl.constexpr,
+    T: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    HAS_START: tl.constexpr,
+    PREC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    tile = pid % nT
+    h0 = (pid // nT) % (H // HG) * HG
+    b = (pid // (nT * (H // HG))).to(tl.int64)
+    g = h0 // (H // G)
+    t = tl.arange(0, T)
+    p = tl.arange(0, P)
+    n = tl.arange(0, N)
+    i = t[:, None]
+    j = t[None, :]
+    rows = tile * T + t
+    s = tl.load(S + ((b * G + g) * nT + tile) * (T * T) + i * T + j)  # (T, T)
+    wide: tl.constexpr = states.dtype.element_ty
+    if HAS_STATE:
+        c_off = b * stride_cb + g * stride_cg
+        c_f = load_rows(C_f + c_off, rows - 1, n, stride_cl, L).to(wide)  # (T, N)
+        c_b = load_rows(C_b + c_off, rows + 1, n, stride_cl, L).to(wide)
+        left_end = -1 if HAS_START else 0
+        right_end = -1 if HAS_START else nT - 1
+    for k in tl.range(0, HG, num_stages=STAGES):
+        h = h0 + k
+        head = (b * H + h) * Lp + tile * T
+        xi = load_rows(x + b * stride_xb + h * stride_xh, rows, p, stride_xl, L)  # (T, P)
+        row_f = tl.load(lf + head + t - 1, mask=t > 0, other=0.0)  # (T,)
+        row_b = tl.load(lb + head + t + 1, mask=t < T - 1, other=0.0)
+        col_f = tl.load(cf + head + t)
+        col_b = tl.load(cb + head + t)
+        d = tl.zeros((T,), tl.float32)
+        if DIAGONAL == 1:
+            d += tl.load(diag + h)
+        if DIAGONAL == 2:
+            d = tl.load(diag + (b * H + h) * L + rows, mask=rows < L, other=0.0)
+        acc = tl.zeros((T, P), tl.float32)
+        if HAS_STATE:
+            st_ptr = states + ((b * H + h) * 2 * nT + tile) * (N * P)
+            st = load_state(st_ptr, N, P, tile, left_end)
+            acc = tl.dot(c_f, st, input_precision=PREC) * tl.exp2(row_f.to(tl.float32))[:, None]
+            st = load_state(st_ptr + nT * (N * P), N, P, tile, right_end)
+            acc += tl.dot(c_b, st, input_precision=PREC) * tl.exp2(row_b.to(tl.float32))[:, None]
+        e = tl.where(i > j, row_f[:, None] - col_f[None, :], row_b[:, None] - col_b[None, :])  # (T, T)
+        m = tl.where(i == j, d[:, None], s.to(tl.float32) * tl.exp2(e.to(tl.float32)))
+        acc = tl.dot(m.to(xi.dtype), xi, acc, input_precision=PREC)
+        out = y + ((b * L + rows[:, None]) * H + h) * P + p[None, :]
+        tl.store(out, acc.to(y.dtype.element_ty), mask=(rows < L)[:, None])

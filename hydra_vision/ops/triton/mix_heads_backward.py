@@ -1,0 +1,154 @@
+"""Backward in chunks of one tile: dX, the scores' gradient and the sums of G, looping over the heads of a group.
+
+Everything is kept transposed, (j, i): one tile of decays serves M^T, dM^T and G^T. Rows that come from states are summed
+where C's gradient is formed (score_grads.py).
+"""
+
+import triton
+import triton.language as tl
+
+from .mix_heads import load_state
+from .scores import load_rows
+
+
+@triton.jit
+def mix_heads_backward_kernel(
+    x,  # (B, L, H, P)
+    dy,  # (B, L, H, P) contiguous
+    ST,  # (B, G, nT, 1, T, T)
+    B_f,  # (B, L, G, N)
+    B_b,
+    dstates,  # (B, H, 2, nT, N, P)
+    lf,  # (B, H, Lp)
+    lb,
+    dtf,
+    dtb,
+    diag,  # (B, H, L) float32, or (H,), or None
+    ddiag,  # (B, L, H) float32: out, or, where FC, in
+    fc,  # (H, H * P), where FC
+    sums,  # (10, B, H, Lp) all planes but 2 and 7, out
+    dx,  # (B, L, H, P) out
+    dS,  # (B, heads / HG, nT, T, T) out, partial sums over the heads of the program
+    dST,
+    stride_xb,
+    stride_xl,
+    stride_xh,
+    stride_bb,
+    stride_bl,
+    stride_bg,
+    stride_db,
+    stride_dl,
+    stride_dh,
+    B,
+    L,
+    H,
+    G,
+    Lp,
+    nT,
+    HG: tl.constexpr,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    T: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    FC: tl.constexpr,
+    HB: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    PREC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    tile = pid % nT
+    h0 = (pid // nT) % (H // HG) * HG
+    b = (pid // (nT * (H // HG))).to(tl.int64)
+    g = h0 // (H // G)
+    t = tl.arange(0, T)
+    p = tl.arange(0, P)
+    n = tl.arange(0, N)
+    j = t[:, None]
+    i = t[None, :]
+    rows = tile * T + t
+    seen = rows < L
+    plane = tl.cast(B, tl.int64) * H * Lp
+    s = tl.load(ST + ((b * G + g) * nT + tile) * (T * T) + j * T + i)  # (T, T), [j, i]
+    wide: tl.constexpr = dstates.dtype.element_ty
+    product: tl.constexpr = tl.bfloat16 if dy.dtype.element_ty == tl.bfloat16 else tl.float32
+    if HAS_STATE:
+        b_off = b * stride_bb + g * stride_bg
+        b_f = load_rows(B_f + b_off, rows, n, stride_bl, L).to(wide)  # (T, N)
+        b_b = load_rows(B_b + b_off, rows, n, stride_bl, L).to(wide)
+    dscores = tl.zeros((T, T), tl.float32)
+    for k in tl.range(0, HG, num_stages=STAGES):
+        h = h0 + k
+        head = (b * H + h) * Lp + tile * T
+        xj = load_rows(x + b * stride_xb + h * stride_xh, rows, p, stride_xl, L)  # (T, P)
+        dyj = load_rows(dy + (b * L * H + h) * P, rows, p, H * P, L)  # (T, P)
+        row_f = tl.load(lf + head + t - 1, mask=t > 0, other=0.0)  # (T,)
+        row_b = tl.load(lb + head + t + 1, mask=t < T - 1, other=0.0)
+        col_f = tl.load(lf + head + t)
+        col_b = tl.load(lb + head + t)
+        dt_f = tl.load(dtf + head + t)
+        dt_b = tl.load(dtb + head + t)
+        out = sums + head + t
+
+        acc = tl.zeros((T, P), tl.float32)
+        raw_f = tl.zeros((T,), tl.float32)
+        raw_b = tl.zeros((T,), tl.float32)
+        if HAS_STATE:
+            ds_ptr = dstates + ((b * H + h) * 2 * nT + tile) * (N * P)
+            total_f = tl.load(lf + head + T - 1)
+            total_b = tl.load(lb + head)
+            xf = xj.to(tl.float32)
+            ds = load_state(ds_ptr, N, P, tile, nT - 1)
+            u = tl.dot(b_f, ds, input_precision=PREC) * tl.exp2((total_f - col_f).to(tl.float32))[:, None]  # (T, P)
+            raw_f = tl.sum(u * xf, axis=1)
+            tl.store(out + 3 * plane, raw_f * dt_f)
+            acc = u * dt_f[:, None]
+            ds = load_state(ds_ptr + nT * (N * P), N, P, tile, 0)
+            u = tl.dot(b_b, ds, input_precision=PREC) * tl.exp2((total_b - col_b).to(tl.float32))[:, None]
+            raw_b = tl.sum(u * xf, axis=1)
+            tl.store(out + 8 * plane, raw_b * dt_b)
+            acc += u * dt_b[:, None]
+
+        e = tl.where(i > j, row_f[None, :] - col_f[:, None], row_b[None, :] - col_b[:, None])  # (T, T)
+        decay = tl.exp2(tl.where(i == j, 0.0, e.to(tl.float32)))
+        grad = tl.dot(xj, tl.trans(dyj), input_precision=PREC) * decay  # (T, T), dM^T without dt
+        dt_j = tl.where(i > j, dt_f[:, None], dt_b[:, None])  # (T, T)
+        dscores += grad * dt_j
+        sf = s.to(tl.float32)
+        grad *= sf  # G^T / dt
+        lower = tl.where(i > j, grad, 0.0)
+        upper = grad - lower
+        tl.store(out + 4 * plane, tl.sum(lower, axis=1) + raw_f)
+        tl.store(out + 9 * plane, tl.sum(upper, axis=1) + raw_b)
+        lower = tl.where(i == j + 1, 0.0, lower)  # no token lies between neighbours
+        upper = tl.where(i == j - 1, 0.0, upper)
+        tl.store(out + plane, tl.sum(lower, axis=1) * dt_f)
+        tl.store(out + 6 * plane, tl.sum(upper, axis=1) * dt_b)
+        tl.store(out, tl.sum(lower * dt_f[:, None], axis=0))
+        tl.store(out + 5 * plane, tl.sum(upper * dt_b[:, None], axis=0))
+
+        m = sf * decay * dt_j
+        if DIAGONAL != 0:
+            if DIAGONAL == 1:
+                d = tl.zeros((T,), tl.float32) + tl.load(diag + h)
+            else:
+                d = tl.load(diag + (b * H + h) * L + rows, mask=seen, other=0.0)  # (T,)
+            m = tl.where(i == j, d[:, None], m)
+            if FC:
+                for start in tl.static_range(0, HB, 16):
+                    hh = start + tl.arange(0, 16)
+                    dd = tl.load(
+                        ddiag + (b * L + rows)[:, None] * H + hh[None, :], mask=seen[:, None] & (hh < H)[None, :], other=0.0
+                    )  # (T, 16)
+                    f = tl.load(fc + hh[:, None] * (H * P) + h * P + p[None, :], mask=(hh < H)[:, None], other=0.0)
+                    acc = tl.dot(dd.to(product), f.to(product), acc, input_precision=PREC)
+            else:
+                own = tl.sum(dyj.to(tl.float32) * xj.to(tl.float32), axis=1)
+                tl.store(ddiag + (b * L + rows) * H + h, own, mask=seen)
+        acc = tl.dot(m.to(dyj.dtype), dyj, acc, input_precision=PREC)
+        to = dx + b * stride_db + h * stride_dh + rows[:, None].to(tl.int64) * stride_dl + p[None, :]
+        tl.store(to, acc.to(dx.dtype.element_ty), mask=seen[:, None])
+    dscores = tl.where(i == j, 0.0, dscores)
+    at = ((b * (H // HG) + h0 // HG) * nT + tile) * (T * T)
+    tl.store(dST + at + j * T + i, dscores.to(dST.dtype.element_ty))
+    tl.store(dS + at + i * T + j, dscores.to(dS.dtype.element_ty))
