@@ -101,7 +101,7 @@ def decay_backward_kernel(
     dtb_in,
     dt_bias,
     A,
-    sums,  # (10, B, H, Lp) see ``SUMS`` in plan.py: sums of G = dM o M over rows and columns
+    sums,  # (12, B, H, Lp) see ``SUMS`` in plan.py: sums of G = dM o M over rows and columns
     cross,  # (B, H, 2, nT, QT): what row tile I hears from beyond tile K of its chunk
     onward,  # (B, H, 2, nT): what column tile J sends to later chunks
     through,  # (B, H, 2, nC): what crosses the whole chunk
@@ -153,7 +153,7 @@ def decay_backward_kernel(
     for direction in tl.static_range(2):
         source = dtf_in if direction == 0 else dtb_in
         target = ddtf if direction == 0 else ddtb
-        own = base + direction * 5 * plane
+        own = base + direction * 6 * plane
         value, dt = _load_dt(
             source + b * stride_b, rows, heads, stride_l, L, H, bias, DT_MIN, DT_MAX, SOFTPLUS, LIMIT
         )  # (T, HB)
@@ -184,7 +184,11 @@ def decay_backward_kernel(
                 for other in range(low, high):
                     beyond += tl.load(onward + pair * nT + other, mask=ok, other=0.0)
         da += beyond[None, :]
-        raw = tl.load(own + 4 * plane + t[:, None], mask=ok[None, :], other=0.0)
+        raw = tl.zeros((T, HB), tl.float32)
+        if HAS_STATE or HAS_OTHERS:
+            raw += tl.load(own + 4 * plane + t[:, None], mask=ok[None, :], other=0.0)
+        if not HAS_OTHERS:
+            raw += tl.load(own + 5 * plane + t[:, None], mask=ok[None, :], other=0.0)
         sum_A += tl.sum(tl.where(seen, da * dt, 0.0), axis=0)
         g = da * a[None, :] + raw
         if LIMIT:

@@ -77,7 +77,7 @@ def mix_rows_kernel(
     lb,
     dtf,
     dtb,
-    sums,  # (10, B, H, Lp) planes 2 and 7 out
+    sums,  # (12, B, H, Lp) planes 2 and 8 out
     cross,  # (B, H, 2, nT, QT) out
     stride_xb,
     stride_xl,
@@ -122,7 +122,7 @@ def mix_rows_kernel(
         last, stride_xl, stride_cl, L, N, P, T, 0, HAS_STATE, PREC,
     )  # fmt: skip
     _row_sums(
-        x_ptr, s_ptr, C_b + c_off, st_ptr + nC * (N * P), lb + head, dtb + head, out_ptr + 7 * plane,
+        x_ptr, s_ptr, C_b + c_off, st_ptr + nC * (N * P), lb + head, dtb + head, out_ptr + 8 * plane,
         cross_ptr + nT * QT, dyi, tile, first, last, stride_xl, stride_cl, L, N, P, T, 1, HAS_STATE, PREC,
     )  # fmt: skip
 
@@ -197,7 +197,7 @@ def mix_columns_kernel(
     diag,  # (B, H, L) float32, or (H,), or None
     ddiag,  # (B, L, H) float32: out, or, where FC, in
     fc,  # (H, H * P), where FC
-    sums,  # (10, B, H, Lp) planes 3, 4, 8, 9 out
+    sums,  # (12, B, H, Lp) planes 3, 4, 9, 10 out
     onward,  # (B, H, 2, nT) out
     dx,  # (B, L, H, P) out
     stride_xb,
@@ -267,11 +267,11 @@ def mix_columns_kernel(
     acc = u * dt_j[:, None]
     dt_j = tl.load(dtb + head + rows)
     u = _column(
-        dy_ptr, st_ptr, B_b + b_off, ds_ptr + nC * (N * P), lb_ptr, out_ptr + 8 * plane, onward_ptr + nT, xj, dt_j, tile,
+        dy_ptr, st_ptr, B_b + b_off, ds_ptr + nC * (N * P), lb_ptr, out_ptr + 9 * plane, onward_ptr + nT, xj, dt_j, tile,
         first, last, H * P, stride_bl, L, N, P, T, 1, HAS_STATE, PREC,
     )  # (T, P)  # fmt: skip
     u = tl.dot(tl.where(i < j, s, 0.0).to(dyj.dtype), dyj, u, input_precision=PREC)
-    tl.store(out_ptr + 9 * plane + t, tl.sum(u * xj, axis=1))
+    tl.store(out_ptr + 10 * plane + t, tl.sum(u * xj, axis=1))
     acc += u * dt_j[:, None]
 
     if DIAGONAL != 0:

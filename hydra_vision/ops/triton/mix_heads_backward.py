@@ -1,7 +1,7 @@
-"""Backward in chunks of one tile: dX, the scores' gradient and the sums of G, looping over the heads of a group.
+"""Backward in chunks of one tile: dX, then the scores' gradient and the sums of G, looping over the heads of a group.
 
-Everything is kept transposed, (j, i): one tile of decays serves M^T, dM^T and G^T. Rows that come from states are summed
-where C's gradient is formed (score_grads.py).
+Everything is kept transposed, (j, i): M^T for dX, dM^T and G^T for the sums. Rows that come from states are summed where
+C's gradient is formed (score_grads.py).
 """
 
 import triton
@@ -12,7 +12,7 @@ from .scores import load_rows
 
 
 @triton.jit
-def mix_heads_backward_kernel(
+def dx_heads_kernel(
     x,  # (B, L, H, P)
     dy,  # (B, L, H, P) contiguous
     ST,  # (B, G, nT, 1, T, T)
@@ -26,10 +26,8 @@ def mix_heads_backward_kernel(
     diag,  # (B, H, L) float32, or (H,), or None
     ddiag,  # (B, L, H) float32: out, or, where FC, in
     fc,  # (H, H * P), where FC
-    sums,  # (10, B, H, Lp) all planes but 2 and 7, out
+    sums,  # (12, B, H, Lp) planes 3, 4, 9, 10 out
     dx,  # (B, L, H, P) out
-    dS,  # (B, heads / HG, nT, T, T) out, partial sums over the heads of the program
-    dST,
     stride_xb,
     stride_xl,
     stride_xh,
@@ -76,6 +74,97 @@ def mix_heads_backward_kernel(
         b_off = b * stride_bb + g * stride_bg
         b_f = load_rows(B_f + b_off, rows, n, stride_bl, L).to(wide)  # (T, N)
         b_b = load_rows(B_b + b_off, rows, n, stride_bl, L).to(wide)
+    if FC:
+        hh = tl.arange(0, HB)
+        some = hh < H
+        dd = tl.load(ddiag + (b * L + rows)[:, None] * H + hh[None, :], mask=seen[:, None] & some[None, :], other=0.0)
+        dd = dd.to(product)  # (T, HB)
+    for k in tl.range(0, HG, num_stages=STAGES):
+        h = h0 + k
+        head = (b * H + h) * Lp + tile * T
+        dyj = load_rows(dy + (b * L * H + h) * P, rows, p, H * P, L)  # (T, P)
+        row_f = tl.load(lf + head + t - 1, mask=t > 0, other=0.0)  # (T,)
+        row_b = tl.load(lb + head + t + 1, mask=t < T - 1, other=0.0)
+        col_f = tl.load(lf + head + t)
+        col_b = tl.load(lb + head + t)
+        dt_f = tl.load(dtf + head + t)
+        dt_b = tl.load(dtb + head + t)
+        acc = tl.zeros((T, P), tl.float32)
+        if HAS_STATE:
+            xj = load_rows(x + b * stride_xb + h * stride_xh, rows, p, stride_xl, L).to(tl.float32)  # (T, P)
+            out = sums + head + t
+            ds_ptr = dstates + ((b * H + h) * 2 * nT + tile) * (N * P)
+            ds = load_state(ds_ptr, N, P, tile, nT - 1)
+            total = tl.load(lf + head + T - 1)
+            u = tl.dot(b_f, ds, input_precision=PREC) * tl.exp2((total - col_f).to(tl.float32))[:, None]  # (T, P)
+            raw = tl.sum(u * xj, axis=1)
+            tl.store(out + 3 * plane, raw * dt_f)
+            tl.store(out + 4 * plane, raw)
+            acc = u * dt_f[:, None]
+            ds = load_state(ds_ptr + nT * (N * P), N, P, tile, 0)
+            total = tl.load(lb + head)
+            u = tl.dot(b_b, ds, input_precision=PREC) * tl.exp2((total - col_b).to(tl.float32))[:, None]
+            raw = tl.sum(u * xj, axis=1)
+            tl.store(out + 9 * plane, raw * dt_b)
+            tl.store(out + 10 * plane, raw)
+            acc += u * dt_b[:, None]
+        e = tl.where(i > j, row_f[None, :] - col_f[:, None], row_b[None, :] - col_b[:, None])  # (T, T)
+        m = s.to(tl.float32) * tl.exp2(tl.where(i == j, 0.0, e.to(tl.float32)))
+        m *= tl.where(i > j, dt_f[:, None], dt_b[:, None])
+        if DIAGONAL == 1:
+            m = tl.where(i == j, tl.load(diag + h), m)
+        if DIAGONAL == 2:
+            m = tl.where(i == j, tl.load(diag + (b * H + h) * L + rows, mask=seen, other=0.0)[:, None], m)
+        acc = tl.dot(m.to(dyj.dtype), dyj, acc, input_precision=PREC)
+        if FC:
+            f = tl.load(fc + hh[:, None] * (H * P) + h * P + p[None, :], mask=some[:, None], other=0.0)  # (HB, P)
+            acc = tl.dot(dd, f.to(product), acc, input_precision=PREC)
+        elif DIAGONAL != 0:
+            xd = load_rows(x + b * stride_xb + h * stride_xh, rows, p, stride_xl, L).to(tl.float32)  # (T, P)
+            tl.store(ddiag + (b * L + rows) * H + h, tl.sum(dyj.to(tl.float32) * xd, axis=1), mask=seen)
+        to = dx + b * stride_db + h * stride_dh + rows[:, None].to(tl.int64) * stride_dl + p[None, :]
+        tl.store(to, acc.to(dx.dtype.element_ty), mask=seen[:, None])
+
+
+@triton.jit
+def scores_heads_kernel(
+    x,  # (B, L, H, P)
+    dy,  # (B, L, H, P) contiguous
+    ST,  # (B, G, nT, 1, T, T)
+    lf,  # (B, H, Lp)
+    lb,
+    dtf,
+    dtb,
+    sums,  # (12, B, H, Lp) planes 0, 1, 5, 6, 7, 11 out
+    dS,  # (B, H / HG, nT, T, T) out, partial sums over the heads of the program
+    dST,
+    stride_xb,
+    stride_xl,
+    stride_xh,
+    B,
+    L,
+    H,
+    G,
+    Lp,
+    nT,
+    HG: tl.constexpr,
+    P: tl.constexpr,
+    T: tl.constexpr,
+    PREC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    tile = pid % nT
+    h0 = (pid // nT) % (H // HG) * HG
+    b = (pid // (nT * (H // HG))).to(tl.int64)
+    g = h0 // (H // G)
+    t = tl.arange(0, T)
+    p = tl.arange(0, P)
+    j = t[:, None]
+    i = t[None, :]
+    rows = tile * T + t
+    plane = tl.cast(B, tl.int64) * H * Lp
+    s = tl.load(ST + ((b * G + g) * nT + tile) * (T * T) + j * T + i)  # (T, T), [j, i]
     dscores = tl.zeros((T, T), tl.float32)
     for k in tl.range(0, HG, num_stages=STAGES):
         h = h0 + k
@@ -89,65 +178,21 @@ def mix_heads_backward_kernel(
         dt_f = tl.load(dtf + head + t)
         dt_b = tl.load(dtb + head + t)
         out = sums + head + t
-
-        acc = tl.zeros((T, P), tl.float32)
-        raw_f = tl.zeros((T,), tl.float32)
-        raw_b = tl.zeros((T,), tl.float32)
-        if HAS_STATE:
-            ds_ptr = dstates + ((b * H + h) * 2 * nT + tile) * (N * P)
-            total_f = tl.load(lf + head + T - 1)
-            total_b = tl.load(lb + head)
-            xf = xj.to(tl.float32)
-            ds = load_state(ds_ptr, N, P, tile, nT - 1)
-            u = tl.dot(b_f, ds, input_precision=PREC) * tl.exp2((total_f - col_f).to(tl.float32))[:, None]  # (T, P)
-            raw_f = tl.sum(u * xf, axis=1)
-            tl.store(out + 3 * plane, raw_f * dt_f)
-            acc = u * dt_f[:, None]
-            ds = load_state(ds_ptr + nT * (N * P), N, P, tile, 0)
-            u = tl.dot(b_b, ds, input_precision=PREC) * tl.exp2((total_b - col_b).to(tl.float32))[:, None]
-            raw_b = tl.sum(u * xf, axis=1)
-            tl.store(out + 8 * plane, raw_b * dt_b)
-            acc += u * dt_b[:, None]
-
         e = tl.where(i > j, row_f[None, :] - col_f[:, None], row_b[None, :] - col_b[:, None])  # (T, T)
         decay = tl.exp2(tl.where(i == j, 0.0, e.to(tl.float32)))
-        grad = tl.dot(xj, tl.trans(dyj), input_precision=PREC) * decay  # (T, T), dM^T without dt
-        dt_j = tl.where(i > j, dt_f[:, None], dt_b[:, None])  # (T, T)
-        dscores += grad * dt_j
-        sf = s.to(tl.float32)
-        grad *= sf  # G^T / dt
+        grad = tl.dot(xj, tl.trans(dyj), input_precision=PREC) * decay  # (T, T), dM^T / dt
+        dscores += grad * tl.where(i > j, dt_f[:, None], dt_b[:, None])
+        grad *= s.to(tl.float32)  # G^T / dt
         lower = tl.where(i > j, grad, 0.0)
-        upper = grad - lower
-        tl.store(out + 4 * plane, tl.sum(lower, axis=1) + raw_f)
-        tl.store(out + 9 * plane, tl.sum(upper, axis=1) + raw_b)
+        tl.store(out + 5 * plane, tl.sum(lower, axis=1))
         lower = tl.where(i == j + 1, 0.0, lower)  # no token lies between neighbours
-        upper = tl.where(i == j - 1, 0.0, upper)
         tl.store(out + plane, tl.sum(lower, axis=1) * dt_f)
-        tl.store(out + 6 * plane, tl.sum(upper, axis=1) * dt_b)
         tl.store(out, tl.sum(lower * dt_f[:, None], axis=0))
-        tl.store(out + 5 * plane, tl.sum(upper * dt_b[:, None], axis=0))
-
-        m = sf * decay * dt_j
-        if DIAGONAL != 0:
-            if DIAGONAL == 1:
-                d = tl.zeros((T,), tl.float32) + tl.load(diag + h)
-            else:
-                d = tl.load(diag + (b * H + h) * L + rows, mask=seen, other=0.0)  # (T,)
-            m = tl.where(i == j, d[:, None], m)
-            if FC:
-                for start in tl.static_range(0, HB, 16):
-                    hh = start + tl.arange(0, 16)
-                    dd = tl.load(
-                        ddiag + (b * L + rows)[:, None] * H + hh[None, :], mask=seen[:, None] & (hh < H)[None, :], other=0.0
-                    )  # (T, 16)
-                    f = tl.load(fc + hh[:, None] * (H * P) + h * P + p[None, :], mask=(hh < H)[:, None], other=0.0)
-                    acc = tl.dot(dd.to(product), f.to(product), acc, input_precision=PREC)
-            else:
-                own = tl.sum(dyj.to(tl.float32) * xj.to(tl.float32), axis=1)
-                tl.store(ddiag + (b * L + rows) * H + h, own, mask=seen)
-        acc = tl.dot(m.to(dyj.dtype), dyj, acc, input_precision=PREC)
-        to = dx + b * stride_db + h * stride_dh + rows[:, None].to(tl.int64) * stride_dl + p[None, :]
-        tl.store(to, acc.to(dx.dtype.element_ty), mask=seen[:, None])
+        upper = tl.where(i < j, grad, 0.0)
+        tl.store(out + 11 * plane, tl.sum(upper, axis=1))
+        upper = tl.where(i == j - 1, 0.0, upper)
+        tl.store(out + 7 * plane, tl.sum(upper, axis=1) * dt_b)
+        tl.store(out + 6 * plane, tl.sum(upper * dt_b[:, None], axis=0))
     dscores = tl.where(i == j, 0.0, dscores)
     at = ((b * (H // HG) + h0 // HG) * nT + tile) * (T * T)
     tl.store(dST + at + j * T + i, dscores.to(dST.dtype.element_ty))

@@ -11,7 +11,7 @@ from .decay import decay_backward_kernel, decay_kernel
 from .mix import mix_kernel
 from .mix_backward import mix_columns_kernel, mix_rows_kernel
 from .mix_heads import mix_heads_kernel
-from .mix_heads_backward import mix_heads_backward_kernel
+from .mix_heads_backward import dx_heads_kernel, scores_heads_kernel
 from .plan import SUMS, Plan
 from .score_grads import bc_grads_kernel, score_grads_kernel
 from .scores import scores_kernel
@@ -66,7 +66,7 @@ class MixGrads:
 
 
 def _head_block(H: int) -> int:
-    return min(32, max(4, triton.next_power_of_2(H)))
+    return min(8, max(4, triton.next_power_of_2(H)))
 
 
 def decays(plan: Plan, source: DtSource) -> Decays:
@@ -202,8 +202,8 @@ def mix_backward(
     dx_strides = (dx.stride(0), dx.stride(1), dx.stride(2))
     grid = (plan.nT * plan.H * plan.B,)
 
-    S = _scores(plan, bc, transposed=False)
-    states = dstates = S
+    S = _scores(plan, bc, transposed=False) if plan.QT > 1 else x
+    states = dstates = x
     through = dstart = cross = onward = None
     if has_state:
         states = _states(plan, B_f, B_b, x, d, start)
@@ -217,18 +217,24 @@ def mix_backward(
         ddiag = torch.empty(plan.B, plan.L, plan.H, dtype=torch.float32, device=plan.device)
     unused = sums
     diagonal = (unused if diag is None else diag, unused if ddiag is None else ddiag, unused if fc is None else fc)
-    diagonal_flags = {'DIAGONAL': _diagonal_kind(diag), 'FC': fc is not None, 'HB': 16 * triton.cdiv(plan.H, 16)}
+    diagonal_flags = {'DIAGONAL': _diagonal_kind(diag), 'FC': fc is not None, 'HB': max(16, triton.next_power_of_2(plan.H))}
     parts = 1
     if plan.QT == 1:
-        options = plan.options('mix_heads_backward')
-        heads = plan.launch.heads_of('mix_heads_backward', plan.H // plan.G)
-        parts = plan.H // plan.G // heads
-        dS, dST = (torch.empty(parts, *S.shape, dtype=plan.wide, device=plan.device) for _ in range(2))
         ST = _scores(plan, bc, transposed=True)
-        mix_heads_backward_kernel[(plan.nT * (plan.H // heads) * plan.B,)](
-            x, dy, ST, B_f, B_b, dstates, d.lf, d.lb, d.dtf, d.dtb, *diagonal, sums, dx, dS, dST,
+        options = plan.options('dx_heads')
+        heads = plan.launch.heads_of('dx_heads', plan.H // plan.G)
+        dx_heads_kernel[(plan.nT * (plan.H // heads) * plan.B,)](
+            x, dy, ST, B_f, B_b, dstates, d.lf, d.lb, d.dtf, d.dtb, *diagonal, sums, dx,
             *x_strides, *bc_strides, *dx_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp, plan.nT,
             HG=heads, N=plan.N, **shape, **diagonal_flags, HAS_STATE=has_state, STAGES=options['num_stages'], **options,
+        )  # fmt: skip
+        options = plan.options('scores_heads')
+        heads = plan.launch.heads_of('scores_heads', plan.H // plan.G)
+        parts = plan.H // plan.G // heads
+        dS, dST = (torch.empty(parts, *ST.shape, dtype=plan.wide, device=plan.device) for _ in range(2))
+        scores_heads_kernel[(plan.nT * (plan.H // heads) * plan.B,)](
+            x, dy, ST, d.lf, d.lb, d.dtf, d.dtb, sums, dS, dST, *x_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp,
+            plan.nT, HG=heads, **shape, STAGES=options['num_stages'], **options,
         )  # fmt: skip
     else:
         dS, dST = plan.tiles(plan.wide), plan.tiles(plan.wide)

@@ -15,9 +15,10 @@ __all__ = ['SIZES', 'Plan', 'alignment', 'forced_launch', 'make_plan']
 
 SIZES = (16, 32, 64, 128)
 ARCH_WITHOUT_DEVICE = 90  # whose launch table is used for tensors that are not on a GPU
-# Planes of the backward's sums of G = dM o M, (10, B, H, Lp): five of the forward direction, five of the backward one.
-#   0 rows and 1 columns of the diagonal tile; 2 rows and 3 columns of everything else; 4 whole columns / dt
-SUMS = 10
+# Planes of the backward's sums of G = dM o M, (12, B, H, Lp): six of the forward direction, six of the backward one.
+#   0 rows and 1 columns of the diagonal tile, neighbours left out; 2 rows and 3 columns of everything else;
+#   4 whole columns / dt (in chunks of one tile: of everything else); 5 columns / dt of the diagonal tile
+SUMS = 12
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 

@@ -20,7 +20,7 @@ def score_grads_kernel(
     dtf,
     dtb,
     S,  # (B, G, nT, QT, T, T)
-    sums,  # (10, B, H, Lp) planes 0, 1, 5, 6 out: rows and columns of the diagonal tile's G
+    sums,  # (12, B, H, Lp) planes 0, 1, 6, 7 out: rows and columns of the diagonal tile's G
     dS,  # (B, G, nT, QT, T, T) out: [I][J - first]
     dST,  # (B, G, nT, QT, T, T) out: [J][I - first], each tile transposed
     stride_xb,
@@ -70,8 +70,8 @@ def score_grads_kernel(
             tl.store(at, tl.sum(lower, axis=1))
             tl.store(at + plane, tl.sum(lower, axis=0))
             upper = tl.where(i < j - 1, product, 0.0)
-            tl.store(at + 5 * plane, tl.sum(upper, axis=1))
-            tl.store(at + 6 * plane, tl.sum(upper, axis=0))
+            tl.store(at + 6 * plane, tl.sum(upper, axis=1))
+            tl.store(at + 7 * plane, tl.sum(upper, axis=0))
     else:
         l_all = lf
         dt_all = dtf
@@ -117,7 +117,7 @@ def bc_grads_kernel(
     dST,
     states,  # (B, H, 2, nC, N, P)
     dstates,
-    sums,  # (10, B, H, Lp) planes 2 and 7 out, where ROWS
+    sums,  # (12, B, H, Lp) planes 2 and 8 out, where ROWS
     lf,  # (B, H, Lp)
     lb,
     dtf,
@@ -238,7 +238,7 @@ def bc_grads_kernel(
                 share = tl.dot(vw, st, input_precision=PREC)  # (T, N)
                 acc += share
                 if is_c:
-                    tl.store(sums + (2 + 5 * direction) * plane + (b * H + h) * Lp + rows, tl.sum(share * own, axis=1))
+                    tl.store(sums + (2 + 6 * direction) * plane + (b * H + h) * Lp + rows, tl.sum(share * own, axis=1))
             else:
                 acc = tl.dot(vw, st, acc, input_precision=PREC)
     out = target + b * stride_ob + g * stride_og + n[None, :]

@@ -51,7 +51,7 @@ def _row(arch: int, limit: int, P: int, N: int, itemsize: int) -> Launch:
     if itemsize == 4 and wide:
         tile = 16
     chunk = max(1, limit // tile) if limit <= 256 else 1
-    stages = {'mix_heads': 2, 'mix_heads_backward': 2, 'states': 3, 'state_grads': 3, 'bc_grads': 2, 'diagonal': 3}
+    stages = {'mix_heads': 2, 'dx_heads': 2, 'scores_heads': 2, 'states': 3, 'state_grads': 3, 'bc_grads': 2, 'diagonal': 3}
     if itemsize == 4 or wide:
         stages = {}
     return Launch(tile, chunk, {'norm': 4, 'norm_backward': 8}, stages)
