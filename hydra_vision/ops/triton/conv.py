@@ -247,41 +247,43 @@ def conv7_backward_kernel(
     n1 = _row(u_b, first + 4, stride_l, cols, ok, L, ALIGN)
     m0 = _row(g_b, first, C, cols, ok, L, 1)
     m1 = _row(g_b, first + 1, C, cols, ok, L, 1)
-    for t in range(first, stop + 3):
-        x6 = n0.to(tl.float32)
-        grad = m0.to(tl.float32)
-        n0 = n1
-        m0 = m1
-        # two rows ahead are on their way
-        n1 = _row(u_b, t + 5, stride_l, cols, ok, L, ALIGN)
-        m1 = _row(g_b, t + 2, C, cols, ok, L, 1)
-        pre = bv + _tap7(x0, x1, x2, x3, x4, x5, x6, w0, w1, w2, w3, w4, w5, w6)
-        d0 = grad * _silu_gradient(pre)
-        back = _tap7(d0, d1, d2, d3, d4, d5, d6, w0, w1, w2, w3, w4, w5, w6)  # row t-3
-        here = t + tl.zeros_like(cols)
-        to = tl.multiple_of((t - 3) * tl.cast(stride_dl, tl.int64), ALIGN_D)
-        tl.store(d_b + to, back.to(du.dtype.element_ty), mask=ok & (here - 3 >= start))
-        own = tl.where((here >= start) & (here < stop), d0, 0.0)
-        s0 += own * x0
-        s1 += own * x1
-        s2 += own * x2
-        s3 += own * x3
-        s4 += own * x4
-        s5 += own * x5
-        s6 += own * x6
-        sb += own
-        x0 = x1
-        x1 = x2
-        x2 = x3
-        x3 = x4
-        x4 = x5
-        x5 = x6
-        d6 = d5
-        d5 = d4
-        d4 = d3
-        d3 = d2
-        d2 = d1
-        d1 = d0
+    for start_t in range(first, stop + 3, 7):
+        for step in tl.static_range(7):  # seven steps bring every row of the window back to its own register
+            t = start_t + step
+            x6 = n0.to(tl.float32)
+            grad = m0.to(tl.float32)
+            n0 = n1
+            m0 = m1
+            # two rows ahead are on their way
+            n1 = _row(u_b, t + 5, stride_l, cols, ok, L, ALIGN)
+            m1 = _row(g_b, t + 2, C, cols, ok, L, 1)
+            pre = bv + _tap7(x0, x1, x2, x3, x4, x5, x6, w0, w1, w2, w3, w4, w5, w6)
+            d0 = grad * _silu_gradient(pre)
+            back = _tap7(d0, d1, d2, d3, d4, d5, d6, w0, w1, w2, w3, w4, w5, w6)  # row t-3
+            here = t + tl.zeros_like(cols)
+            to = tl.multiple_of((t - 3) * tl.cast(stride_dl, tl.int64), ALIGN_D)
+            tl.store(d_b + to, back.to(du.dtype.element_ty), mask=ok & (here - 3 >= start) & (here - 3 < stop))
+            own = tl.where((here >= start) & (here < stop), d0, 0.0)
+            s0 += own * x0
+            s1 += own * x1
+            s2 += own * x2
+            s3 += own * x3
+            s4 += own * x4
+            s5 += own * x5
+            s6 += own * x6
+            sb += own
+            x0 = x1
+            x1 = x2
+            x2 = x3
+            x3 = x4
+            x4 = x5
+            x5 = x6
+            d6 = d5
+            d5 = d4
+            d4 = d3
+            d3 = d2
+            d2 = d1
+            d1 = d0
     slot = part + (b * segments + segment) * 8 * C + cols
     tl.store(slot, s0, mask=ok)
     tl.store(slot + C, s1, mask=ok)
