@@ -146,6 +146,7 @@ class RunConfig:
 
     seed: int = _field(0, "seed of weights, order and augmentation", low=0)
     device: str = _field("auto", "auto, cpu, cuda, cuda:1, ...")
+    threads: int | None = _field(None, "CPU threads of an operation; null: PyTorch's own choice", low=1)
     amp: Literal["auto", "none", "bf16", "fp16"] = _field("auto", "auto: bf16 on CUDA, none elsewhere")
     tf32: bool = _field(True, "TF32 for what stays float32 on CUDA")
     channels_last: bool = _field(False, "NHWC memory format of images and convolutions")

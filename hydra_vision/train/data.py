@@ -1,14 +1,17 @@
 """Data sets and loaders of a recipe: timm's, checked before the run starts."""
 
 import dataclasses
+import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import Mixup, create_dataset, create_loader, resolve_data_config
+from timm.data.auto_augment import AugmentOp
 from timm.data.readers import add_img_extensions
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, RandomSampler
@@ -165,10 +168,26 @@ def _create_loader(dataset: Dataset, **kwargs: Any) -> Iterable:
         loader = create_loader(dataset, **kwargs)
     except (TypeError, ValueError, KeyError, AssertionError) as error:
         raise ConfigError(f"the settings of data or augment are not valid: {error}") from error
+    for operation in augment_operations(loader.dataset.transform):
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = functools.partial(_posterize, operation.aug_fn)
     loader.loader.generator = torch.Generator()
     if isinstance(loader.sampler, RandomSampler):
         loader.sampler.generator = torch.Generator()
     return loader
+
+
+def augment_operations(transform: Any) -> Iterator[AugmentOp]:
+    """The single operations of the RandAugment or AutoAugment policy inside a transform of timm's, if there is one."""
+    for part in getattr(transform, "transforms", ()):
+        yield from getattr(part, "ops", ())
+        for sub_policy in getattr(part, "policy", ()):
+            yield from sub_policy
+
+
+def _posterize(posterize: Callable[..., Image.Image], image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
+    """timm keeps 0 bits at the strongest magnitude, a black image; from version 13 on Pillow refuses that."""
+    return posterize(image, bits, **kwargs) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def _loader_kwargs(config: Config, device: torch.device) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Trainer:
         run = config.run
         self.device = build.pick_device(config)
         self.amp = build.amp_dtype(config, self.device)
-        set_matmul_precision(config, self.device)
+        configure_torch(config, self.device)
         random_seed(run.seed, rank=0)
 
         train_split, val_split = data.open_splits(config)
@@ -301,7 +301,7 @@ def validate(config: Config, state: dict[str, Any], console: Console) -> dict[st
     """
     device = build.pick_device(config)
     amp = build.amp_dtype(config, device)
-    set_matmul_precision(config, device)
+    configure_torch(config, device)
     _, split = data.open_splits(config, train=False)
     if split.classes is not None and len(split.classes) != state["num_classes"]:
         raise DataError(f"{split.name} has {len(split.classes)} classes; the checkpoint has {state['num_classes']}")
@@ -324,8 +324,10 @@ def validate(config: Config, state: dict[str, Any], console: Console) -> dict[st
     return results
 
 
-def set_matmul_precision(config: Config, device: torch.device) -> None:
-    """TF32 for float32 products on CUDA, as the recipe says."""
+def configure_torch(config: Config, device: torch.device) -> None:
+    """Threads, and TF32 for float32 products on CUDA, as the recipe says."""
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.run.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = config.run.tf32

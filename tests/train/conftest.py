@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hydra_vision.train.main import main
@@ -17,14 +18,17 @@ data: {img_size: 8, batch_size: 8, workers: 0}
 optim: {lr: 2e-3}
 schedule: {epochs: 3, warmup_epochs: 1}
 ema: {decay: 0.9}
-run: {device: cpu}
+run: {device: cpu, threads: 1}
 """
 
 
 @pytest.fixture(autouse=True)
 def in_scratch_folder(tmp_path, monkeypatch):
-    """Runs write to output/ in the current folder."""
+    """Runs write to output/ in the current folder, and set the number of threads of the process."""
     monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def save_images(folder: Path, count: int, color: Sequence[int], size: int = 24, suffix: str = ".png") -> None:

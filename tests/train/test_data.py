@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hydra_vision.train import data
 from hydra_vision.train.config import Config, merge
@@ -144,6 +145,20 @@ def test_batch_larger_than_the_set(image_folder):
 def test_augmentation_that_timm_refuses(image_folder):
     with pytest.raises(ConfigError, match=r"Unknown AA policy nonsense"):
         loaders(recipe(image_folder(), augment={"auto_augment": "nonsense"}))
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m10", "original", "augmix-m5"])
+def test_every_augmentation_works_at_every_magnitude(image_folder, policy):
+    """With Pillow 13, timm's strongest posterize alone is an error that ends a run after thousands of images."""
+    train, _ = loaders(recipe(image_folder(), augment={"auto_augment": policy}))
+    operations = list(data.augment_operations(train.dataset.transform))
+    assert len(operations) > 10
+    image = Image.new("RGB", (16, 16), (200, 100, 50))
+    for operation in operations:
+        operation.prob, operation.magnitude_std = 1.0, 0
+        for magnitude in (0, 0.4, 5, 9, 9.6, 10):
+            operation.magnitude = magnitude
+            assert operation(image).size == (16, 16), operation.name
 
 
 def spoil(folder: Path, *names: str) -> None:
