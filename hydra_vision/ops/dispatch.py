@@ -30,6 +30,7 @@ def _check_name(name: str, argument: str) -> None:
         raise ValueError(f"{argument}: unknown backend {name!r}; allowed: 'auto', " + ', '.join(map(repr, BACKENDS)))
 
 
+@torch.compiler.assume_constant_result  # the same while a process lives; its checks cannot be traced
 def _triton_reason() -> Optional[str]:
     if importlib.util.find_spec('triton') is None:
         return 'the package triton is not installed'

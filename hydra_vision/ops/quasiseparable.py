@@ -1,6 +1,5 @@
 """The public operator: checks the arguments, chooses the backend, calls it."""
 
-import importlib
 from typing import Optional
 
 import torch
@@ -96,7 +95,7 @@ def mix_unchecked(
 ) -> Tensor:
     """The operator on arguments known to fit, by a backend that can run. Autocast does not reach inside."""
     if name == 'triton':
-        mix = importlib.import_module('hydra_vision.ops.triton').quasiseparable_mix
+        from .triton import quasiseparable_mix as mix  # lazily: importing hydra_vision must not import Triton
     else:
         mix = {'reference': mix_dense, 'chunked': mix_chunked, 'mamba_ssm': mix_mamba_ssm}[name]
     device = x.device.type
