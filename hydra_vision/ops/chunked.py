@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import accumulation_dtype, shift_tokens
+from .reference import accumulation_dtype, scale, shift_tokens
 
 __all__ = ['mix_chunked']
 
@@ -105,13 +105,13 @@ def mix_chunked(
             entering = _scan(
                 states.unflatten(0, (batch, chunks)), total[:, 0].unflatten(0, (batch, chunks)), start, from_left
             ).flatten(0, 1)
-            y.add_(_by_token(Ct @ entering, P) * read.to(acc).exp().unsqueeze(-1))
+            y.add_(scale(_by_token(Ct @ entering, P), read.to(acc).exp().unsqueeze(-1)))
 
     y = y.reshape(batch, chunks * Q, H, P)
     if padding:
         y = y[:, :L]
     if D is not None:
-        y = y + D.to(acc).unsqueeze(-1) * xa
+        y = y.add_(D.to(acc).unsqueeze(-1) * xa)
     return y.to(x.dtype)
 
 
@@ -173,8 +173,8 @@ def _mix_tiles(
         before_b.unsqueeze(-2) - after_b.unsqueeze(-1),
     ).to(x.dtype)  # (Bc, tiles, H, q, q)
     tile.diagonal(dim1=-2, dim2=-1).zero_()  # positive there, and exp might overflow
-    tile = tile.exp_().unflatten(2, (G, H // G)) * scores.unsqueeze(3)
-    tile = tile.flatten(2, 3) * torch.where(lower, per_head(dt_f).unsqueeze(-2), per_head(dt_b).unsqueeze(-2))
+    tile = scale(tile.exp_().unflatten(2, (G, H // G)), scores.unsqueeze(3)).flatten(2, 3)
+    tile = scale(tile, torch.where(lower, per_head(dt_f).unsqueeze(-2), per_head(dt_b).unsqueeze(-2)))
     y = tile @ per_head(x)  # (Bc, tiles, H, q, P)
     return y.transpose(2, 3).reshape(Bc, Q, H, P)
 
@@ -214,10 +214,10 @@ def _mix_neighbours_(
     middle_f, middle_b = after_f[:, :, -1:], after_b[:, :, -1:]
     column = (middle_f - after_f).to(x.dtype).exp() * halves(dt_f)[0]  # (Bc, pairs, span, H)
     row = (before_f - middle_f).to(x.dtype).exp()
-    y_right.add_(send(x_left, column, halves(B_f, 2)[0], halves(C_f, 2)[1]) * row.unsqueeze(-1))
+    y_right.add_(scale(send(x_left, column, halves(B_f, 2)[0], halves(C_f, 2)[1]), row.unsqueeze(-1)))
     column = (before_b - middle_b).to(x.dtype).exp() * halves(dt_b)[1]
     row = (middle_b - after_b).to(x.dtype).exp()
-    y_left.add_(send(x_right, column, halves(B_b, 2)[1], halves(C_b, 2)[0]) * row.unsqueeze(-1))
+    y_left.add_(scale(send(x_right, column, halves(B_b, 2)[1], halves(C_b, 2)[0]), row.unsqueeze(-1)))
 
 
 def _scan(states: Tensor, log_decay: Tensor, start: Optional[Tensor], from_left: bool) -> Tensor:

@@ -1,6 +1,5 @@
 """Everything between in_proj and out_proj of the Hydra mixer."""
 
-import importlib
 from typing import Optional, Tuple
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from .dispatch import choose_backend
 from .quasiseparable import mix_unchecked
-from .reference import accumulation_dtype
+from .reference import accumulation_dtype, scale
 
 __all__ = ['hydra_inner', 'split_zxbcdt', 'unpack_zxbcdt']
 
@@ -91,7 +90,7 @@ def hydra_inner(
     )
     name = choose_backend(backend, zxbcdt.device)
     if name == 'triton':
-        fused = importlib.import_module('hydra_vision.ops.triton').hydra_inner
+        from .triton import hydra_inner as fused  # lazily: importing hydra_vision must not import Triton
         return fused(
             zxbcdt,
             conv_weight,
@@ -128,8 +127,9 @@ def hydra_inner(
         name, x.unflatten(-1, (H, headdim)), dt_f, dt_b, A, B_f, C_f, B_b, C_b, diagonal.to(acc), init_states
     ).flatten(-2)
     y = y.to(acc)
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    return (y * norm_weight.to(acc) * F.silu(z.to(acc))).to(dtype)
+    mean_square = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square() / d_inner
+    y = scale(scale(y, torch.rsqrt(mean_square + eps)), norm_weight.to(acc))
+    return scale(y, F.silu(z.to(acc))).to(dtype)
 
 
 def unpack_zxbcdt(

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['accumulation_dtype', 'dense_matrix', 'mix_dense', 'mix_recurrence', 'shift_tokens']
+__all__ = ['accumulation_dtype', 'dense_matrix', 'mix_dense', 'mix_recurrence', 'scale', 'shift_tokens']
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -36,6 +36,16 @@ def shift_tokens(t: Tensor, offset: int) -> Tensor:
     L = t.shape[1]
     padded = F.pad(t, (0, 0) * (t.ndim - 2) + (before, after))
     return padded.narrow(1, after, L)
+
+
+def scale(t: Tensor, factor: Tensor) -> Tensor:
+    """t * factor for a temporary t that nobody else holds: in its own memory unless autograd needs t again.
+
+    On the CPU a fresh result costs more in page faults than in arithmetic.
+    """
+    if torch.is_grad_enabled() and (t.requires_grad or factor.requires_grad):
+        return t * factor
+    return t.mul_(factor)
 
 
 def _interval_sums(a: Tensor) -> Tensor:
