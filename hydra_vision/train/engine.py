@@ -1,6 +1,7 @@
 """The training loop, and the validation of a checkpoint."""
 
 import contextlib
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ class Trainer:
                     if self.epoch % self.config.run.validate_every == 0 or self.epoch == self.epochs:
                         self._validate_epoch(meter, row)
                     self.history.append(row)
-                    self._save(row)
+                    self._save()
                     meter.line(row)
                     if time.monotonic() - drawn > _DRAW_EVERY:
                         self._draw()
@@ -115,23 +116,23 @@ class Trainer:
         check_every = _CHECK_EVERY.get(self.device.type, 1)
         accum, total = config.optim.accum_steps, len(loader)
         losses: list[torch.Tensor] = []
-        checked, loss_sum = 0, 0.0
+        checked, loss_sum, pending = 0, 0.0, False
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         with meter.phase(self.epoch, "train", total) as phase:
             for batch, (images, targets) in enumerate(loader):
-                group = min(accum, total - batch // accum * accum)  # batches of this update; fewer in the last one
+                left = total - batch // accum * accum  # a streamed set may hold more batches than it told
+                group = left if 0 < left < accum else accum  # batches of this update; fewer in the last one
                 losses.append(self._backward(images, targets, group))
-                last = batch + 1 == total
-                if (batch + 1) % accum == 0 or last:
+                pending = (batch + 1) % accum != 0 and batch + 1 != total
+                if not pending:
                     self._update()
-                if len(losses) == check_every or last:
-                    values = torch.stack(losses).tolist()
-                    self._check_losses(values, checked)
-                    loss_sum += sum(values)
-                    checked += len(values)
-                    losses.clear()
+                if len(losses) == check_every:
+                    checked, loss_sum = self._check_losses(losses, checked, loss_sum)
                 phase.advance(len(images), loss_sum / checked if checked else None)
+            if pending:  # ... or fewer
+                self._update()
+            checked, loss_sum = self._check_losses(losses, checked, loss_sum)
             rate, seconds = phase.rate(), phase.seconds()
         if checked == 0:
             raise DataError("the training loader gave no batch")
@@ -175,14 +176,25 @@ class Trainer:
         if self.schedule is not None:
             self.schedule.step_update(self.updates)
 
-    def _check_losses(self, values: list[float], before: int) -> None:
-        """Stops at the first loss of this epoch that is NaN or infinite; `before` batches were fine."""
-        for offset, value in enumerate(values):
-            if value - value != 0:
-                batch = before + offset
-                done = self.epoch * build.updates_in(len(self.train_loader), self.config.optim.accum_steps)
-                step = done + batch // self.config.optim.accum_steps + 1
-                self._stop(f"the loss became {value} at step {step} (epoch {self.epoch + 1}, batch {batch + 1})")
+    def _check_losses(self, losses: list[torch.Tensor], checked: int, total: float) -> tuple[int, float]:
+        """Stops at the first loss that is NaN or infinite; empties the list.
+
+        Args:
+            losses: of the latest batches.
+            checked: batches of this epoch before them, all fine.
+            total: sum of their losses.
+
+        Returns:
+            `checked` and `total` with the latest batches.
+        """
+        for value in torch.stack(losses).tolist() if losses else ():
+            if not math.isfinite(value):
+                accum = self.config.optim.accum_steps
+                step = self.epoch * build.updates_in(len(self.train_loader), accum) + checked // accum + 1
+                self._stop(f"the loss became {value} at step {step} (epoch {self.epoch + 1}, batch {checked + 1})")
+            checked, total = checked + 1, total + value
+        losses.clear()
+        return checked, total
 
     def _check_weights(self) -> None:
         """Stops where the last step of an epoch broke the weights, which no loss has shown yet."""
@@ -211,7 +223,7 @@ class Trainer:
         last = self.config.run.channels_last
         return evaluate(models, self.val_loader, self.device, self.amp, last, on_batch=phase.advance)
 
-    def _save(self, row: report.Row) -> None:
+    def _save(self) -> None:
         """Checkpoint first, then the summary: what the summary tells can be resumed from."""
         state = {
             "arch": self.config.model.name,

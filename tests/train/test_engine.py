@@ -206,6 +206,31 @@ def test_an_update_with_fewer_batches_weighs_them_fully(tiny, run, tmp_path, mon
     assert load_checkpoint(tmp_path / "run" / LAST)["updates"] == 6
 
 
+@pytest.mark.parametrize("told", [4, 8])
+def test_a_stream_that_told_a_wrong_length_is_trained_on_to_its_end(tiny, run, tmp_path, monkeypatch, told):
+    """6 batches in groups of 4 where the loader says 4 or 8: two updates, every loss counted."""
+    create = engine.data.train_loader
+
+    class Stream:
+        def __init__(self, loader):
+            self.loader = loader
+
+        def __getattr__(self, name):
+            return getattr(self.loader, name)
+
+        def __iter__(self):
+            return iter(self.loader)
+
+        def __len__(self):
+            return told
+
+    monkeypatch.setattr(engine.data, "train_loader", lambda *arguments: Stream(create(*arguments)))
+    assert run(*tiny, "--accum-steps", 4, "--epochs", 2, "--output", "run")[0] == 0
+    state = load_checkpoint(tmp_path / "run" / LAST)
+    assert state["updates"] == 4
+    assert all(math.isfinite(row["train_loss"]) for row in state["history"])
+
+
 def test_checkpointed_activations_and_channels_last_change_nothing(tiny, run, tmp_path):
     assert run(*tiny, "--output", "plain")[0] == 0
     options = ("--set", "run.grad_checkpointing=true", "--set", "run.channels_last=true")
