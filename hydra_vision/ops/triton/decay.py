@@ -10,6 +10,10 @@ import triton
 import triton.language as tl
 
 
+# Where dt is folded into an exponent, zero becomes this: nothing beside any other term, yet sums can be divided by it.
+DT_TINY = tl.constexpr(1e-30)
+
+
 @triton.jit
 def _log1p(e):
     # 2 atanh(e / (2 + e)): accurate to float32 for every e in [0, 1], also where 1 + e rounds to 1
@@ -90,7 +94,7 @@ def decay_kernel(
         step = tl.maximum(dt.to(sums) * a[None, :].to(sums) * 1.4426950408889634, -200.0)  # (T, HB)
         total = tl.cumsum(step, axis=0, reverse=direction == 1)
         tl.store((lf if direction == 0 else lb) + out, total, mask=keep)
-        column = tl.where(dt > 1e-37, total - tl.log2(tl.maximum(dt, 1e-37).to(sums)), float('inf'))
+        column = total - tl.log2(tl.maximum(dt, DT_TINY).to(sums))
         tl.store((cf if direction == 0 else cb) + out, column, mask=keep)
         tl.store((dtf if direction == 0 else dtb) + out, dt, mask=keep)
 
@@ -125,6 +129,7 @@ def decay_backward_kernel(
     A_IS_LOG: tl.constexpr,
     HAS_STATE: tl.constexpr,
     HAS_OTHERS: tl.constexpr,  # chunks of more than one tile
+    EXACT: tl.constexpr,
     HB: tl.constexpr,
     T: tl.constexpr,
 ):
@@ -158,17 +163,16 @@ def decay_backward_kernel(
             source + b * stride_b, rows, heads, stride_l, L, H, bias, DT_MIN, DT_MAX, SOFTPLUS, LIMIT
         )  # (T, HB)
         after = t + 1 if direction == 0 else t - 1  # the query side, one step from the token
-        before = t - 1 if direction == 0 else t + 1
         has_after = ((after >= 0) & (after < T))[:, None] & ok[None, :]
-        has_before = ((before >= 0) & (before < T))[:, None] & ok[None, :]
         inner = tl.load(own + after[:, None], mask=has_after, other=0.0)  # (T, HB), rows, both ends in the tile
         inner -= tl.load(own + plane + t[:, None], mask=ok[None, :], other=0.0)  # columns of the same float32 G
         if HAS_STATE or HAS_OTHERS:
             inner += tl.load(own + 2 * plane + after[:, None], mask=has_after, other=0.0)
         da = tl.cumsum(inner, axis=0, reverse=direction == 0)
+        outer = tl.zeros((T, HB), tl.float32)
         if HAS_STATE or HAS_OTHERS:
-            outer = tl.load(own + 3 * plane + before[:, None], mask=has_before, other=0.0)
-            da += tl.cumsum(outer, axis=0, reverse=direction == 1)
+            outer = tl.load(own + 3 * plane + t[:, None], mask=ok[None, :], other=0.0)
+            da += tl.cumsum(outer, axis=0, reverse=direction == 1) - outer
         beyond = tl.zeros((HB,), tl.float32)
         pair = (b * H + heads) * 2 + direction  # (HB,)
         if HAS_STATE:
@@ -184,11 +188,11 @@ def decay_backward_kernel(
                 for other in range(low, high):
                     beyond += tl.load(onward + pair * nT + other, mask=ok, other=0.0)
         da += beyond[None, :]
-        raw = tl.zeros((T, HB), tl.float32)
-        if HAS_STATE or HAS_OTHERS:
-            raw += tl.load(own + 4 * plane + t[:, None], mask=ok[None, :], other=0.0)
-        if not HAS_OTHERS:
-            raw += tl.load(own + 5 * plane + t[:, None], mask=ok[None, :], other=0.0)
+        if HAS_OTHERS:
+            raw = tl.load(own + 4 * plane + t[:, None], mask=ok[None, :], other=0.0)
+        else:
+            column = tl.load(own + (5 if EXACT else 1) * plane + t[:, None], mask=ok[None, :], other=0.0)
+            raw = (column + outer) / tl.maximum(dt, DT_TINY)
         sum_A += tl.sum(tl.where(seen, da * dt, 0.0), axis=0)
         g = da * a[None, :] + raw
         if LIMIT:

@@ -21,12 +21,12 @@ def dx_heads_kernel(
     dstates,  # (B, H, 2, nT, N, P)
     lf,  # (B, H, Lp)
     lb,
-    dtf,
-    dtb,
+    cf,
+    cb,
     diag,  # (B, H, L) float32, or (H,), or None
     ddiag,  # (B, L, H) float32: out, or, where FC, in
     fc,  # (H, H * P), where FC
-    sums,  # (12, B, H, Lp) planes 3, 4, 9, 10 out
+    sums,  # (12, B, H, Lp) planes 3 and 9 out
     dx,  # (B, L, H, P) out
     stride_xb,
     stride_xl,
@@ -85,32 +85,23 @@ def dx_heads_kernel(
         dyj = load_rows(dy + (b * L * H + h) * P, rows, p, H * P, L)  # (T, P)
         row_f = tl.load(lf + head + t - 1, mask=t > 0, other=0.0)  # (T,)
         row_b = tl.load(lb + head + t + 1, mask=t < T - 1, other=0.0)
-        col_f = tl.load(lf + head + t)
-        col_b = tl.load(lb + head + t)
-        dt_f = tl.load(dtf + head + t)
-        dt_b = tl.load(dtb + head + t)
+        col_f = tl.load(cf + head + t)
+        col_b = tl.load(cb + head + t)
         acc = tl.zeros((T, P), tl.float32)
         if HAS_STATE:
             xj = load_rows(x + b * stride_xb + h * stride_xh, rows, p, stride_xl, L).to(tl.float32)  # (T, P)
-            out = sums + head + t
             ds_ptr = dstates + ((b * H + h) * 2 * nT + tile) * (N * P)
             ds = load_state(ds_ptr, N, P, tile, nT - 1)
             total = tl.load(lf + head + T - 1)
-            u = tl.dot(b_f, ds, input_precision=PREC) * tl.exp2((total - col_f).to(tl.float32))[:, None]  # (T, P)
-            raw = tl.sum(u * xj, axis=1)
-            tl.store(out + 3 * plane, raw * dt_f)
-            tl.store(out + 4 * plane, raw)
-            acc = u * dt_f[:, None]
+            acc = tl.dot(b_f, ds, input_precision=PREC) * tl.exp2((total - col_f).to(tl.float32))[:, None]  # (T, P)
+            tl.store(sums + head + t + 3 * plane, tl.sum(acc * xj, axis=1))
             ds = load_state(ds_ptr + nT * (N * P), N, P, tile, 0)
             total = tl.load(lb + head)
             u = tl.dot(b_b, ds, input_precision=PREC) * tl.exp2((total - col_b).to(tl.float32))[:, None]
-            raw = tl.sum(u * xj, axis=1)
-            tl.store(out + 9 * plane, raw * dt_b)
-            tl.store(out + 10 * plane, raw)
-            acc += u * dt_b[:, None]
+            tl.store(sums + head + t + 9 * plane, tl.sum(u * xj, axis=1))
+            acc += u
         e = tl.where(i > j, row_f[None, :] - col_f[:, None], row_b[None, :] - col_b[:, None])  # (T, T)
-        m = s.to(tl.float32) * tl.exp2(tl.where(i == j, 0.0, e.to(tl.float32)))
-        m *= tl.where(i > j, dt_f[:, None], dt_b[:, None])
+        m = tl.where(i == j, 0.0, s.to(tl.float32) * tl.exp2(e.to(tl.float32)))
         if DIAGONAL == 1:
             m = tl.where(i == j, tl.load(diag + h), m)
         if DIAGONAL == 2:
@@ -133,9 +124,9 @@ def scores_heads_kernel(
     ST,  # (B, G, nT, 1, T, T)
     lf,  # (B, H, Lp)
     lb,
-    dtf,
-    dtb,
-    sums,  # (12, B, H, Lp) planes 0, 1, 5, 6, 7, 11 out
+    cf,
+    cb,
+    sums,  # (12, B, H, Lp) planes 0, 1, 6, 7 out; 5 and 11 where EXACT
     dS,  # (B, H / HG, nT, T, T) out, partial sums over the heads of the program
     dST,
     stride_xb,
@@ -150,6 +141,7 @@ def scores_heads_kernel(
     HG: tl.constexpr,
     P: tl.constexpr,
     T: tl.constexpr,
+    EXACT: tl.constexpr,  # leave neighbours out of the sums for the decays: nothing lies between them
     PREC: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -173,26 +165,25 @@ def scores_heads_kernel(
         dyj = load_rows(dy + (b * L * H + h) * P, rows, p, H * P, L)  # (T, P)
         row_f = tl.load(lf + head + t - 1, mask=t > 0, other=0.0)  # (T,)
         row_b = tl.load(lb + head + t + 1, mask=t < T - 1, other=0.0)
-        col_f = tl.load(lf + head + t)
-        col_b = tl.load(lb + head + t)
-        dt_f = tl.load(dtf + head + t)
-        dt_b = tl.load(dtb + head + t)
+        col_f = tl.load(cf + head + t)
+        col_b = tl.load(cb + head + t)
         out = sums + head + t
         e = tl.where(i > j, row_f[None, :] - col_f[:, None], row_b[None, :] - col_b[:, None])  # (T, T)
-        decay = tl.exp2(tl.where(i == j, 0.0, e.to(tl.float32)))
-        grad = tl.dot(xj, tl.trans(dyj), input_precision=PREC) * decay  # (T, T), dM^T / dt
-        dscores += grad * tl.where(i > j, dt_f[:, None], dt_b[:, None])
-        grad *= s.to(tl.float32)  # G^T / dt
+        e = tl.minimum(e.to(tl.float32), 64.0)  # the diagonal alone is not <= 0; it is dropped at the end
+        grad = tl.dot(xj, tl.trans(dyj), input_precision=PREC) * tl.exp2(e)  # (T, T), dM^T o decay * dt
+        dscores += grad
+        grad *= s.to(tl.float32)  # G^T; s is zero on the diagonal
         lower = tl.where(i > j, grad, 0.0)
-        tl.store(out + 5 * plane, tl.sum(lower, axis=1))
-        lower = tl.where(i == j + 1, 0.0, lower)  # no token lies between neighbours
-        tl.store(out + plane, tl.sum(lower, axis=1) * dt_f)
-        tl.store(out, tl.sum(lower * dt_f[:, None], axis=0))
-        upper = tl.where(i < j, grad, 0.0)
-        tl.store(out + 11 * plane, tl.sum(upper, axis=1))
-        upper = tl.where(i == j - 1, 0.0, upper)
-        tl.store(out + 7 * plane, tl.sum(upper, axis=1) * dt_b)
-        tl.store(out + 6 * plane, tl.sum(upper * dt_b[:, None], axis=0))
+        upper = grad - lower
+        if EXACT:
+            tl.store(out + 5 * plane, tl.sum(lower, axis=1))
+            tl.store(out + 11 * plane, tl.sum(upper, axis=1))
+            lower = tl.where(i == j + 1, 0.0, lower)
+            upper = tl.where(i == j - 1, 0.0, upper)
+        tl.store(out, tl.sum(lower, axis=0))
+        tl.store(out + plane, tl.sum(lower, axis=1))
+        tl.store(out + 6 * plane, tl.sum(upper, axis=0))
+        tl.store(out + 7 * plane, tl.sum(upper, axis=1))
     dscores = tl.where(i == j, 0.0, dscores)
     at = ((b * (H // HG) + h0 // HG) * nT + tile) * (T * T)
     tl.store(dST + at + j * T + i, dscores.to(dST.dtype.element_ty))

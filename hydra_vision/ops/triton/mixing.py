@@ -93,7 +93,7 @@ def decays_backward(plan: Plan, source: DtSource, g: MixGrads, ddtf: Tensor, ddt
         source.dt_f, source.dt_b, bias, source.A, g.sums, cross, onward, through, ddtf, ddtb, part,
         source.dt_f.stride(0), source.dt_f.stride(1), ddtf.stride(0), ddtf.stride(1),
         plan.B, plan.L, plan.H, plan.Lp, plan.nT, plan.QT, *source.bounds(), **source.flags(),
-        HAS_STATE=g.through is not None, HAS_OTHERS=plan.QT > 1, HB=HB, T=plan.T, num_warps=4,
+        HAS_STATE=g.through is not None, HAS_OTHERS=plan.QT > 1, EXACT=plan.exact, HB=HB, T=plan.T, num_warps=4,
     )  # fmt: skip
     return part[0].sum((0, 1)), part[1].sum((0, 1))
 
@@ -224,7 +224,7 @@ def mix_backward(
         options = plan.options('dx_heads')
         heads = plan.launch.heads_of('dx_heads', plan.H // plan.G)
         dx_heads_kernel[(plan.nT * (plan.H // heads) * plan.B,)](
-            x, dy, ST, B_f, B_b, dstates, d.lf, d.lb, d.dtf, d.dtb, *diagonal, sums, dx,
+            x, dy, ST, B_f, B_b, dstates, d.lf, d.lb, d.cf, d.cb, *diagonal, sums, dx,
             *x_strides, *bc_strides, *dx_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp, plan.nT,
             HG=heads, N=plan.N, **shape, **diagonal_flags, HAS_STATE=has_state, STAGES=options['num_stages'], **options,
         )  # fmt: skip
@@ -233,8 +233,8 @@ def mix_backward(
         parts = plan.H // plan.G // heads
         dS, dST = (torch.empty(parts, *ST.shape, dtype=plan.wide, device=plan.device) for _ in range(2))
         scores_heads_kernel[(plan.nT * (plan.H // heads) * plan.B,)](
-            x, dy, ST, d.lf, d.lb, d.dtf, d.dtb, sums, dS, dST, *x_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp,
-            plan.nT, HG=heads, **shape, STAGES=options['num_stages'], **options,
+            x, dy, ST, d.lf, d.lb, d.cf, d.cb, sums, dS, dST, *x_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp,
+            plan.nT, HG=heads, **shape, EXACT=plan.exact, STAGES=options['num_stages'], **options,
         )  # fmt: skip
     else:
         dS, dST = plan.tiles(plan.wide), plan.tiles(plan.wide)

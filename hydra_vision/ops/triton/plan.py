@@ -16,8 +16,9 @@ __all__ = ['SIZES', 'Plan', 'alignment', 'forced_launch', 'make_plan']
 SIZES = (16, 32, 64, 128)
 ARCH_WITHOUT_DEVICE = 90  # whose launch table is used for tensors that are not on a GPU
 # Planes of the backward's sums of G = dM o M, (12, B, H, Lp): six of the forward direction, six of the backward one.
-#   0 rows and 1 columns of the diagonal tile, neighbours left out; 2 rows and 3 columns of everything else;
-#   4 whole columns / dt (in chunks of one tile: of everything else); 5 columns / dt of the diagonal tile
+#   0 rows and 1 columns of the diagonal tile; 2 rows and 3 columns of everything else;
+#   chunks of several tiles: 4 whole columns / dt; chunks of one tile: 5 columns of the diagonal tile, where 1 leaves
+#   neighbours out (``exact``)
 SUMS = 12
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -70,6 +71,11 @@ class Plan:
     def sums(self) -> torch.dtype:
         """Of cumulative decays."""
         return torch.float64 if self.dtype == torch.float32 else torch.float32
+
+    @property
+    def exact(self) -> bool:
+        """Neighbours, whose pair no decay touches, left out of the decays' sums: it matters beyond half precision."""
+        return self.dtype == torch.float32
 
     @property
     def wide(self) -> torch.dtype:

@@ -208,9 +208,9 @@ def bc_grads_kernel(
         side = tl.where(direction == 0, 0, T - 1)
         plane = tl.cast(B, tl.int64) * H * Lp
         absent = tl.where(before, 0, nC - 1)
-        present = (chunk + tl.zeros_like(n) != absent)[None, :]  # (1, N): no state enters the first chunk
+        present = (chunk + tl.zeros_like(n) != absent)[:, None]  # (N, 1): no state enters the first chunk
         if HAS_START:
-            present = (n >= 0)[None, :]
+            present = (n >= 0)[:, None]
         if ROWS:
             own = load_rows((C_f if direction == 0 else C_b) + base, rows + shift, n, stride_l, L).to(tl.float32)  # (T, N)
         for k in tl.range(0, H // G, num_stages=STAGES):
@@ -218,12 +218,13 @@ def bc_grads_kernel(
             l_ptr = l_all + (b * H + h) * Lp
             span = tl.zeros((), lf.dtype.element_ty)
             st_ptr = st_all + (((b * H + h) * 2 + direction) * nC + chunk) * (N * P)
-            st = tl.load(st_ptr + n[None, :] * P + p[:, None], mask=present, other=0.0)  # (P, N)
+            st = tl.trans(tl.load(st_ptr + n[:, None] * P + p[None, :], mask=present, other=0.0))  # (P, N)
             # from the chunk's edge on the far side of the state to this tile's edge
             lo = tl.where(before, first, tile + 1)
             hi = tl.where(before, tile, last)
-            for between in range(lo, hi):
-                span += tl.load(l_ptr + between * T + (T - 1 - side))
+            if not ROWS:
+                for between in range(lo, hi):
+                    span += tl.load(l_ptr + between * T + (T - 1 - side))
             if is_c:
                 near = t + shift
                 e = tl.load(l_ptr + tile * T + near, mask=(near >= 0) & (near < T), other=0.0) + span

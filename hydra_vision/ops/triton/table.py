@@ -50,11 +50,13 @@ def _row(arch: int, limit: int, P: int, N: int, itemsize: int) -> Launch:
     tile = 32 if itemsize == 4 else 64
     if itemsize == 4 and wide:
         tile = 16
-    chunk = max(1, limit // tile) if limit <= 256 else 1
-    stages = {'mix_heads': 2, 'dx_heads': 2, 'scores_heads': 2, 'states': 3, 'state_grads': 3, 'bc_grads': 2, 'diagonal': 3}
     if itemsize == 4 or wide:
-        stages = {}
-    return Launch(tile, chunk, {'norm': 4, 'norm_backward': 8}, stages)
+        return Launch(tile, 1, {'norm_backward': 8})
+    stages = {'mix_heads': 3, 'dx_heads': 2, 'scores_heads': 2, 'states': 3, 'state_grads': 3, 'bc_grads': 2, 'diagonal': 3}
+    heads = {'mix_heads': 12, 'dx_heads': 12, 'scores_heads': 24}
+    if arch < 90:  # 99 KB of shared memory a block
+        stages = {kernel: min(count, 2) for kernel, count in stages.items()}
+    return Launch(tile, 1, {'norm_backward': 8}, stages, heads)
 
 
 def shipped() -> dict[tuple[int, int, int, int, int], Launch]:
