@@ -254,7 +254,7 @@ def mix_backward(
         )  # fmt: skip
     dB_f, dC_f, dB_b, dC_b = dbc
     bc_grads_kernel[(4 * plan.nT * plan.G * plan.B,)](
-        x, dy, B_f, C_f, B_b, C_b, dS, dST, states, dstates, sums, d.lf, d.lb, d.dtf, d.dtb, dB_f, dC_f, dB_b, dC_b,
+        x, dy, B_f, C_f, B_b, C_b, dS, dST, states, dstates, sums, d.lf, d.lb, d.cf, d.cb, dB_f, dC_f, dB_b, dC_b,
         *x_strides, *bc_strides, *out_strides, plan.B, *sizes, N=plan.N, **shape, PARTS=parts, ROWS=plan.QT == 1,
         HAS_START=start is not None, HAS_STATE=has_state, STAGES=plan.options('bc_grads')['num_stages'],
         **plan.options('bc_grads'),

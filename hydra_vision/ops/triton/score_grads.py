@@ -120,8 +120,8 @@ def bc_grads_kernel(
     sums,  # (12, B, H, Lp) planes 2 and 8 out, where ROWS
     lf,  # (B, H, Lp)
     lb,
-    dtf,
-    dtb,
+    cf,
+    cb,
     dB_f,  # (B, L, G, N) out, common strides
     dC_f,
     dB_b,
@@ -202,10 +202,25 @@ def bc_grads_kernel(
         v = load_rows(source + base, other * T + t + source_shift, n, stride_l, L)  # (T, N)
         acc = tl.dot(tl.where(keep, d, 0.0).to(d.dtype), v.to(d.dtype), acc, input_precision=PREC)
     if HAS_STATE:
+        # C sums dY over its states, B sums X over the gradients of theirs: the same loop with other operands
         l_all = lf if direction == 0 else lb
-        dt_all = dtf if direction == 0 else dtb
-        st_all = states if is_c else dstates
-        side = tl.where(direction == 0, 0, T - 1)
+        e_all = l_all
+        near = t + shift
+        st_all = states
+        v_all = dy + b * L * H * P
+        stride_vl = H * P
+        stride_vh = P
+        sign = 1.0
+        if not is_c:
+            e_all = cf if direction == 0 else cb
+            near = t
+            st_all = dstates
+            v_all = x + b * stride_xb
+            stride_vl = stride_xl
+            stride_vh = stride_xh
+            sign = -1.0
+        near_ok = (near >= 0) & (near < T)
+        far = tl.where(direction == 0, T - 1, 0)
         plane = tl.cast(B, tl.int64) * H * Lp
         absent = tl.where(before, 0, nC - 1)
         present = (chunk + tl.zeros_like(n) != absent)[:, None]  # (N, 1): no state enters the first chunk
@@ -215,25 +230,19 @@ def bc_grads_kernel(
             own = load_rows((C_f if direction == 0 else C_b) + base, rows + shift, n, stride_l, L).to(tl.float32)  # (T, N)
         for k in tl.range(0, H // G, num_stages=STAGES):
             h = g * (H // G) + k
-            l_ptr = l_all + (b * H + h) * Lp
-            span = tl.zeros((), lf.dtype.element_ty)
+            head = (b * H + h) * Lp
             st_ptr = st_all + (((b * H + h) * 2 + direction) * nC + chunk) * (N * P)
             st = tl.trans(tl.load(st_ptr + n[:, None] * P + p[None, :], mask=present, other=0.0))  # (P, N)
-            # from the chunk's edge on the far side of the state to this tile's edge
-            lo = tl.where(before, first, tile + 1)
-            hi = tl.where(before, tile, last)
-            if not ROWS:
-                for between in range(lo, hi):
-                    span += tl.load(l_ptr + between * T + (T - 1 - side))
+            v = load_rows(v_all + h * stride_vh, rows, p, stride_vl, L)  # (T, P)
+            e = tl.load(e_all + head + tile * T + near, mask=near_ok, other=0.0)  # (T,)
+            span = tl.load(l_all + head + tile * T + far)
             if is_c:
-                near = t + shift
-                e = tl.load(l_ptr + tile * T + near, mask=(near >= 0) & (near < T), other=0.0) + span
-                w = tl.exp2(e.to(tl.float32))
-                v = load_rows(dy + (b * L * H + h) * P, rows, p, H * P, L)  # (T, P)
-            else:
-                e = tl.load(l_ptr + tile * T + (T - 1 - side)) - tl.load(l_ptr + rows) + span
-                w = tl.exp2(e.to(tl.float32)) * tl.load(dt_all + (b * H + h) * Lp + rows)
-                v = load_rows(x + b * stride_xb + h * stride_xh, rows, p, stride_xl, L)  # (T, P)
+                span = tl.zeros((), lf.dtype.element_ty)
+            if not ROWS:
+                # from the chunk's edge on the far side of the state to this tile's edge
+                for between in range(tl.where(before, first, tile + 1), tl.where(before, tile, last)):
+                    span += tl.load(l_all + head + between * T + far)
+            w = tl.exp2((sign * e + span).to(tl.float32))  # (T,)
             vw = (v.to(tl.float32) * w[:, None]).to(st.dtype)
             if ROWS:
                 share = tl.dot(vw, st, input_precision=PREC)  # (T, N)
