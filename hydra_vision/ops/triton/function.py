@@ -4,13 +4,20 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .inner import InnerArguments, inner_backward, inner_forward
 from .mixing import DtSource, decays, decays_backward, mix_backward, mix_forward
 from .plan import Plan, make_plan
 
 __all__ = ['HydraInner', 'QuasiseparableMix', 'mix_backward_all', 'mix_forward_all']
+
+
+def _refuse_second_derivatives() -> None:
+    """Grad mode is on in a backward pass only where its own graph is wanted."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "backend 'triton' has no second derivatives (create_graph=True was given); use backend 'chunked' for them"
+        )
 
 
 class HydraInner(torch.autograd.Function):
@@ -26,9 +33,9 @@ class HydraInner(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         """Gradients of the nine tensors; None for the numbers."""
+        _refuse_second_derivatives()
         *tensors, y, rstd, diag = ctx.saved_tensors
         grads = inner_backward(InnerArguments(*tensors, *ctx.numbers), y, rstd, diag, dout)
         return *grads, *(None for _ in ctx.numbers)
@@ -123,7 +130,7 @@ class QuasiseparableMix(torch.autograd.Function):
         return mix_forward_all(*arguments)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Optional[Tensor], ...]:
         """Gradients of the ten arguments."""
+        _refuse_second_derivatives()
         return mix_backward_all(dy, *ctx.saved_tensors)

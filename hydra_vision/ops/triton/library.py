@@ -1,5 +1,6 @@
 """torch.library operators: what torch.compile and torch.export see instead of the autograd.Functions of eager mode."""
 
+import inspect
 from typing import Any, Optional
 
 import torch
@@ -10,6 +11,10 @@ from .inner import InnerArguments, inner_backward, inner_forward
 
 __all__ = ['hydra_inner_op', 'quasiseparable_mix_op']
 
+# Strides are arguments of the kernels: the compiler may leave inputs as they are instead of copying them.
+_ANY_LAYOUT = {'tags': (torch.Tag.flexible_layout,)}
+if 'tags' not in inspect.signature(torch.library.custom_op).parameters:  # torch 2.6
+    _ANY_LAYOUT = {}
 _TENSORS = 9  # of hydra_inner: the rest of its arguments are numbers
 
 
@@ -27,7 +32,7 @@ def _absent(grads: list[Tensor], inputs: tuple[Optional[Tensor], ...]) -> list[O
     return [None if t is None else g for g, t in zip(grads, inputs)]
 
 
-@torch.library.custom_op('hydra_vision::hydra_inner', mutates_args=())
+@torch.library.custom_op('hydra_vision::hydra_inner', mutates_args=(), **_ANY_LAYOUT)
 def hydra_inner_op(
     zxbcdt: Tensor,
     conv_weight: Tensor,
@@ -60,7 +65,7 @@ def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weigh
     return out, torch.empty_like(out), rstd, zxbcdt.new_empty(B, H, L, dtype=torch.float32)
 
 
-@torch.library.custom_op('hydra_vision::hydra_inner_backward', mutates_args=())
+@torch.library.custom_op('hydra_vision::hydra_inner_backward', mutates_args=(), **_ANY_LAYOUT)
 def _hydra_inner_backward(
     dout: Tensor,
     y: Tensor,
@@ -109,7 +114,7 @@ def _inner_grads(ctx: Any, dout: Tensor, *unused: Any) -> tuple[Any, ...]:
 hydra_inner_op.register_autograd(_inner_grads, setup_context=_inner_setup)
 
 
-@torch.library.custom_op('hydra_vision::quasiseparable_mix', mutates_args=())
+@torch.library.custom_op('hydra_vision::quasiseparable_mix', mutates_args=(), **_ANY_LAYOUT)
 def quasiseparable_mix_op(
     x: Tensor,
     dt_f: Tensor,
@@ -131,7 +136,7 @@ def _(x, *others):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op('hydra_vision::quasiseparable_mix_backward', mutates_args=())
+@torch.library.custom_op('hydra_vision::quasiseparable_mix_backward', mutates_args=(), **_ANY_LAYOUT)
 def _quasiseparable_mix_backward(
     dy: Tensor,
     x: Tensor,

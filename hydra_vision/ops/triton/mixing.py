@@ -110,11 +110,13 @@ def _scores(plan: Plan, bc: tuple[Tensor, ...], transposed: bool) -> Tensor:
 
 def _states(plan: Plan, V_f: Tensor, V_b: Tensor, u: Tensor, d: Decays, start: Optional[Tensor]) -> Tensor:
     states = plan.states()
+    flat = plan.QT == 1
     states_kernel[(plan.B * plan.H * 2,)](
-        V_f, V_b, u, d.lf, d.lb, d.dtf, d.dtb, d.dtf if start is None else start, states, states, d.dtf, d.dtf,
+        V_f, V_b, u, d.lf, d.lb, d.cf if flat else d.dtf, d.cb if flat else d.dtb, d.dtf if start is None else start, states, states, d.dtf, d.dtf,
         V_f.stride(0), V_f.stride(1), V_f.stride(2), u.stride(0), u.stride(1), u.stride(2),
         plan.L, plan.H, plan.G, plan.Lp, plan.nC, plan.QT, N=plan.N, P=plan.P, T=plan.T, GRAD=False,
-        HAS_START=start is not None, PREC=plan.precision, STAGES=plan.options('states')['num_stages'], **plan.options('states'),
+        HAS_START=start is not None, FLAT=flat, PREC=plan.precision,
+        STAGES=plan.options('states')['num_stages'], **plan.options('states'),
     )  # fmt: skip
     return states
 
@@ -131,7 +133,7 @@ def _state_grads(
         V_f, V_b, dy, d.lf, d.lb, d.dtf, d.dtb, d.dtf, states, out, through, through if dstart is None else dstart,
         V_f.stride(0), V_f.stride(1), V_f.stride(2), dy.stride(0), dy.stride(1), dy.stride(2),
         plan.L, plan.H, plan.G, plan.Lp, plan.nC, plan.QT, N=plan.N, P=plan.P, T=plan.T, GRAD=True,
-        HAS_START=has_start, PREC=plan.precision, STAGES=plan.options('state_grads')['num_stages'],
+        HAS_START=has_start, FLAT=plan.QT == 1, PREC=plan.precision, STAGES=plan.options('state_grads')['num_stages'],
         **plan.options('state_grads'),
     )  # fmt: skip
     if dstart is not None:

@@ -223,9 +223,9 @@ def bc_grads_kernel(
         far = tl.where(direction == 0, T - 1, 0)
         plane = tl.cast(B, tl.int64) * H * Lp
         absent = tl.where(before, 0, nC - 1)
-        present = (chunk + tl.zeros_like(n) != absent)[:, None]  # (N, 1): no state enters the first chunk
         if HAS_START:
-            present = (n >= 0)[:, None]
+            absent = tl.where(is_c, -1, absent)
+        present = (chunk + tl.zeros_like(n) != absent)[:, None]  # (N, 1): no state enters the first chunk
         if ROWS:
             own = load_rows((C_f if direction == 0 else C_b) + base, rows + shift, n, stride_l, L).to(tl.float32)  # (T, N)
         for k in tl.range(0, H // G, num_stages=STAGES):

@@ -52,8 +52,9 @@ def _row(arch: int, limit: int, P: int, N: int, itemsize: int) -> Launch:
         tile = 16
     if itemsize == 4 or wide:
         return Launch(tile, 1, {'norm_backward': 8})
-    stages = {'mix_heads': 3, 'dx_heads': 2, 'scores_heads': 2, 'states': 3, 'state_grads': 3, 'bc_grads': 2, 'diagonal': 3}
-    heads = {'mix_heads': 12, 'dx_heads': 12, 'scores_heads': 24}
+    stages = {'mix_heads': 3, 'dx_heads': 2, 'scores_heads': 3, 'states': 3, 'state_grads': 3, 'bc_grads': 3}
+    stages['diagonal'] = 3
+    heads = {'mix_heads': 24, 'dx_heads': 24, 'scores_heads': 12}
     if arch < 90:  # 99 KB of shared memory a block
         stages = {kernel: min(count, 2) for kernel, count in stages.items()}
     return Launch(tile, 1, {'norm_backward': 8}, stages, heads)

@@ -1,0 +1,70 @@
+"""What the Triton backend says without running a kernel."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='the package triton is not installed')
+
+
+def test_importing_the_package_imports_no_triton():
+    code = (
+        "import sys, timm, torch; before = 'triton' in sys.modules\n"
+        'import hydra_vision, hydra_vision.ops.triton\n'
+        "assert before or 'triton' not in sys.modules\n"
+        "assert 'hydra_vision.ops.triton.api' not in sys.modules\n"
+        'assert not torch.cuda.is_initialized()'
+    )
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_reason_without_a_device(monkeypatch):
+    from hydra_vision.ops.triton import unavailable_reason
+
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    if torch.cuda.is_available():
+        assert unavailable_reason() is None
+    else:
+        assert 'CUDA' in unavailable_reason() or 'triton' in unavailable_reason()
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ('sizes', 'dtype', 'error', 'words'),
+    [
+        ((1, 4, 2, 48, 1, 64), torch.float32, ValueError, 'headdim P = 48'),
+        ((1, 4, 2, 64, 1, 24), torch.float32, ValueError, 'd_state N = 24'),
+        ((1, 4, 2, 64, 1, 64), torch.float64, TypeError, 'float64'),
+        ((1, 65537, 2, 64, 1, 64), torch.float32, ValueError, 'L = 65537'),
+    ],
+)
+def test_limits_are_errors(sizes, dtype, error, words):
+    from hydra_vision.ops.triton.plan import make_plan
+
+    with pytest.raises(error, match=words):
+        make_plan(*sizes, torch.empty(1, dtype=dtype))
+
+
+@needs_triton
+def test_table_covers_every_size():
+    from hydra_vision.ops.triton.table import L_BUCKETS, launch_for, shipped
+
+    assert len(shipped()) == 3 * len(L_BUCKETS) * 4 * 4 * 2
+    for arch in (80, 86, 89, 90, 100):
+        for L in (1, 64, 65, 196, 4096, 65536):
+            launch = launch_for(arch, L, 64, 64, 2)
+            assert launch.tile in (16, 32, 64)
+            assert launch.heads_of('mix_heads', 7) == 7
+
+
+@needs_triton
+def test_alignment_of_rows():
+    from hydra_vision.ops.triton.plan import alignment
+
+    t = torch.empty(4, 1036, dtype=torch.bfloat16)
+    assert alignment(t, t.stride(0)) == 4
+    assert alignment(t[:, 1:], t.stride(0)) == 1
+    assert alignment(torch.empty(4, 64), 64) == 4

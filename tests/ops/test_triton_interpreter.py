@@ -1,0 +1,25 @@
+"""Runs test_triton_kernels.py in Triton's interpreter: the same kernels, on the CPU, at small sizes."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='the package triton is not installed')
+def test_kernels_in_the_interpreter():
+    target = Path(__file__).with_name('test_triton_kernels.py')
+    result = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', str(target)],
+        env={**os.environ, 'TRITON_INTERPRET': '1', 'CUDA_VISIBLE_DEVICES': ''},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert ' passed' in result.stdout
+    assert ' skipped' not in result.stdout

@@ -1,0 +1,138 @@
+"""The Triton kernels at small sizes: on the GPU, or in Triton's interpreter (see test_triton_interpreter.py)."""
+
+import os
+
+import pytest
+import torch
+from triton_checks import check_inner, check_mix, inner_arguments, mix_arguments, value_and_grads
+
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(),
+    reason='needs a CUDA device, or TRITON_INTERPRET=1 (test_triton_interpreter.py runs these tests so)',
+)
+DEVICE = 'cpu' if INTERPRETED else 'cuda'
+DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
+
+
+def launches():
+    from hydra_vision.ops.triton.table import Launch
+
+    return {'one tile a chunk': Launch(16, 1, heads={'mix_heads': 2}), 'three tiles a chunk': Launch(16, 3)}
+
+
+@pytest.mark.parametrize('layout', ['one tile a chunk', 'three tiles a chunk'])
+@pytest.mark.parametrize(
+    ('L', 'H', 'G', 'D', 'init_states'),
+    [(1, 2, 1, 'token', True), (2, 1, 1, None, False), (16, 2, 2, 'head', True), (17, 2, 1, 'token', False)]
+    + [(50, 4, 2, 'token', True)],
+)
+def test_mix_matches_the_dense_form(layout, L, H, G, D, init_states):
+    from hydra_vision.ops.triton.plan import forced_launch
+
+    with forced_launch(launches()[layout]):
+        check_mix(mix_arguments(1, L, H, 16, G, 16, D=D, init_states=init_states), torch.float32, DEVICE)
+
+
+@pytest.mark.parametrize('layout', ['one tile a chunk', 'three tiles a chunk'])
+def test_mix_with_extreme_steps(layout):
+    from hydra_vision.ops.triton.plan import forced_launch
+
+    with forced_launch(launches()[layout]):
+        check_mix(mix_arguments(1, 40, 3, 16, 1, 16, extreme=True), torch.float32, DEVICE)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ('K', 'share_bc', 'init_states', 'bias', 'dt_limit'),
+    [(7, False, False, True, (0.0, float('inf'))), (7, True, True, False, (0.05, 0.5)), (3, False, True, True, (0.1, 9.0))],
+)
+def test_inner_matches_the_dense_form(dtype, K, share_bc, init_states, bias, dt_limit):
+    tensors = inner_arguments(2, 20, 2, 16, 1, 16, K=K, share_bc=share_bc, init_states=init_states, bias=bias)
+    check_inner(tensors, dtype, DEVICE, headdim=16, d_state=16, share_bc=share_bc, dt_limit=dt_limit)
+
+
+def test_inner_of_a_slice_with_unaligned_rows():
+    from hydra_vision.ops.triton import hydra_inner
+
+    tensors = [None if t is None else t.to(DEVICE) for t in inner_arguments(2, 9, 3, 16, 1, 16)]
+    whole = torch.nn.functional.pad(tensors[0], (1, 2))
+
+    def run(z):
+        return hydra_inner(z, *tensors[1:8], headdim=16, d_state=16)
+
+    expected = value_and_grads(lambda a: run(a[0]), [tensors[0]])
+    y, grad = value_and_grads(lambda a: run(a[0][..., 1:-2]), [whole])
+    torch.testing.assert_close(y, expected[0], rtol=0, atol=0)
+    torch.testing.assert_close(grad[..., 1:-2], expected[1], rtol=0, atol=0)
+
+
+def test_empty_batch():
+    from hydra_vision.ops.triton import hydra_inner, quasiseparable_mix
+
+    tensors = [None if t is None else t.to(DEVICE) for t in inner_arguments(0, 9, 2, 16, 1, 16)]
+    y, *grads = value_and_grads(lambda a: hydra_inner(*a[:8], headdim=16, d_state=16), tensors)
+    assert y.shape == (0, 9, 32)
+    assert all(not g.any() for g in grads)
+    arguments = [None if t is None else t.to(DEVICE) for t in mix_arguments(0, 5, 2, 16, 1, 16)]
+    y, *grads = value_and_grads(lambda a: quasiseparable_mix(*a), arguments)
+    assert y.shape == (0, 5, 2, 16)
+
+
+def test_repetition_is_bitwise_equal():
+    from hydra_vision.ops.triton import hydra_inner
+
+    tensors = [None if t is None else t.to(DEVICE) for t in inner_arguments(2, 33, 2, 16, 1, 16)]
+    first, second = (
+        value_and_grads(lambda a: hydra_inner(*a[:8], headdim=16, d_state=16), tensors) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_second_derivative_is_refused():
+    from hydra_vision.ops.triton import quasiseparable_mix
+
+    arguments = [None if t is None else t.to(DEVICE).requires_grad_() for t in mix_arguments(1, 3, 1, 16, 1, 16)]
+    y = quasiseparable_mix(*arguments)
+    with pytest.raises(RuntimeError, match='second derivatives'):
+        torch.autograd.grad(y.sum(), arguments[0], create_graph=True)
+
+
+def test_operators_pass_opcheck():
+    from hydra_vision.ops.triton.library import hydra_inner_op, quasiseparable_mix_op
+
+    tests = ('test_schema', 'test_faketensor', 'test_autograd_registration')
+    tensors = [None if t is None else t.to(DEVICE).requires_grad_() for t in inner_arguments(1, 9, 2, 16, 1, 16)]
+    numbers = (16, 16, 1, False, 0.0, float('inf'), 1e-5)
+    torch.library.opcheck(hydra_inner_op, (*tensors, *numbers), test_utils=tests)
+    arguments = [None if t is None else t.to(DEVICE).requires_grad_() for t in mix_arguments(1, 9, 2, 16, 1, 16)]
+    torch.library.opcheck(quasiseparable_mix_op, tuple(arguments), test_utils=tests)
+
+
+def test_compiled_mixer_is_one_graph_and_equal():
+    from hydra_vision import Hydra
+
+    torch._dynamo.reset()
+    mixer = Hydra(16, d_state=16, headdim=16, backend='triton').to(DEVICE)
+    compiled = torch.compile(mixer, fullgraph=True, backend='aot_eager')
+    u = torch.randn(2, 20, 16, device=DEVICE)
+    parameters = list(mixer.parameters())
+    expected = value_and_grads(lambda a: mixer(a[0]), [u])
+    found = value_and_grads(lambda a: compiled(a[0]), [u])
+    assert all(torch.equal(a, b) for a, b in zip(expected, found))
+    graphs = torch._dynamo.utils.counters['stats']['unique_graphs']
+    compiled(torch.randn(3, 20, 16, device=DEVICE))
+    dynamic = torch._dynamo.utils.counters['stats']['unique_graphs']
+    compiled(torch.randn(5, 20, 16, device=DEVICE))
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == dynamic <= graphs + 1
+    assert all(p.grad is None for p in parameters)
+
+
+def test_export():
+    from hydra_vision import Hydra
+
+    mixer = Hydra(16, d_state=16, headdim=16, backend='triton').to(DEVICE).eval()
+    u = torch.randn(2, 20, 16, device=DEVICE)
+    program = torch.export.export(mixer, (u,), dynamic_shapes={'u': {0: torch.export.Dim('batch', max=64)}})
+    v = torch.randn(3, 20, 16, device=DEVICE)
+    assert torch.equal(program.module()(v), mixer(v))

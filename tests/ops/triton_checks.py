@@ -1,0 +1,170 @@
+"""What the tests of the Triton kernels share: inputs, the float64 reference, and the bound that an error must keep."""
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from hydra_vision.ops.inner import hydra_inner as any_backend_inner
+from hydra_vision.ops.reference import mix_dense
+from hydra_vision.ops.triton import hydra_inner, quasiseparable_mix
+
+MIX_NAMES = ('x', 'dt_f', 'dt_b', 'A', 'B_f', 'C_f', 'B_b', 'C_b', 'D', 'init_states')
+INNER_NAMES = (
+    'zxbcdt',
+    'conv_weight',
+    'conv_bias',
+    'dt_bias',
+    'A_log',
+    'D',
+    'fc_D_weight',
+    'norm_weight',
+    'init_states',
+)
+
+
+def mix_arguments(
+    B: int,
+    L: int,
+    H: int,
+    P: int,
+    G: int,
+    N: int,
+    *,
+    D: Optional[str] = 'token',
+    init_states: bool = False,
+    extreme: bool = False,
+    seed: int = 0,
+) -> list[Optional[Tensor]]:
+    """float32 arguments of ``quasiseparable_mix`` on the CPU. extreme: dt in [0, 50], A in [-50, -1e-4]."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    top = 50.0 if extreme else 0.5
+    A = -torch.logspace(-4, 1.69, H) if extreme else -0.2 - uniform(H)
+    diagonal = {None: None, 'head': normal(H), 'token': normal(B, L, H)}[D]
+    start = normal(H, P, N) if init_states else None
+    steps = [uniform(B, L, H) * top for _ in range(2)]
+    if extreme:
+        steps = [torch.where(uniform(B, L, H) < 0.2, torch.zeros(()), dt) for dt in steps]
+    return [normal(B, L, H, P), *steps, A, *(normal(B, L, G, N) for _ in range(4)), diagonal, start]
+
+
+def inner_arguments(
+    B: int,
+    L: int,
+    H: int,
+    P: int,
+    G: int,
+    N: int,
+    *,
+    K: int = 7,
+    share_bc: bool = False,
+    init_states: bool = False,
+    bias: bool = True,
+    seed: int = 0,
+) -> list[Optional[Tensor]]:
+    """float32 tensors of ``hydra_inner`` on the CPU, in the order of INNER_NAMES."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    inner = H * P
+    width = inner + (2 if share_bc else 4) * G * N
+    return [
+        normal(B, L, inner + width + 2 * H),
+        normal(width, 1, K) / K**0.5,
+        0.1 * normal(width) if bias else None,
+        normal(H) - 2,
+        0.3 * normal(H),
+        normal(H),
+        normal(H, inner) / inner**0.5,
+        0.5 + torch.rand(inner, generator=generator),
+        normal(H, P, N) if init_states else None,
+    ]
+
+
+def value_and_grads(function: Callable[..., Tensor], tensors: list[Optional[Tensor]], seed: int = 1) -> list[Tensor]:
+    """[y, gradient of every tensor that is not None] for one random output gradient."""
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
+    y = function(leaves)
+    generator = torch.Generator().manual_seed(seed)
+    dy = torch.randn(y.shape, generator=generator, dtype=torch.float32).to(y.device, y.dtype)
+    wanted = [t for t in leaves if t is not None]
+    grads = torch.autograd.grad(y, wanted, dy, allow_unused=True)
+    return [y.detach(), *(torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads))]
+
+
+def _cast(tensors: list[Optional[Tensor]], wide: tuple[int, ...], dtype: torch.dtype, device: str) -> list:
+    """Main tensors in ``dtype``; those at the indices ``wide`` stay float32."""
+    return [
+        None if t is None else t.to(device, torch.float32 if k in wide else dtype) for k, t in enumerate(tensors)
+    ]
+
+
+def check_errors(names: list[str], exact: list, eager: list, ours: list, dtype: torch.dtype, label: str = '') -> None:
+    """Every error against float64 is at most twice that of eager PyTorch in the same dtype (or rounding noise)."""
+    bad = []
+    for name, reference, other, mine in zip(names, exact, eager, ours):
+        noise = 0.25 * torch.finfo(dtype).eps
+        if dtype == torch.float32:  # a head's sum over all tokens may cancel to far less than its terms
+            noise = (32 if name in ('A', 'A_log', 'dt_bias', 'D') else 8) * torch.finfo(dtype).eps
+        assert torch.isfinite(mine).all(), f'{label}: {name} is not finite'
+        scale = reference.norm().clamp_min(1e-30)
+        mine_error = float((mine.double().to(reference.device) - reference).norm() / scale)
+        eager_error = float((other.double().to(reference.device) - reference).norm() / scale)
+        if float(reference.norm()) > 1e-12 and mine_error > max(2 * eager_error, noise):
+            bad.append(f'{name}: {mine_error:.2e}, eager {eager_error:.2e}')
+    assert not bad, f'{label}: ' + '; '.join(bad)
+
+
+def check_mix(arguments: list[Optional[Tensor]], dtype: torch.dtype, device: str, label: str = '') -> None:
+    """``quasiseparable_mix`` and every gradient against the dense form in float64."""
+    wide = (1, 2, 3, 8, 9)
+    cast = _cast(arguments, wide, dtype, device)
+
+    def eager(a: list) -> Tensor:
+        return mix_dense(*a)
+
+    exact = value_and_grads(eager, [None if t is None else t.double() for t in cast])
+    names = ['y', *(n for n, t in zip(MIX_NAMES, cast) if t is not None)]
+    rounded = [None if t is None else t.to(dtype) for t in cast] if dtype != torch.float32 else cast
+    reference = value_and_grads(lambda a: _eager_mix(a, dtype), rounded)
+    check_errors(names, exact, reference, value_and_grads(lambda a: quasiseparable_mix(*a), cast), dtype, label)
+
+
+def _eager_mix(a: list, dtype: torch.dtype) -> Tensor:
+    """The definition in eager PyTorch: matrix products in ``dtype``, decays in float32."""
+    x, dt_f, dt_b, A, B_f, C_f, B_b, C_b, D, start = a
+    if dtype == torch.float32:
+        return mix_dense(*a)
+    from hydra_vision.ops.reference import dense_matrix
+
+    wide = [t.float() for t in (dt_f, dt_b, A)]
+    y = torch.einsum('bhij,bjhp->bihp', dense_matrix(*wide, B_f, C_f, B_b, C_b, D).to(dtype), x)
+    if start is not None:
+        y = y + mix_dense(torch.zeros_like(x), *wide, B_f, C_f, B_b, C_b, None, start)
+    return y
+
+
+def check_inner(
+    tensors: list[Optional[Tensor]], dtype: torch.dtype, device: str, label: str = '', **numbers: Any
+) -> None:
+    """``hydra_inner`` and every gradient against the dense form in float64."""
+    cast = _cast(tensors, tuple(range(1, 9)), dtype, device)
+
+    def reference(a: list) -> Tensor:
+        return any_backend_inner(*a[:8], init_states=a[8], backend='reference', **numbers)
+
+    exact = value_and_grads(reference, [None if t is None else t.double() for t in cast])
+    names = ['y', *(n for n, t in zip(INNER_NAMES, cast) if t is not None)]
+    eager = value_and_grads(reference, cast)
+    ours = value_and_grads(lambda a: hydra_inner(*a[:8], init_states=a[8], **numbers), cast)
+    check_errors(names, exact, eager, ours, dtype, label)
