@@ -226,8 +226,8 @@ def conv7_backward_kernel(
     x3 = _row(u_b, first, stride_l, cols, ok, L, ALIGN).to(tl.float32)
     x4 = _row(u_b, first + 1, stride_l, cols, ok, L, ALIGN).to(tl.float32)
     x5 = _row(u_b, first + 2, stride_l, cols, ok, L, ALIGN).to(tl.float32)
-    # Gradients before the activation of rows t-1 .. t-6. Triton 3.6 takes loop variables that start as one value and are
-    # handed on from one to the next for constants: they start as different values (in lanes that are never stored).
+    # Gradients before the activation of rows t-1 .. t-6. Triton 3.6 takes loop variables that start as one value and
+    # are handed on from one to the next for constants: they start as different values (in lanes never stored).
     zero = tl.zeros((BC,), tl.float32)
     d1 = tl.where(ok, 0.0, 1.0)  # (BC,)
     d2 = tl.where(ok, 0.0, 2.0)

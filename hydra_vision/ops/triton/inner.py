@@ -1,4 +1,4 @@
-"""Host side of everything between in_proj and out_proj: the kernels in order, forward and backward. No autograd here."""
+"""Host side of everything between in_proj and out_proj: the kernels in order, both ways. No autograd here."""
 
 from dataclasses import dataclass
 from typing import Optional
@@ -25,7 +25,7 @@ TOKENS = 64  # a program of the diagonal and of convolutions that are not seven 
 CHANNELS = 64
 SEGMENT = 256  # tokens a program of the seven-wide convolution
 LANES = 256  # channels of it
-NORM_PROGRAMS = 1056
+NORM_PROGRAMS = 792
 
 
 @dataclass
@@ -158,7 +158,9 @@ def _norm_backward(
     return dy, ddiag, part.sum(0)
 
 
-def inner_backward(a: InnerArguments, y: Tensor, rstd: Tensor, diag: Tensor, dout: Tensor) -> tuple[Optional[Tensor], ...]:
+def inner_backward(
+    a: InnerArguments, y: Tensor, rstd: Tensor, diag: Tensor, dout: Tensor
+) -> tuple[Optional[Tensor], ...]:
     """Gradients in the order of ``InnerArguments``: zxbcdt, conv_weight, ..., norm_weight, init_states."""
     plan = a.plan()
     dz = torch.empty(a.zxbcdt.shape, dtype=plan.dtype, device=plan.device)
@@ -201,7 +203,7 @@ def inner_backward(a: InnerArguments, y: Tensor, rstd: Tensor, diag: Tensor, dou
 
 
 def _conv_backward(a: InnerArguments, plan: Plan, dxbc: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
-    """dxbc in; writes the x, B, C columns of dz. Returns the gradients of the weight (width, 1, K) and bias (width,)."""
+    """dxbc in; writes the x, B, C columns of dz. Returns the gradients of weight (width, 1, K) and bias (width,)."""
     u, du = a.zxbcdt[..., a.d_inner :], dz[..., a.d_inner :]
     K = a.conv_weight.shape[-1]
     bias = a.D if a.conv_bias is None else a.conv_bias

@@ -259,16 +259,16 @@ def mix_columns_kernel(
     onward_ptr = onward + (b * H + h) * 2 * nT + tile
     dt_j = tl.load(dtf + head + rows)  # (T,)
     u = _column(
-        dy_ptr, st_ptr, B_f + b_off, ds_ptr, lf_ptr, out_ptr + 3 * plane, onward_ptr, xj, dt_j, tile, first, last, H * P,
-        stride_bl, L, N, P, T, 0, HAS_STATE, PREC,
+        dy_ptr, st_ptr, B_f + b_off, ds_ptr, lf_ptr, out_ptr + 3 * plane, onward_ptr, xj, dt_j, tile, first, last,
+        H * P, stride_bl, L, N, P, T, 0, HAS_STATE, PREC,
     )  # (T, P)  # fmt: skip
     u = tl.dot(tl.where(i > j, s, 0.0).to(dyj.dtype), dyj, u, input_precision=PREC)
     tl.store(out_ptr + 4 * plane + t, tl.sum(u * xj, axis=1))
     acc = u * dt_j[:, None]
     dt_j = tl.load(dtb + head + rows)
     u = _column(
-        dy_ptr, st_ptr, B_b + b_off, ds_ptr + nC * (N * P), lb_ptr, out_ptr + 9 * plane, onward_ptr + nT, xj, dt_j, tile,
-        first, last, H * P, stride_bl, L, N, P, T, 1, HAS_STATE, PREC,
+        dy_ptr, st_ptr, B_b + b_off, ds_ptr + nC * (N * P), lb_ptr, out_ptr + 9 * plane, onward_ptr + nT, xj, dt_j,
+        tile, first, last, H * P, stride_bl, L, N, P, T, 1, HAS_STATE, PREC,
     )  # (T, P)  # fmt: skip
     u = tl.dot(tl.where(i < j, s, 0.0).to(dyj.dtype), dyj, u, input_precision=PREC)
     tl.store(out_ptr + 10 * plane + t, tl.sum(u * xj, axis=1))
@@ -286,7 +286,9 @@ def mix_columns_kernel(
                 hh = start + tl.arange(0, 16)
                 some = hh < H
                 dd = tl.load(
-                    ddiag + (b * L + rows)[:, None] * H + hh[None, :], mask=(rows < L)[:, None] & some[None, :], other=0.0
+                    ddiag + (b * L + rows)[:, None] * H + hh[None, :],
+                    mask=(rows < L)[:, None] & some[None, :],
+                    other=0.0,
                 )  # (T, 16)
                 f = tl.load(fc + hh[:, None] * (H * P) + h * P + p[None, :], mask=some[:, None], other=0.0)  # (16, P)
                 acc = tl.dot(dd.to(wide), f.to(wide), acc, input_precision=PREC)

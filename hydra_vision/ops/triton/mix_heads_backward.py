@@ -1,7 +1,7 @@
 """Backward in chunks of one tile: dX, then the scores' gradient and the sums of G, looping over the heads of a group.
 
-Everything is kept transposed, (j, i): M^T for dX, dM^T and G^T for the sums. Rows that come from states are summed where
-C's gradient is formed (score_grads.py).
+Everything is kept transposed, (j, i): M^T for dX, dM^T and G^T for the sums. Rows that come from states are summed
+where C's gradient is formed (score_grads.py).
 """
 
 import triton
@@ -174,7 +174,7 @@ def scores_heads_kernel(
         dscores += grad
         grad *= s.to(tl.float32)  # G^T; s is zero on the diagonal
         lower = tl.where(i > j, grad, 0.0)
-        upper = grad - lower
+        upper = tl.where(i < j, grad, 0.0)  # not grad - lower: fused with the product it leaves the rounding behind
         if EXACT:
             tl.store(out + 5 * plane, tl.sum(lower, axis=1))
             tl.store(out + 11 * plane, tl.sum(upper, axis=1))

@@ -112,7 +112,8 @@ def _states(plan: Plan, V_f: Tensor, V_b: Tensor, u: Tensor, d: Decays, start: O
     states = plan.states()
     flat = plan.QT == 1
     states_kernel[(plan.B * plan.H * 2,)](
-        V_f, V_b, u, d.lf, d.lb, d.cf if flat else d.dtf, d.cb if flat else d.dtb, d.dtf if start is None else start, states, states, d.dtf, d.dtf,
+        V_f, V_b, u, d.lf, d.lb, d.cf if flat else d.dtf, d.cb if flat else d.dtb, d.dtf if start is None else start,
+        states, states, d.dtf, d.dtf,
         V_f.stride(0), V_f.stride(1), V_f.stride(2), u.stride(0), u.stride(1), u.stride(2),
         plan.L, plan.H, plan.G, plan.Lp, plan.nC, plan.QT, N=plan.N, P=plan.P, T=plan.T, GRAD=False,
         HAS_START=start is not None, FLAT=flat, PREC=plan.precision,
@@ -219,7 +220,11 @@ def mix_backward(
         ddiag = torch.empty(plan.B, plan.L, plan.H, dtype=torch.float32, device=plan.device)
     unused = sums
     diagonal = (unused if diag is None else diag, unused if ddiag is None else ddiag, unused if fc is None else fc)
-    diagonal_flags = {'DIAGONAL': _diagonal_kind(diag), 'FC': fc is not None, 'HB': max(16, triton.next_power_of_2(plan.H))}
+    diagonal_flags = {
+        'DIAGONAL': _diagonal_kind(diag),
+        'FC': fc is not None,
+        'HB': max(16, triton.next_power_of_2(plan.H)),
+    }
     parts = 1
     if plan.QT == 1:
         ST = _scores(plan, bc, transposed=True)

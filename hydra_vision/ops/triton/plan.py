@@ -64,8 +64,10 @@ class Plan:
 
     @property
     def precision(self) -> str:
-        """Of float32 operands in matrix products: exact for float32 input, tf32 for the wide operands of float16."""
-        return 'ieee' if self.dtype == torch.float32 else 'tf32'
+        """Of float32 operands in matrix products: exact for float32 input; float16's wide ones need more than tf32."""
+        if self.dtype == torch.float32:
+            return 'ieee'
+        return 'tf32x3' if max(self.P, self.N) < 128 else 'tf32'  # for want of shared memory on consumer cards
 
     @property
     def sums(self) -> torch.dtype:
@@ -133,7 +135,7 @@ def make_plan(B: int, L: int, H: int, P: int, G: int, N: int, like: Tensor, laun
         if like.device.type == 'cuda':
             major, minor = torch.cuda.get_device_capability(like.device)
             arch = 10 * major + minor
-        launch = launch_for(arch, L, P, N, like.element_size())
+        launch = launch_for(arch, L, P, N, str(like.dtype).removeprefix('torch.'))
         if os.environ.get('TRITON_INTERPRET') == '1':
             launch = Launch(16, 2)
     return Plan(B, L, H, P, G, N, like.dtype, like.device, launch)

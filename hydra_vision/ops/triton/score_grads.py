@@ -227,7 +227,9 @@ def bc_grads_kernel(
             absent = tl.where(is_c, -1, absent)
         present = (chunk + tl.zeros_like(n) != absent)[:, None]  # (N, 1): no state enters the first chunk
         if ROWS:
-            own = load_rows((C_f if direction == 0 else C_b) + base, rows + shift, n, stride_l, L).to(tl.float32)  # (T, N)
+            own = load_rows((C_f if direction == 0 else C_b) + base, rows + shift, n, stride_l, L).to(
+                tl.float32
+            )  # (T, N)
         for k in tl.range(0, H // G, num_stages=STAGES):
             h = g * (H // G) + k
             head = (b * H + h) * Lp

@@ -1,8 +1,8 @@
 """Scores shared by the heads of a group: S[i, j] = C_f[i-1] . B_f[j] below the diagonal, C_b[i+1] . B_b[j] above it.
 
-Stored a tile at a time, one chunk's block after another: S (B, G, nT, QT, T, T), [tile row I][tile column J - first tile
-of the chunk]; transposed, ST (B, G, nT, QT, T, T), [tile column J][tile row I - first]. The transposed product is formed
-directly, never by transposing a computed operand.
+Stored a tile at a time, one chunk's block after another: S (B, G, nT, QT, T, T), [tile row I][tile column J - first
+tile of the chunk]; transposed, ST (B, G, nT, QT, T, T), [tile column J][tile row I - first]. The transposed product is
+formed directly, never by transposing a computed operand.
 """
 
 import triton

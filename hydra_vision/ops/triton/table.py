@@ -1,15 +1,16 @@
-"""Launch parameters by architecture, L bucket, headdim, d_state and element size. Plain data; nothing is measured here.
+"""Launch parameters by architecture, L bucket, headdim, d_state and dtype. Plain data; nothing is measured here.
 
-A row holds the tile T of tokens, the tiles QT a chunk, and warps and pipeline stages of each kernel that depends on them.
+A row holds the tile T of tokens, the tiles QT a chunk, and warps, pipeline stages and heads a program of the kernels.
 ``hydra_vision.ops.triton.tune`` measures candidates and prints a row for an unknown GPU.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 __all__ = ['L_BUCKETS', 'Launch', 'bucket', 'launch_for', 'shipped']
 
 L_BUCKETS = (64, 256, 65536)
 ARCHITECTURES = (80, 89, 90)
+DTYPES = ('bfloat16', 'float16', 'float32')
 
 
 @dataclass(frozen=True)
@@ -45,43 +46,52 @@ def bucket(L: int) -> int:
     return next(size for size in L_BUCKETS if size >= L)
 
 
-def _row(arch: int, limit: int, P: int, N: int, itemsize: int) -> Launch:
+def _row(arch: int, limit: int, P: int, N: int, dtype: str) -> Launch:
     wide = max(P, N) == 128
-    tile = 32 if itemsize == 4 else 64
-    if itemsize == 4 and wide:
+    if dtype == 'bfloat16' and not wide:
+        stages = {'mix_heads': 3, 'dx_heads': 2, 'scores_heads': 3, 'states': 3, 'state_grads': 3, 'bc_grads': 3}
+        stages['diagonal'] = 3
+        if arch < 90:  # 99 KB of shared memory a block
+            stages = {kernel: min(count, 2) for kernel, count in stages.items()}
+        heads = {'mix_heads': 24, 'dx_heads': 24, 'scores_heads': 12}
+        warps = {'norm_backward': 8}
+        if limit <= 256:
+            warps |= {'states': 2, 'state_grads': 2}
+        return Launch(64, 1, warps, stages, heads)
+    # Right everywhere, fast nowhere: float32 products, or states in float32 beside float16, or tiles of 128 columns.
+    tile = 64 if dtype == 'bfloat16' else 32
+    if wide and dtype != 'bfloat16':
         tile = 16
-    if itemsize == 4 or wide:
-        return Launch(tile, 1, {'norm_backward': 8})
-    stages = {'mix_heads': 3, 'dx_heads': 2, 'scores_heads': 3, 'states': 3, 'state_grads': 3, 'bc_grads': 3}
-    stages['diagonal'] = 3
-    heads = {'mix_heads': 24, 'dx_heads': 24, 'scores_heads': 12}
-    if arch < 90:  # 99 KB of shared memory a block
-        stages = {kernel: min(count, 2) for kernel, count in stages.items()}
-    return Launch(tile, 1, {'norm_backward': 8}, stages, heads)
+    many = 4 if tile == 16 else 8
+    looping = ('mix_heads', 'dx_heads', 'scores_heads', 'bc_grads')
+    return Launch(tile, 1, {'norm_backward': 8, **dict.fromkeys(looping, many)})
 
 
-def shipped() -> dict[tuple[int, int, int, int, int], Launch]:
-    """Every row: (arch, L bucket, P, N, bytes an element) -> Launch."""
+def shipped() -> dict[tuple[int, int, int, int, str], Launch]:
+    """Every row: (arch, L bucket, P, N, dtype) -> Launch."""
     sizes = (16, 32, 64, 128)
     return {
-        (arch, limit, P, N, item): _row(arch, limit, P, N, item)
+        (arch, limit, P, N, dtype): _row(arch, limit, P, N, dtype)
         for arch in ARCHITECTURES
         for limit in L_BUCKETS
         for P in sizes
         for N in sizes
-        for item in (2, 4)
+        for dtype in DTYPES
     }
 
 
 _TABLE = shipped()
 
 
-def launch_for(arch: int, L: int, P: int, N: int, itemsize: int) -> Launch:
-    """The row for a problem; an architecture that is not in the table uses the nearest older one."""
+def launch_for(arch: int, L: int, P: int, N: int, dtype: str) -> Launch:
+    """The row for a problem; an architecture that is not in the table uses the nearest older one.
+
+    Args:
+        arch: compute capability times ten.
+        L: tokens, at most the last bucket.
+        P: headdim.
+        N: d_state.
+        dtype: 'bfloat16', 'float16' or 'float32'.
+    """
     known = max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
-    return _TABLE[known, bucket(L), P, N, itemsize]
-
-
-def with_chunk(launch: Launch, chunk: int) -> Launch:
-    """The same row with another chunk length."""
-    return replace(launch, chunk=chunk)
+    return _TABLE[known, bucket(L), P, N, dtype]

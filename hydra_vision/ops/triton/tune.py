@@ -1,0 +1,113 @@
+"""Measure launch parameters on the GPU at hand and print a better row of the table. Nothing is changed on disk."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from statistics import median
+
+import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from . import quasiseparable_mix
+from .plan import forced_launch
+from .table import Launch, launch_for
+
+__all__ = ['Measured', 'candidates', 'tune']
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Times of one candidate in milliseconds; None where it could not be launched."""
+
+    launch: Launch
+    forward: float | None
+    both: float | None
+    reason: str = ''
+
+
+def candidates(start: Launch, L: int) -> Iterator[Launch]:
+    """The row in use, then one change at a time: chunk length, heads a program, stages, warps."""
+    yield start
+    for chunk in (1, 2, 4):
+        if chunk != start.chunk and (chunk - 1) * start.tile < L:
+            yield replace(start, chunk=chunk)
+    for kernel in ('mix_heads', 'dx_heads', 'scores_heads'):
+        for heads in (4, 12, 24):
+            yield replace(start, heads={**start.heads, kernel: heads})
+        for stages in (1, 2, 3):
+            yield replace(start, stages={**start.stages, kernel: stages})
+    for kernel in ('states', 'state_grads', 'bc_grads'):
+        for stages in (2, 3):
+            yield replace(start, stages={**start.stages, kernel: stages})
+        yield replace(start, warps={**start.warps, kernel: 8})
+
+
+def _arguments(B: int, L: int, H: int, P: int, N: int, dtype: torch.dtype) -> list[Tensor]:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device='cuda')
+
+    steps = [torch.empty(B, L, H, device='cuda').uniform_(1e-3, 0.1) for _ in range(2)]
+    main = [normal(B, L, 1, N).to(dtype) for _ in range(4)]
+    tensors = [normal(B, L, H, P).to(dtype), *steps, -torch.ones(H, device='cuda'), *main, normal(B, L, H)]
+    return [t.requires_grad_() for t in tensors]
+
+
+def _time(function, repeats: int) -> float:
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return median(times)
+
+
+def tune(
+    L: int = 196,
+    *,
+    batch: int = 64,
+    heads: int = 24,
+    headdim: int = 64,
+    d_state: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    repeats: int = 20,
+    report=print,
+) -> list[Measured]:
+    """Time ``quasiseparable_mix`` with every candidate row, report each, and return them, fastest training first.
+
+    Args:
+        L: tokens; the row found is meant for the bucket that holds it.
+        batch: B; large enough to fill the GPU.
+        heads: H.
+        headdim: P.
+        d_state: N.
+        dtype: of x, B and C.
+        repeats: runs a candidate, of which the median counts.
+        report: called with one line of text a candidate.
+
+    Raises:
+        RuntimeError: no CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError('tuning measures on a CUDA device, and none is visible')
+    major, minor = torch.cuda.get_device_capability()
+    start = launch_for(10 * major + minor, L, headdim, d_state, str(dtype).removeprefix('torch.'))
+    arguments = _arguments(batch, L, heads, headdim, d_state, dtype)
+    gradient = torch.randn_like(arguments[0])
+    found: list[Measured] = []
+    for launch in candidates(start, L):
+        with forced_launch(launch):
+            try:
+                with torch.no_grad():
+                    forward = _time(lambda: quasiseparable_mix(*arguments), repeats)
+                both = _time(lambda: torch.autograd.grad(quasiseparable_mix(*arguments), arguments, gradient), repeats)
+                found.append(Measured(launch, forward, both))
+                report(f'{forward:8.3f} ms forward  {both:8.3f} ms forward+backward  {launch}')
+            except (RuntimeError, OutOfResources) as error:  # more shared memory than the GPU has
+                found.append(Measured(launch, None, None, str(error)))
+                report(f'{"-":>8} cannot be launched: {error}  {launch}')
+    return sorted(found, key=lambda m: float('inf') if m.both is None else m.both)

@@ -1,0 +1,212 @@
+"""The Triton kernels on a CUDA device: every gradient against float64, and what a training run relies on."""
+
+import os
+
+import pytest
+import torch
+from triton_checks import check_inner, check_mix, inner_arguments, mix_arguments, value_and_grads
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device'),
+    pytest.mark.skipif(os.environ.get('TRITON_INTERPRET') == '1', reason='the interpreter runs on the CPU'),
+]
+LENGTHS = [1, 2, 7, 16, 49, 63, 64, 65, 127, 196, 197, 256, 400, 576, 784, 1024, 1025]
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize('L', LENGTHS)
+def test_inner(L):
+    check_inner(3, L, 4, 64, 1, 64, torch.bfloat16, 'cuda')
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize('L', [7, 65, 196])
+def test_inner_in_other_dtypes(L, dtype):
+    check_inner(1, L, 4, 64, 2, 64, dtype, 'cuda', init_states=True)
+
+
+@pytest.mark.parametrize('share_bc', [False, True])
+def test_inner_options(share_bc):
+    options = {'share_bc': share_bc, 'init_states': True, 'bias': False}
+    check_inner(2, 100, 4, 64, 2, 64, torch.bfloat16, 'cuda', dt_limit=(0.02, 0.5), **options)
+
+
+def test_inner_batch_64():
+    check_inner(64, 49, 2, 64, 1, 64, torch.bfloat16, 'cuda')
+
+
+@pytest.mark.parametrize(('P', 'N'), [(16, 16), (16, 128), (32, 64), (128, 32), (128, 128)])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32], ids=str)
+def test_mix_widths(P, N, dtype):
+    check_mix(1, 130, 4, P, 1, N, dtype, 'cuda', init_states=True)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize('L', [40, 300])
+def test_mix_with_extreme_steps(L, dtype):
+    check_mix(1, L, 4, 64, 1, 64, dtype, 'cuda', extreme=True)
+
+
+@pytest.mark.parametrize('chunk', [2, 4])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32], ids=str)
+def test_chunks_of_several_tiles(chunk, dtype):
+    from hydra_vision.ops.triton.plan import forced_launch
+    from hydra_vision.ops.triton.table import Launch
+
+    with forced_launch(Launch(64 if dtype == torch.bfloat16 else 32, chunk)):
+        check_mix(1, 300, 4, 64, 1, 64, dtype, 'cuda', init_states=True)
+
+
+def test_long_sequence_matches_the_chunked_form():
+    from hydra_vision.ops import quasiseparable_mix
+
+    arguments = [None if t is None else t.cuda() for t in mix_arguments(1, 4096, 2, 64, 1, 64)]
+    double = [t.double() for t in arguments[:9]]
+    exact = value_and_grads(lambda a: quasiseparable_mix(*a, backend='chunked'), double)
+    ours = value_and_grads(lambda a: quasiseparable_mix(*a, backend='triton'), arguments[:9])
+    for found, expected in zip(ours, exact):
+        assert float((found.double() - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_bitwise_equal_on_repetition():
+    from hydra_vision.ops.triton import hydra_inner
+
+    tensors = [None if t is None else t.cuda() for t in inner_arguments(8, 196, 4, 64, 1, 64)]
+    tensors[0] = tensors[0].bfloat16()
+
+    def run():
+        return value_and_grads(lambda a: hydra_inner(*a[:8], headdim=64, d_state=64), tensors)
+
+    first = run()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, run()))
+
+
+def test_every_output_element_is_written_and_nothing_beyond():
+    """torch.empty is filled with NaN, which would show wherever a kernel left or read an element it should not."""
+    from hydra_vision.ops.triton import hydra_inner
+
+    tensors = [None if t is None else t.cuda() for t in inner_arguments(3, 77, 3, 64, 1, 64, init_states=True)]
+    guard = torch.full((3, 77 + 64, tensors[0].shape[-1]), float('nan'), device='cuda')
+    guard[:, 32:-32] = tensors[0]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        plain = value_and_grads(lambda a: hydra_inner(*a[:8], headdim=64, d_state=64, init_states=a[8]), tensors)
+        inside = [guard[:, 32:-32], *tensors[1:]]
+        guarded = hydra_inner(*inside[:8], headdim=64, d_state=64, init_states=inside[8])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.isfinite(t).all() for t in plain)
+    assert torch.equal(guarded, plain[0])
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    from hydra_vision.ops.triton import hydra_inner
+
+    tensors = inner_arguments(1, 4096, 24, 64, 1, 64)
+    tensors = [None if t is None else t.cuda() for t in tensors]
+    one = tensors[0].bfloat16()
+    whole = one.expand(160, -1, -1).contiguous()
+    assert whole.numel() > 2**31
+    with torch.no_grad():
+        expected = hydra_inner(one, *tensors[1:8], headdim=64, d_state=64)
+        found = hydra_inner(whole, *tensors[1:8], headdim=64, d_state=64)
+    assert torch.equal(found[-1:], expected)
+    assert torch.equal(found[:1], expected)
+
+
+def _model():
+    from hydra_vision import Hydra
+
+    torch.manual_seed(0)
+    return Hydra(128, d_state=64, headdim=64, backend='triton').cuda()
+
+
+@pytest.mark.parametrize('dtype', HALVES, ids=str)
+def test_autocast(dtype):
+    mixer = _model()
+    u = torch.randn(2, 50, 128, device='cuda', requires_grad=True)
+    with torch.autocast('cuda', dtype):
+        y = mixer(u)
+    assert y.dtype == dtype
+    y.float().square().mean().backward()
+    assert torch.isfinite(u.grad).all()
+    assert all(p.grad.dtype == torch.float32 for p in mixer.parameters())
+
+
+def test_compiled_with_cuda_graphs():
+    mixer = _model().eval()
+    u = torch.randn(2, 50, 128, device='cuda')
+    compiled = torch.compile(mixer, fullgraph=True, mode='reduce-overhead')
+    with torch.no_grad():
+        expected = mixer(u)
+        for _ in range(4):
+            found = compiled(u).clone()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_activation_checkpointing():
+    from torch.utils.checkpoint import checkpoint
+
+    mixer = _model()
+    u = torch.randn(2, 50, 128, device='cuda')
+    plain = value_and_grads(lambda a: mixer(a[0]), [u])
+    other = value_and_grads(lambda a: checkpoint(mixer, a[0], use_reentrant=False), [u])
+    assert all(torch.equal(a, b) for a, b in zip(plain, other))
+
+
+def test_functional_call():
+    mixer = _model()
+    u = torch.randn(2, 50, 128, device='cuda')
+    parameters = {name: p.detach().clone() for name, p in mixer.named_parameters()}
+    assert torch.equal(torch.func.functional_call(mixer, parameters, (u,)), mixer(u))
+
+
+@pytest.mark.slow
+def test_training_follows_the_other_backends():
+    """The loss curve is no further from the other backends' than a few times what lies between those two."""
+    import timm
+
+    def losses(backend: str) -> list[float]:
+        torch.manual_seed(0)
+        model = timm.create_model('hydra_vit_nano', num_classes=10, img_size=64, drop_path_rate=0.0).cuda()
+        for module in model.modules():
+            if hasattr(module, 'backend'):
+                module.backend = backend
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+        generator = torch.Generator('cuda').manual_seed(1)
+        images = torch.randn(512, 3, 64, 64, device='cuda', generator=generator)
+        labels = torch.randint(0, 10, (512,), device='cuda', generator=generator)
+        images += labels[:, None, None, None] / 5
+        found = []
+        for step in range(200):
+            pick = torch.arange(64, device='cuda') + 64 * (step % 8)
+            with torch.autocast('cuda', torch.bfloat16):
+                loss = torch.nn.functional.cross_entropy(model(images[pick]), labels[pick])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    curves = {name: torch.tensor(losses(name)).view(5, 40).mean(1) for name in ('triton', 'chunked', 'reference')}
+    assert all(torch.isfinite(curve).all() for curve in curves.values())
+    spread = (curves['chunked'] - curves['reference']).abs()
+    distance = (curves['triton'] - (curves['chunked'] + curves['reference']) / 2).abs()
+    assert (distance <= 4 * spread + 0.05 * curves['reference']).all(), curves
+
+
+def test_parity_with_mamba_ssm():
+    pytest.importorskip('mamba_ssm.ops.triton.ssd_combined')
+    from hydra_vision.ops import quasiseparable_mix
+
+    arguments = [None if t is None else t.cuda() for t in mix_arguments(2, 196, 4, 64, 1, 64)][:9]
+    for k in (0, 4, 5, 6, 7):
+        arguments[k] = arguments[k].bfloat16()
+    ours = value_and_grads(lambda a: quasiseparable_mix(*a, backend='triton'), arguments)
+    theirs = value_and_grads(lambda a: quasiseparable_mix(*a, backend='mamba_ssm'), arguments)
+    for a, b in zip(ours, theirs):
+        assert float((a.float() - b.float()).norm() / b.float().norm()) < 2e-2
