@@ -2,8 +2,8 @@
 
 All arrays that other kernels read are head-major, (B, H, Lp), Lp = T * number of tiles; padded tokens have dt = 0.
 ``lf[t]`` sums A * dt_f * log2(e) from the tile's first token through t, ``lb[t]`` that of dt_b from t through the
-tile's last token. Every exponent of the operator is a difference of two of them plus whole-tile sums, all <= 0, so nothing
-overflows and small sums are not lost beside large ones of other tiles.
+tile's last token. Every exponent of the operator is a difference of two of them plus whole-tile sums, all <= 0, so
+nothing overflows and small sums are not lost beside large ones of other tiles.
 """
 
 import triton
