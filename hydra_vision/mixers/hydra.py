@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import hydra_inner, quasiseparable_matrix
+from ..ops.dispatch import check_backend_name
 from ..ops.inner import unpack_zxbcdt
 from ..ops.reference import accumulation_dtype
 
@@ -102,7 +103,8 @@ class Hydra(nn.Module):
         backend: As in ``quasiseparable_mix``.
 
     Raises:
-        ValueError: A size that does not fit; an even ``d_conv`` (the released code silently changes the length).
+        ValueError: A size that does not fit; an unknown ``backend``; an even ``d_conv`` (the released code silently
+            changes the length).
     """
 
     def __init__(
@@ -140,8 +142,9 @@ class Hydra(nn.Module):
             raise ValueError(f'ngroups = {ngroups} does not divide the number of heads {nheads}')
         if not 0 < dt_min <= dt_max:
             raise ValueError(f'dt_min = {dt_min}, dt_max = {dt_max}; needed is 0 < dt_min <= dt_max')
-        if not 0.0 <= dt_limit[0] <= dt_limit[1]:
+        if len(dt_limit) != 2 or not 0.0 <= dt_limit[0] <= dt_limit[1]:
             raise ValueError(f'dt_limit = {dt_limit}; it must be (min, max) with 0 <= min <= max')
+        check_backend_name(backend)
         dd = {'device': device, 'dtype': dtype}
         self.d_model, self.d_inner, self.nheads = d_model, d_inner, nheads
         self.d_state, self.d_conv, self.headdim, self.ngroups = d_state, d_conv, headdim, ngroups

@@ -15,6 +15,7 @@ pool, head. No position embedding, no class token, no MLP. Its vision code was n
 No weights of ImageNet size are published yet; every variant is tagged `untrained`.
 """
 
+import math
 from functools import partial
 from typing import Any, Callable, Dict, List, Literal, Optional, Set, Tuple, Union
 
@@ -182,6 +183,8 @@ class HydraViT(nn.Module):
             raise ValueError("global_pool = 'token' needs class_token=True")
         if depth < 1 or embed_dim < 1:
             raise ValueError(f'depth = {depth}, embed_dim = {embed_dim}; both must be at least 1')
+        if mlp_ratio < 0:
+            raise ValueError(f'mlp_ratio = {mlp_ratio}; it must be 0 (no MLP) or positive')
         norm_layer = get_norm_layer(norm_layer) or LayerNorm
         act_layer = get_act_layer(act_layer) or nn.GELU
 
@@ -213,6 +216,12 @@ class HydraViT(nn.Module):
         num_patches = self.patch_embed.num_patches
         if num_patches < 1:
             raise ValueError(f'img_size = {img_size} is smaller than patch_size = {patch_size}')
+        padded_grid = tuple(self.patch_embed.dynamic_feat_size(self.patch_embed.img_size))
+        if pos_embed == 'learn' and not dynamic_img_size and padded_grid != tuple(self.patch_embed.grid_size):
+            raise ValueError(
+                f"pos_embed = 'learn' with dynamic_img_pad=True needs dynamic_img_size=True where patch_size = "
+                f'{patch_size} does not divide img_size = {img_size}'
+            )
         reduction = self.patch_embed.feat_ratio()
 
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if class_token else None
@@ -627,7 +636,12 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: HydraViT) -> Dict[st
             k = 'norm.' + k[len('norm_f.') :]
         if k == 'patch_embed.proj.weight' and v.ndim == 4 and v.shape[-2:] != model.patch_embed.proj.weight.shape[-2:]:
             v = resample_patch_embed(v, list(model.patch_embed.proj.weight.shape[-2:]), verbose=True)
-        elif k == 'pos_embed' and model.pos_embed is not None and v.shape[1] != model.pos_embed.shape[1]:
+        elif (
+            k == 'pos_embed'
+            and model.pos_embed is not None
+            and v.shape[1] != model.pos_embed.shape[1]
+            and math.isqrt(v.shape[1]) ** 2 == v.shape[1]  # the sides of another grid than a square are not known
+        ):
             v = resample_abs_pos_embed(v, new_size=model.patch_embed.grid_size, num_prefix_tokens=0, verbose=True)
         out_dict[k] = v
     return out_dict

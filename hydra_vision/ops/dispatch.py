@@ -14,6 +14,7 @@ __all__ = [
     'BACKENDS',
     'available_backends',
     'backend_reasons',
+    'check_backend_name',
     'choose_backend',
     'default_backend',
     'set_default_backend',
@@ -25,7 +26,8 @@ ENVIRONMENT_VARIABLE = 'HYDRA_VISION_BACKEND'
 _default: str = 'auto'
 
 
-def _check_name(name: str, argument: str) -> None:
+def check_backend_name(name: str, argument: str = 'backend') -> None:
+    """Raises ValueError for a name that is neither 'auto' nor a backend."""
     if name != 'auto' and name not in BACKENDS:
         raise ValueError(f"{argument}: unknown backend {name!r}; allowed: 'auto', " + ', '.join(map(repr, BACKENDS)))
 
@@ -76,7 +78,7 @@ def set_default_backend(name: str) -> None:
         RuntimeError: the backend cannot run here.
     """
     global _default
-    _check_name(name, 'set_default_backend(name)')
+    check_backend_name(name, 'set_default_backend(name)')
     _require(name)
     _default = name
 
@@ -91,7 +93,7 @@ def default_backend(device: 'torch.device | str' = 'cpu') -> tuple[str, str]:
     """What 'auto' means for tensors on ``device``: (backend, why)."""
     from_environment = os.environ.get(ENVIRONMENT_VARIABLE, '')
     if from_environment and from_environment != 'auto':
-        _check_name(from_environment, ENVIRONMENT_VARIABLE)
+        check_backend_name(from_environment, ENVIRONMENT_VARIABLE)
         return from_environment, f'{ENVIRONMENT_VARIABLE} is set'
     if _default != 'auto':
         return _default, 'set_default_backend was called'
@@ -110,7 +112,7 @@ def choose_backend(backend: str, device: torch.device) -> str:
         ValueError: unknown name.
         RuntimeError: named (here, in the environment or by ``set_default_backend``) but not able to run.
     """
-    _check_name(backend, 'backend')
+    check_backend_name(backend)
     name = default_backend(device)[0] if backend == 'auto' else backend
     if name in ('triton', 'mamba_ssm'):
         _require(name)

@@ -69,6 +69,8 @@ def hydra_inner(
         TypeError: ``zxbcdt`` is not a floating-point tensor.
         RuntimeError: the named backend cannot run here.
     """
+    if dt_bias.ndim != 1:
+        raise ValueError(f'dt_bias has shape {tuple(dt_bias.shape)}; it must be (H,)')
     H = dt_bias.shape[0]
     d_inner = H * headdim
     _check_inner(
@@ -91,6 +93,7 @@ def hydra_inner(
     name = choose_backend(backend, zxbcdt.device)
     if name == 'triton':
         from .triton import hydra_inner as fused  # lazily: importing hydra_vision must not import Triton
+
         return fused(
             zxbcdt,
             conv_weight,

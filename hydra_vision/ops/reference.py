@@ -41,9 +41,10 @@ def shift_tokens(t: Tensor, offset: int) -> Tensor:
 def scale(t: Tensor, factor: Tensor) -> Tensor:
     """t * factor for a temporary t that nobody else holds: in its own memory unless autograd needs t again.
 
-    On the CPU a fresh result costs more in page faults than in arithmetic.
+    On the CPU a fresh result costs more in page faults than in arithmetic. ``torch.jit.trace`` compares a graph that
+    was recorded with autograd to one without: both must hold the same operations.
     """
-    if torch.is_grad_enabled() and (t.requires_grad or factor.requires_grad):
+    if torch.jit.is_tracing() or (torch.is_grad_enabled() and (t.requires_grad or factor.requires_grad)):
         return t * factor
     return t.mul_(factor)
 

@@ -110,7 +110,10 @@ def test_unknown_and_wrong_arguments():
         (dict(class_token=True, class_token_position='front'), "class_token_position = 'front'"),
         (dict(img_size=8), 'img_size = 8 is smaller than patch_size = 16'),
         (dict(depth=0), 'depth = 0'),
+        (dict(mlp_ratio=-1.0), 'mlp_ratio = -1.0'),
         (dict(d_conv=4), 'd_conv = 4; it must be odd'),
+        (dict(backend='cuda'), "unknown backend 'cuda'"),
+        (dict(img_size=60, dynamic_img_pad=True, pos_embed='learn'), 'needs dynamic_img_size=True'),
     ):
         with pytest.raises(ValueError, match=message):
             create(**kwargs)
@@ -388,6 +391,15 @@ def _saved(state, path):
     return str(path)
 
 
+def test_position_embedding_of_an_unknown_rectangle_is_timms_error(tmp_path):
+    state = create(pos_embed='learn', img_size=(32, 96)).state_dict()  # 2 x 6: nothing in the file says so
+    path = _saved(state, tmp_path / 'weights.safetensors')
+    with pytest.raises(RuntimeError, match='size mismatch for pos_embed'):
+        timm.create_model('test_hydra_vit', img_size=64, num_classes=5, pos_embed='learn', checkpoint_path=path)
+    with pytest.raises(RuntimeError, match='size mismatch for pos_embed'):
+        load_checkpoint(create(pos_embed='learn'), path, filter_fn=checkpoint_filter_fn)
+
+
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
 def test_checkpoint_path_round_trip(tmp_path, suffix):
     model = create(class_token=True)
@@ -424,6 +436,13 @@ def test_torchscript(kwargs):
         model = create(**kwargs)
     expected = model(images())
     torch.testing.assert_close(torch.jit.script(model)(images()), expected)
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::torch.jit.TracerWarning')
+def test_torchscript_trace_passes_its_own_check():
+    model = create()  # traced with autograd, checked without: both graphs must be the same
+    assert any(p.requires_grad for p in model.parameters())
+    torch.testing.assert_close(torch.jit.trace(model, images())(images()), model(images()))
 
 
 def test_fx():

@@ -151,6 +151,7 @@ def test_norm_statistics_do_not_overflow_float16():
         (dict(conv_weight=lambda t: t[..., :-1]), 'even d_conv = 6; it must be odd'),
         (dict(conv_weight=lambda t: t[:-1]), 'conv_weight has shape'),
         (dict(conv_bias=lambda t: t[:-1]), 'conv_bias has shape'),
+        (dict(dt_bias=lambda t: t[0]), r'dt_bias has shape \(\); it must be \(H,\)'),
         (dict(A_log=lambda t: t[:-1]), 'A_log has shape'),
         (dict(D=lambda t: t[:-1]), 'D has shape'),
         (dict(fc_D_weight=lambda t: t.T), 'fc_D_weight has shape'),
