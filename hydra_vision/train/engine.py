@@ -203,7 +203,9 @@ class Trainer:
 
     def _stop(self, what: str) -> None:
         last = self.folder / LAST
-        good = f"the last good checkpoint is {last} (epoch {self.epoch})" if self.epoch else "no epoch was finished yet"
+        good = f"the last good checkpoint is {last} (epoch {self.epoch})"
+        if not last.is_file():
+            good = "the checkpoint that it was resumed from is good" if self.epoch else "no epoch was finished yet"
         raise NonFiniteError(f"stopped: {what}; {good}. A smaller optim.lr or optim.clip_grad may help.")
 
     def _validate_epoch(self, meter: report.Meter, row: report.Row) -> None:
@@ -300,7 +302,8 @@ class Trainer:
                 self.console.print(f"warning: skipped {loader.dataset.report()}", highlight=False, soft_wrap=True)
         report.print_table(self.console, f"{self.config.model.name}, validation", report.RESULT_HEADER, rows)
         write_text(self.folder / "results.md", report.markdown_table(report.RESULT_HEADER, rows))
-        files = f"curve.png, {BEST}, {LAST}, summary.csv, results.md, config.yaml"
+        files = ("curve.png", BEST, LAST, "summary.csv", "results.md", "config.yaml")
+        files = ", ".join(file for file in files if (self.folder / file).is_file())
         self.console.print(f"{self.folder}: {files}", highlight=False, soft_wrap=True)
         return results
 

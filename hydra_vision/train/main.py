@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from hydra_vision.train.arguments import parse_arguments
-from hydra_vision.train.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, write_text
+from hydra_vision.train.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, write_atomically, write_text
 from hydra_vision.train.config import Config, check_values, merge, parse_override
 from hydra_vision.train.errors import CheckpointError, ConfigError, TrainError
 from hydra_vision.train.recipes import read_recipe, recipe_names
@@ -49,18 +51,20 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         return _validate(arguments, overrides, console)
     recipe = arguments.config or (MAIN if {"dir", "name"} & overrides.get("data", {}).keys() else DEMO)
     recipe_values = read_recipe(recipe)
-    config = Config.from_dict(merge(recipe_values, overrides), source=recipe)
+    checkpoint = _checkpoint_to_resume(arguments, Path(recipe).stem)
+    if checkpoint is None:
+        state, values, source = None, recipe_values, recipe
+    else:  # the run's own recipe; another one only where it was asked for
+        state, source = load_checkpoint(checkpoint), str(checkpoint)
+        values = merge(state["config"], recipe_values) if arguments.config else state["config"]
+    config = Config.from_dict(merge(values, overrides), source=source)
     if arguments.print_config:
         console.print(config.to_yaml(comments=True), soft_wrap=True, end="")
         return 0
-    checkpoint = _checkpoint_to_resume(arguments, Path(recipe).stem)
-    state = None
-    if checkpoint is not None:
-        state = load_checkpoint(checkpoint)
-        values = merge(state["config"], recipe_values) if arguments.config else state["config"]
-        config = Config.from_dict(merge(values, overrides), source=str(checkpoint))
+    folder = _run_folder(arguments.output, checkpoint, Path(recipe).stem)
+    if state is not None:
         _tell_changes(state["config"], config.to_dict(), console)
-    return _train(config, _run_folder(arguments.output, checkpoint, Path(recipe).stem), state, console)
+    return _train(config, folder, checkpoint, state, console)
 
 
 def read_overrides(overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -73,7 +77,9 @@ def read_overrides(overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
     return merged
 
 
-def _train(config: Config, folder: Path, state: dict[str, Any] | None, console: Console) -> int:
+def _train(
+    config: Config, folder: Path, checkpoint: Path | None, state: dict[str, Any] | None, console: Console
+) -> int:
     from hydra_vision.train.engine import Trainer  # torch and timm: not before the recipe is known to be right
 
     created = not folder.exists()
@@ -84,9 +90,11 @@ def _train(config: Config, folder: Path, state: dict[str, Any] | None, console: 
     try:
         trainer = Trainer(config, folder, console, state)
         write_text(folder / "config.yaml", config.to_yaml())
+        if checkpoint is not None and checkpoint.parent.resolve() != folder.resolve():
+            _carry_best(checkpoint, state, folder)
     except TrainError:
         if created:
-            folder.rmdir()  # nothing was started: leave no empty run behind
+            shutil.rmtree(folder, ignore_errors=True)  # nothing was started: leave no empty run behind
         raise
     trainer.run()
     return 0
@@ -116,7 +124,8 @@ def _checkpoint_to_resume(arguments: argparse.Namespace, name: str) -> Path | No
         return None
     if arguments.resume != "auto":
         return find_checkpoint(arguments.resume, LAST)
-    folders = [Path("output") / name, *Path("output").glob(f"{name}-*")]
+    numbered = re.compile(re.escape(name) + r"(-\d+)?")  # not those of a recipe whose name only begins like this one
+    folders = [path for path in Path("output").glob("*") if numbered.fullmatch(path.name)]
     if arguments.output is not None:
         folders = [Path(arguments.output)]
     found = [folder / LAST for folder in folders if (folder / LAST).is_file()]
@@ -139,6 +148,17 @@ def _run_folder(output: str | None, checkpoint: Path | None, name: str) -> Path:
             f"--output {folder} already holds a run ({taken[0]}): continue it with --resume auto, or choose another one"
         )
     return folder
+
+
+def _carry_best(checkpoint: Path, state: dict[str, Any], folder: Path) -> None:
+    """Copies the best checkpoint so far to the folder in which a run goes on: no later epoch may be better."""
+    if state["best"] is None:
+        return
+    for path in (checkpoint, checkpoint.parent / BEST):
+        if path.is_file() and load_checkpoint(path)["epoch"] == state["best"]["epoch"]:
+            with open(path, "rb") as source:
+                write_atomically(folder / BEST, lambda file, source=source: shutil.copyfileobj(source, file))
+            return
 
 
 def _tell_changes(before: dict[str, Any], after: dict[str, Any], console: Console) -> None:

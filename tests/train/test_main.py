@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import hydra_vision
-from hydra_vision.train.checkpoint import BEST, load_checkpoint
+from hydra_vision.train.checkpoint import BEST, LAST, load_checkpoint
 from hydra_vision.train.recipes import recipe_names
 
 ROOT = Path(hydra_vision.__file__).parents[1]
@@ -103,6 +103,45 @@ def test_a_run_can_be_continued_in_another_folder(tiny, run, tmp_path):
     assert run("--resume", "run", "--epochs", "4", "--output", "longer")[0] == 0
     assert len((tmp_path / "run" / "summary.csv").read_text().splitlines()) == 4
     assert len((tmp_path / "longer" / "summary.csv").read_text().splitlines()) == 5
+
+
+def test_a_run_in_another_folder_takes_its_best_checkpoint_along(tiny, run, validated, tmp_path):
+    assert run(*tiny, "--output", "run")[0] == 0
+    last = load_checkpoint(tmp_path / "run" / LAST)
+    last["best"] |= {"top1": 101.0, "epoch": 1}  # no later epoch can be better
+    torch.save(last, tmp_path / "run" / LAST)
+    best = load_checkpoint(tmp_path / "run" / BEST)
+    torch.save({**best, "epoch": 1}, tmp_path / "run" / BEST)
+    code, out, _ = run("--resume", "run", "--epochs", "4", "--output", "longer")
+    assert code == 0
+    assert "best: " in out
+    assert (tmp_path / "longer" / BEST).read_bytes() == (tmp_path / "run" / BEST).read_bytes()
+    assert validated("longer")
+
+
+def test_a_finished_run_in_another_folder_names_only_what_it_wrote(tiny, run, tmp_path):
+    assert run(*tiny, "--output", "run")[0] == 0
+    code, out, _ = run("--resume", "run", "--output", "again")
+    assert code == 0
+    named = set(out.rstrip().splitlines()[-1].removeprefix("again: ").split(", "))
+    assert named == {path.name for path in (tmp_path / "again").iterdir()}
+
+
+def test_a_resume_is_not_judged_by_a_recipe_that_it_does_not_use(tiny, run):
+    changes = ("--epochs", "1", "--set", "schedule.warmup_epochs=0")
+    assert run(*tiny, *changes, "--output", "run")[0] == 0
+    # shorter than the warm-up of the demonstration, which is the recipe where no other is named
+    code, out, error = run("--resume", "run", "--epochs", "2")
+    assert code == 0, error
+    assert "from epoch 1" in out
+
+
+def test_resume_auto_leaves_recipes_of_similar_names_alone(tiny, run, tmp_path):
+    assert run(*tiny, "--output", "output/tiny-long")[0] == 0
+    code, out, _ = run(*tiny, "--resume", "auto")
+    assert code == 0
+    assert "from epoch" not in out
+    assert (tmp_path / "output" / "tiny" / LAST).is_file()
 
 
 @pytest.mark.parametrize(
