@@ -167,5 +167,10 @@ def _check(
             raise ValueError(f'{name} has shape {tuple(t.shape)}; it must be {letters} = {shape}')
 
     # Reading a value is free on the CPU only, and impossible while tracing.
-    if A.device.type == 'cpu' and not torch.compiler.is_compiling() and bool((~(A < 0)).any()):
-        raise ValueError(f'A must be negative everywhere, got values up to {A.detach().max().item()}')
+    if A.device.type == 'cpu' and not torch.compiler.is_compiling():
+        try:
+            negative = bool((A < 0).all())
+        except RuntimeError:  # nor can it be read inside torch.func.vmap, nor of a fake tensor
+            negative = True
+        if not negative:
+            raise ValueError(f'A must be negative everywhere, got values up to {A.detach().max().item()}')

@@ -15,7 +15,8 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-import hydra_vision  # noqa: F401  (registers the Hydra-ViT family with timm)
+from hydra_vision import Hydra  # importing the package registers the Hydra-ViT family with timm
+from hydra_vision.ops.dispatch import choose_backend
 from hydra_vision.train.config import Config, nearest
 from hydra_vision.train.errors import CheckpointError, ConfigError, first_line
 
@@ -160,6 +161,20 @@ def pick_device(config: Config) -> torch.device:
             f"run.device={name!r} is not available: {first_line(error)}; allowed: auto, cpu, cuda, ..."
         ) from error
     return device
+
+
+def check_backend(model: nn.Module, device: torch.device) -> None:
+    """Refuses a Hydra backend that cannot run, before the run starts.
+
+    Raises:
+        ConfigError: says what is missing.
+    """
+    for module in model.modules():
+        if isinstance(module, Hydra):
+            try:
+                choose_backend(module.backend, device)
+            except (ValueError, RuntimeError) as error:
+                raise ConfigError(str(error)) from error
 
 
 def amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:

@@ -55,6 +55,7 @@ class Trainer:
         self.classes = train_split.classes
         self.num_classes = data.count_classes(config, train_split)
         self.model = place_model(build.create_model(config, self.num_classes, state is None), config, self.device)
+        build.check_backend(self.model, self.device)
         if run.grad_checkpointing:
             if not hasattr(self.model, "set_grad_checkpointing"):
                 raise ConfigError(f"run.grad_checkpointing: {config.model.name} does not support it")
@@ -329,6 +330,7 @@ def validate(config: Config, state: dict[str, Any], console: Console) -> dict[st
             model.load_state_dict(state[key])
         except RuntimeError as error:
             raise CheckpointError(f"the checkpoint does not fit {config.model.name}: {error}") from error
+        build.check_backend(model, device)
         models[name] = compile_model(place_model(model, config, device), config)
     loader = data.val_loader(config, split, state["num_classes"], next(iter(models.values())), device)
     meter = report.Meter(console, state["epoch"], len(loader), 0)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hydra_vision.ops import quasiseparable_matrix, quasiseparable_mix
 from hydra_vision.ops.chunked import mix_chunked
@@ -238,3 +239,14 @@ def test_autocast_does_not_reach_the_decays(mix_inputs):
     with torch.autocast('cpu', torch.bfloat16):
         y = quasiseparable_mix(**inputs)
     torch.testing.assert_close(y, expected, rtol=0, atol=0)
+
+
+def test_values_of_A_are_not_needed_where_they_cannot_be_read(mix_inputs):
+    inputs = mix_inputs()
+    A = torch.stack([inputs.pop('A'), torch.full((4,), -2.0, dtype=torch.float64)])
+    y = torch.func.vmap(lambda A: quasiseparable_mix(A=A, **inputs))(A)
+    torch.testing.assert_close(y, torch.stack([quasiseparable_mix(A=row, **inputs) for row in A]))
+    mode = FakeTensorMode()
+    fake = {name: None if t is None else mode.from_tensor(t) for name, t in {'A': A[0], **inputs}.items()}
+    with mode:
+        assert quasiseparable_mix(**fake).shape == inputs['x'].shape

@@ -172,6 +172,19 @@ def test_mistakes_end_with_one_line_before_any_work(fails, tmp_path, arguments, 
     assert list(tmp_path.iterdir()) == [] or list((tmp_path / "output").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("cuda", "HYDRA_VISION_BACKEND: unknown backend 'cuda'"), ("mamba_ssm", "backend 'mamba_ssm' is not available")],
+)
+def test_a_backend_that_cannot_run_ends_with_one_line(tiny, run, fails, tmp_path, monkeypatch, name, message):
+    assert run(*tiny, "--output", "run")[0] == 0
+    monkeypatch.setenv("HYDRA_VISION_BACKEND", name)
+    monkeypatch.setattr("hydra_vision.ops.dispatch._mamba_ssm_reason", lambda: "not here")
+    assert message in fails(*tiny, "--output", "other", code=2)
+    assert not (tmp_path / "other").exists()
+    assert message in fails("--validate", "run", code=2)
+
+
 def test_too_many_unreadable_images_end_the_run_by_name(fails, image_folder):
     folder = image_folder()
     (folder / "train" / "red" / "003.png").write_bytes(b"")
