@@ -36,6 +36,18 @@ def norm_gate_kernel(
 
 
 @triton.jit
+def _row_of_each(y, z, g, x, row, end, stride_zb, stride_zl, stride_xl, L, D, d, ok, ALIGN: tl.constexpr):
+    """(DB,) one row of y, z, the gradient and x; zero from row ``end`` on."""
+    here = ok & (d * 0 + row < end)
+    start = tl.multiple_of(row // L * stride_zb + row % L * stride_zl, ALIGN)
+    y_row = tl.load(y + row * D + d, mask=here, other=0.0)
+    z_row = tl.load(z + start + d, mask=here, other=0.0)
+    g_row = tl.load(g + row * D + d, mask=here, other=0.0)
+    x_row = tl.load(x + row * stride_xl + d, mask=here, other=0.0)
+    return y_row, z_row, g_row, x_row
+
+
+@triton.jit
 def norm_gate_backward_kernel(
     dout,  # (B, L, D) contiguous
     y,
@@ -66,13 +78,20 @@ def norm_gate_backward_kernel(
     ok = d < D
     wv = tl.load(w + d, mask=ok, other=0.0).to(tl.float32)  # (DB,)
     dw = tl.zeros((DB,), tl.float32)
-    for row in range(pid * PER, tl.minimum(pid * PER + PER, ROWS)):
-        b = row // L
-        l = row % L
-        yv = tl.load(y + row * D + d, mask=ok, other=0.0).to(tl.float32)
-        start = tl.multiple_of(b * stride_zb + l * stride_zl, ALIGN)
-        zv = tl.load(z + start + d, mask=ok, other=0.0).to(tl.float32)
-        g = tl.load(dout + row * D + d, mask=ok, other=0.0).to(tl.float32)
+    begin = pid * PER
+    end = tl.minimum(begin + PER, ROWS)
+    y_next, z_next, g_next, x_next = _row_of_each(
+        y, z, dout, x, begin, end, stride_zb, stride_zl, stride_xl, L, D, d, ok, ALIGN
+    )
+    for row in range(begin, end):
+        yv = y_next.to(tl.float32)  # (DB,)
+        zv = z_next.to(tl.float32)
+        g = g_next.to(tl.float32)
+        xv = x_next.to(tl.float32)
+        # the next row is on its way while this one is reduced
+        y_next, z_next, g_next, x_next = _row_of_each(
+            y, z, dout, x, row + 1, end, stride_zb, stride_zl, stride_xl, L, D, d, ok, ALIGN
+        )
         r = tl.load(rstd + row)
         sig = tl.sigmoid(zv)
         gate = zv * sig
@@ -83,10 +102,9 @@ def norm_gate_backward_kernel(
         dzv = gh * wv * (sig * (1.0 + zv * (1.0 - sig)))
         dyv = r * (dhat - hat * (tl.sum(dhat * hat, axis=0) / D))
         tl.store(dy + row * D + d, dyv.to(dy.dtype.element_ty), mask=ok)
-        xv = tl.load(x + row * stride_xl + d, mask=ok, other=0.0).to(tl.float32)
         per_head = tl.sum(tl.reshape(dyv * xv, (DB // P, P)), axis=1)  # (DB / P,)
         h = tl.arange(0, DB // P)
         tl.store(ddiag + row * (D // P) + h, per_head, mask=h < D // P)
-        to = tl.multiple_of(b * stride_gb + l * stride_gl, ALIGN_G)
+        to = tl.multiple_of(row // L * stride_gb + row % L * stride_gl, ALIGN_G)
         tl.store(dz + to + d, dzv.to(dz.dtype.element_ty), mask=ok)
     tl.store(part_w + pid * D + d, dw, mask=ok)
