@@ -75,7 +75,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"cannot read checkpoint {path}: {first_line(error)}") from error
+        # What the unpickler says (and its advice to read the file with less care) helps nobody.
+        why = first_line(error) if isinstance(error, OSError) else "damaged, or not a checkpoint of this trainer"
+        raise CheckpointError(f"cannot read checkpoint {path}: {why}") from error
     if not isinstance(state, dict) or "format" not in state:
         raise CheckpointError(f"{path} was not written by this trainer (weights alone cannot be resumed or validated)")
     if state["format"] != FORMAT:

@@ -254,6 +254,11 @@ class Config:
         data = self.data
         prefix = data.name.split("/")[0].lower()
         streamed, folder, digits = prefix in ("hfids", "tfds", "wds"), prefix == "", data.name == "sklearn/digits"
+        if prefix not in ("", "hfds", "hfids", "tfds", "wds", "torch", "sklearn"):
+            refuse(  # timm would read data.dir as a folder, whatever the name
+                f"data.name={data.name!r} is not valid; allowed: '' (folder or .tar), hfds/..., hfids/..., tfds/..., "
+                "wds/..., torch/..., sklearn/digits"
+            )
         ignored = []
         ignored += ["dir"] if digits and data.dir is not None else []
         ignored += ["class_map"] if (digits or prefix == "torch") and data.class_map is not None else []

@@ -356,5 +356,14 @@ def place_model(model: nn.Module, config: Config, device: torch.device) -> nn.Mo
 
 
 def compile_model(model: nn.Module, config: Config) -> nn.Module:
-    """The compiled model (sharing its weights), or the model itself."""
-    return torch.compile(model, mode=config.run.compile_mode) if config.run.torch_compile else model
+    """The compiled model (sharing its weights), or the model itself.
+
+    Raises:
+        ConfigError: an unknown mode.
+    """
+    if not config.run.torch_compile:
+        return model
+    try:
+        return torch.compile(model, mode=config.run.compile_mode)
+    except RuntimeError as error:
+        raise ConfigError(f"run.compile_mode={config.run.compile_mode!r} is not valid: {first_line(error)}") from error

@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "train_imagenet.py") -> 
         errors.print(f"error: {_one_line(error)}", soft_wrap=True)
         return error.exit_code
     except KeyboardInterrupt:
-        errors.print("interrupted; the same command with --resume auto continues after the last finished epoch")
+        text = "interrupted; the same command with --resume auto continues after the last finished epoch"
+        errors.print(text, soft_wrap=True)
         return 130
 
 

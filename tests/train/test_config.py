@@ -121,6 +121,7 @@ def test_a_wrong_override_says_what_is_allowed(text, message):
         (("augment.mixup=0.2", "data.batch_size=15"), "data.batch_size=15 must be even"),
         (("augment.color_jitter=0.3", "augment.auto_augment=rand-m9"), "has no effect beside augment.auto_augment"),
         (("schedule.name=none", "optim.layer_decay=0.7"), "schedule.name='none' would ignore it"),
+        (("data.name=hdfs/cifar10", "data.dir=images"), "data.name='hdfs/cifar10' is not valid; allowed:"),
         (("model.pretrained=true", "model.checkpoint=a.pt"), "both name the initial weights"),
     ],
 )

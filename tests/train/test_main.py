@@ -162,6 +162,7 @@ def test_resume_auto_leaves_recipes_of_similar_names_alone(tiny, run, tmp_path):
         (["--img-size", "9"], 2, "data.img_size=9 is not valid"),
         (["--data-dir", "nowhere"], 1, "data.dir='nowhere' is not a folder"),
         (["--config", "hydra_vit_nano_digits", "--data-dir", "a"], 2, "data.dir has no effect"),
+        (["--compile", "true", "--set", "run.compile_mode=fast"], 2, "run.compile_mode='fast' is not valid"),
         (["--num-classes", "11"], 1, "model.num_classes=11, but sklearn/digits (train) has 10 classes"),
         (["--resume", "nowhere.pt"], 1, "no checkpoint 'nowhere.pt'"),
         (["--validate", "nowhere.pt"], 1, "no checkpoint 'nowhere.pt'"),
