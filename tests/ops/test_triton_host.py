@@ -69,3 +69,27 @@ def test_alignment_of_rows():
     assert alignment(t, t.stride(0)) == 4
     assert alignment(t[:, 1:], t.stride(0)) == 1
     assert alignment(torch.empty(4, 64), 64) == 4
+
+
+@needs_triton
+def test_tuning_candidates_change_one_thing_at_a_time():
+    from hydra_vision.ops.triton.table import launch_for
+    from hydra_vision.ops.triton.tune import candidates
+
+    start = launch_for(90, 196, 64, 64, 'bfloat16')
+    first, *others = candidates(start, 196)
+    assert first == start
+    for other in others:
+        changed = [
+            field for field in ('chunk', 'heads', 'stages', 'warps') if getattr(other, field) != getattr(start, field)
+        ]
+        assert len(changed) <= 1
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU to tune for')
+def test_tuning_without_a_device_is_an_error():
+    from hydra_vision.ops.triton.tune import tune
+
+    with pytest.raises(RuntimeError, match='CUDA'):
+        tune()

@@ -1,8 +1,10 @@
 """Measure launch parameters on the GPU at hand and print a better row of the table. Nothing is changed on disk."""
 
-from collections.abc import Iterator
+import argparse
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -10,9 +12,9 @@ from triton.runtime.errors import OutOfResources
 
 from . import quasiseparable_mix
 from .plan import forced_launch
-from .table import Launch, launch_for
+from .table import DTYPES, Launch, bucket, launch_for
 
-__all__ = ['Measured', 'candidates', 'tune']
+__all__ = ['Measured', 'candidates', 'main', 'tune']
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,8 @@ class Measured:
     """Times of one candidate in milliseconds; None where it could not be launched."""
 
     launch: Launch
-    forward: float | None
-    both: float | None
+    forward: Optional[float]
+    both: Optional[float]
     reason: str = ''
 
 
@@ -52,7 +54,7 @@ def _arguments(B: int, L: int, H: int, P: int, N: int, dtype: torch.dtype) -> li
     return [t.requires_grad_() for t in tensors]
 
 
-def _time(function, repeats: int) -> float:
+def _time(function: Callable[[], object], repeats: int) -> float:
     for _ in range(3):
         function()
     times = []
@@ -75,7 +77,7 @@ def tune(
     d_state: int = 64,
     dtype: torch.dtype = torch.bfloat16,
     repeats: int = 20,
-    report=print,
+    report: Callable[[str], None] = print,
 ) -> list[Measured]:
     """Time ``quasiseparable_mix`` with every candidate row, report each, and return them, fastest training first.
 
@@ -111,3 +113,31 @@ def tune(
                 found.append(Measured(launch, None, None, str(error)))
                 report(f'{"-":>8} cannot be launched: {error}  {launch}')
     return sorted(found, key=lambda m: float('inf') if m.both is None else m.both)
+
+
+def main(arguments: Optional[Sequence[str]] = None, prog: Optional[str] = None) -> int:
+    """Command line of ``tune``: prints every candidate, then the fastest row and the key it belongs under."""
+    parser = argparse.ArgumentParser(prog=prog, description='Measure launch parameters of the Triton kernels.')
+    parser.add_argument('--length', type=int, default=196, help='tokens L (default: %(default)s)')
+    parser.add_argument('--batch', type=int, default=64, help='batch size (default: %(default)s)')
+    parser.add_argument('--heads', type=int, default=24, help='heads H (default: %(default)s)')
+    parser.add_argument('--headdim', type=int, default=64, choices=(16, 32, 64, 128), help='P (default: %(default)s)')
+    parser.add_argument('--d-state', type=int, default=64, choices=(16, 32, 64, 128), help='N (default: %(default)s)')
+    parser.add_argument('--dtype', default='bfloat16', choices=DTYPES, help='of x, B and C (default: %(default)s)')
+    parser.add_argument('--repeats', type=int, default=20, help='runs a candidate (default: %(default)s)')
+    options = parser.parse_args(arguments)
+    found = tune(
+        options.length,
+        batch=options.batch,
+        heads=options.heads,
+        headdim=options.headdim,
+        d_state=options.d_state,
+        dtype=getattr(torch, options.dtype),
+        repeats=options.repeats,
+    )
+    best = found[0]
+    major, minor = torch.cuda.get_device_capability()
+    key = (10 * major + minor, bucket(options.length), options.headdim, options.d_state, options.dtype)
+    print(f'\n{torch.cuda.get_device_name()}, torch {torch.__version__}; fastest forward + backward:')
+    print(f'{key}: {best.launch}')
+    return 0
