@@ -13,8 +13,9 @@ README = (Path(__file__).resolve().parents[1] / 'README.md').read_text()
 SNIPPETS = re.findall(r'```python\n(.*?)```', README, flags=re.DOTALL)
 
 
-def test_there_are_snippets():
+def test_there_are_snippets_and_nothing_left_to_fill_in():
     assert len(SNIPPETS) >= 3
+    assert 'PLACEHOLDER' not in README
 
 
 @pytest.mark.parametrize('snippet', SNIPPETS, ids=range(len(SNIPPETS)))
