@@ -86,7 +86,8 @@ def mix_chunked(
     dt_f, dt_b = cut(dt_f.to(acc)), cut(dt_b.to(acc))  # (Bc, Q, H)
     P_f, P_b = (_prefix_sums(A, dt, acc) for dt in (dt_f, dt_b))  # (Bc, Q+1, H), float64
 
-    y = _mix_tiles(xc, dt_f, dt_b, P_f, P_b, B_f, C_f, B_b, C_b, q)
+    diagonal = None if D is None else cut(D.to(acc).expand(batch, L, H))
+    y = _mix_tiles(xc, dt_f, dt_b, P_f, P_b, B_f, C_f, B_b, C_b, diagonal, q)
     span = q
     while span < Q:
         _mix_neighbours_(y, xc, dt_f, dt_b, P_f, P_b, B_f, C_f, B_b, C_b, span)
@@ -110,8 +111,6 @@ def mix_chunked(
     y = y.reshape(batch, chunks * Q, H, P)
     if padding:
         y = y[:, :L]
-    if D is not None:
-        y = y.add_(D.to(acc).unsqueeze(-1) * xa)
     return y.to(x.dtype)
 
 
@@ -147,9 +146,10 @@ def _mix_tiles(
     C_f: Tensor,
     B_b: Tensor,
     C_b: Tensor,
+    D: Optional[Tensor],
     q: int,
 ) -> Tensor:
-    """The blocks on the diagonal, both triangles, without the diagonal itself. Returns (Bc, Q, H, P)."""
+    """The blocks on the diagonal, both triangles and D (Bc, Q, H) between them. Returns (Bc, Q, H, P)."""
     Bc, Q, H, P = x.shape
     G = B_f.shape[1]
     shape = (Q // q, q)
@@ -165,7 +165,6 @@ def _mix_tiles(
     i = torch.arange(q, device=x.device)
     lower = i[:, None] > i[None, :]
     scores = torch.where(lower, per_group(C_f) @ per_group(B_f).mT, per_group(C_b) @ per_group(B_b).mT)
-    scores.diagonal(dim1=-2, dim2=-1).zero_()  # (Bc, tiles, G, q, q)
     before_f, after_f, before_b, after_b = (per_head(t) for t in (P_f[:, :-1], P_f[:, 1:], P_b[:, :-1], P_b[:, 1:]))
     tile = torch.where(
         lower,
@@ -175,6 +174,11 @@ def _mix_tiles(
     tile.diagonal(dim1=-2, dim2=-1).zero_()  # positive there, and exp might overflow
     tile = scale(tile.exp_().unflatten(2, (G, H // G)), scores.unsqueeze(3)).flatten(2, 3)
     tile = scale(tile, torch.where(lower, per_head(dt_f).unsqueeze(-2), per_head(dt_b).unsqueeze(-2)))
+    between = tile.diagonal(dim1=-2, dim2=-1)  # (Bc, tiles, H, q)
+    if D is None:
+        between.zero_()
+    else:
+        between.copy_(per_head(D))
     y = tile @ per_head(x)  # (Bc, tiles, H, q, P)
     return y.transpose(2, 3).reshape(Bc, Q, H, P)
 
