@@ -155,8 +155,8 @@ def _mix_tiles(
     shape = (Q // q, q)
 
     def per_head(t: Tensor) -> Tensor:
-        """(Bc, Q, H, ...) -> (Bc, tiles, H, q, ...)."""
-        return t.unflatten(1, shape).transpose(2, 3)
+        """(Bc, Q, H, ...) -> (Bc, tiles, H, q, ...), contiguous: what is computed from it takes over its layout."""
+        return t.unflatten(1, shape).transpose(2, 3).contiguous()
 
     def per_group(t: Tensor) -> Tensor:
         """(Bc, G, Q, N) -> (Bc, tiles, G, q, N)."""
