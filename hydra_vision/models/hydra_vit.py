@@ -649,7 +649,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: HydraViT) -> Dict[st
 
 def _create_hydra_vit(variant: str, pretrained: bool = False, **kwargs) -> HydraViT:
     out_indices = kwargs.pop('out_indices', 3)
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         HydraViT,
         variant,
         pretrained,
@@ -657,6 +657,10 @@ def _create_hydra_vit(variant: str, pretrained: bool = False, **kwargs) -> Hydra
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )
+    if update_model_input_size is None:  # how the model was built, for saving; newer versions record it
+        factory = ('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir', 'device', 'dtype')
+        model._model_args = {k: v for k, v in kwargs.items() if k not in factory}
+    return model
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
