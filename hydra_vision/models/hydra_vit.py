@@ -408,7 +408,9 @@ class HydraViT(nn.Module):
             else:
                 middle = x.shape[1] // 2
                 x = torch.cat([x[:, :middle], cls_token, x[:, middle:]], dim=1)
-        return x
+        # The patch embedding's tokens are transposed in memory, and a sum keeps the layout of its first operand: every
+        # residual of every block would be.
+        return x.contiguous()
 
     def _class_token_first(self, x: torch.Tensor) -> torch.Tensor:
         """Scan order to output order: the class token in front of the patches."""

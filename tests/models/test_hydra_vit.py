@@ -410,6 +410,19 @@ def test_checkpoint_path_round_trip(tmp_path, suffix):
     assert torch.equal(again(images()), model(images()))
 
 
+@pytest.mark.parametrize('kwargs', [*VARIANTS[:3], dict(dynamic_img_size=True)], ids=str)
+def test_tokens_lie_in_rows_through_all_blocks(kwargs):
+    """A transposed residual stream would cost every block strided sums and copies."""
+    model = create(**kwargs)
+    layouts = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, output: layouts.extend([inputs[0], output]))
+    with torch.no_grad():
+        model(images())
+    assert len(layouts) == 2 * len(model.blocks)
+    assert all(t.is_contiguous() for t in layouts)
+
+
 def test_bfloat16_model():
     model = create().to(torch.bfloat16)
     assert model(images().bfloat16()).dtype == torch.bfloat16
