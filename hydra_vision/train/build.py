@@ -12,6 +12,7 @@ from timm.models import get_pretrained_cfg, load_state_dict
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
+from timm.task import ClassificationTask, TrainingTask
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -135,6 +136,11 @@ def create_loss(config: Config) -> nn.Module:
     if config.augment.smoothing:
         return LabelSmoothingCrossEntropy(config.augment.smoothing)
     return nn.CrossEntropyLoss()
+
+
+def create_task(config: Config, model: nn.Module, device: torch.device) -> TrainingTask:
+    """timm's training task: the model with its loss, images and targets to `{"loss": ..., "output": ...}`."""
+    return ClassificationTask(model, create_loss(config).to(device), device=device, verbose=False)
 
 
 def create_ema(config: Config, model: nn.Module) -> ModelEmaV3 | None:

@@ -103,7 +103,7 @@ def _train(
 
 def _validate(arguments: argparse.Namespace, overrides: dict[str, Any], console: Console) -> int:
     from hydra_vision.train import report
-    from hydra_vision.train.engine import validate
+    from hydra_vision.train.validation import validate
 
     path = find_checkpoint(arguments.validate, BEST)
     state = load_checkpoint(path)

@@ -34,7 +34,7 @@ def interrupt_at(monkeypatch, epoch: int) -> None:
     backward = engine.Trainer._backward
 
     def interrupted(self, *arguments):
-        if self.epoch == epoch and self.updates % 3 == 1:
+        if self.epoch == epoch and self.learner.updates % 3 == 1:
             raise KeyboardInterrupt
         return backward(self, *arguments)
 
@@ -132,7 +132,7 @@ def test_too_little_memory_says_what_would_need_less(tiny, fails, monkeypatch):
 
 
 def test_weights_that_broke_in_the_last_step_are_not_saved(tiny, fails, tmp_path, monkeypatch):
-    update = engine.Trainer._update
+    update = engine.Learner.update
 
     def breaking(self):
         update(self)
@@ -140,7 +140,7 @@ def test_weights_that_broke_in_the_last_step_are_not_saved(tiny, fails, tmp_path
             with torch.no_grad():
                 self.model.head.bias[0] = math.inf
 
-    monkeypatch.setattr(engine.Trainer, "_update", breaking)
+    monkeypatch.setattr(engine.Learner, "update", breaking)
     error = fails(*tiny, "--output", "run", code=1)
     assert "a weight is no longer finite after step 12 (epoch 2)" in error
     assert load_checkpoint(tmp_path / "run" / LAST)["epoch"] == 1
