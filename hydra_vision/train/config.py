@@ -63,6 +63,11 @@ class DataConfig:
     val_batch_size: int | None = _field(None, "null: batch_size", low=1)
     workers: int | None = _field(None, "loader processes; null: one a CPU core, 16 at most", low=0)
     max_unreadable: int = _field(10, "unreadable images of a split that are skipped before the run ends", low=0)
+    unusual_images: Literal["convert", "unreadable"] = _field(
+        "convert", "CMYK, 16-bit, palette, transparent, animated (first frame): convert, or count as unreadable"
+    )
+    exif_rotation: bool = _field(False, "turn images as their EXIF tag says (timm and torchvision do not)")
+    cache: Literal["none", "ram"] = _field("none", "ram: decode every image once at the start, for small sets")
     mean: tuple[float, ...] | None = _field(None, "channel means in 0..1; null: the model's own")
     std: tuple[float, ...] | None = _field(None, "channel standard deviations; null: the model's own", above=0)
     interpolation: str | None = _field(None, "resizing for validation; null: the model's own")
@@ -262,13 +267,14 @@ class Config:
         ignored = []
         ignored += ["dir"] if digits and data.dir is not None else []
         ignored += ["class_map"] if (digits or prefix == "torch") and data.class_map is not None else []
+        ignored += ["cache"] if data.cache != "none" and streamed else []
         ignored += ["download"] if data.download and (folder or digits) else []
         for key in ("train_samples", "val_samples"):
             ignored += [key] if getattr(data, key) is not None and not streamed else []
         for key in ("input_key", "target_key"):
             ignored += [key] if getattr(data, key) is not None and prefix in ("", "torch", "sklearn") else []
         if ignored:
-            refuse(f"data.{ignored[0]} has no effect for data.name={data.name!r}; leave it null")
+            refuse(f"data.{ignored[0]} has no effect for data.name={data.name!r}; leave it out")
         if prefix == "sklearn" and not digits:
             refuse(f"data.name={data.name!r} is not valid; the only scikit-learn set is 'sklearn/digits'")
         if self.model.in_chans not in (1, 3):

@@ -19,6 +19,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from hydra_vision.train.config import Config
 from hydra_vision.train.errors import ConfigError, DataError
+from hydra_vision.train.images import ImageRules
 from hydra_vision.train.readable import ReadableDataset
 
 _SYNONYMS = (("train", "training"), ("val", "validation", "valid", "eval", "test"))
@@ -202,24 +203,31 @@ def _guard(config: Config, split: Split, num_classes: int, is_training: bool) ->
     """Streamed sets skip unreadable images on their own; the others get our counted, limited skipping."""
     if isinstance(split.dataset, IterableDataset):
         return split.dataset
-    return ReadableDataset(
+    dataset = ReadableDataset(
         split.dataset,
         split=split.name,
         max_unreadable=config.data.max_unreadable,
         num_classes=num_classes,
-        mode=_image_mode(config),
+        rules=_image_rules(config),
         mask_skipped=not is_training,
         seed=config.run.seed,
     )
+    if config.data.cache == "ram":
+        dataset.decode_into_memory()
+    return dataset
 
 
-def _image_mode(config: Config) -> str:
-    return "L" if config.model.in_chans == 1 else "RGB"
+def _image_rules(config: Config) -> ImageRules:
+    return ImageRules(
+        mode="L" if config.model.in_chans == 1 else "RGB",
+        exif_rotation=config.data.exif_rotation,
+        convert_unusual=config.data.unusual_images == "convert",
+    )
 
 
 def _open(config: Config, split: str, is_training: bool) -> Split:
     data = config.data
-    mode = _image_mode(config)
+    mode = _image_rules(config).mode
     if data.name == DIGITS:
         from hydra_vision.train.digits import Digits
 
@@ -228,7 +236,7 @@ def _open(config: Config, split: str, is_training: bool) -> Split:
     if data.name == "":
         root = _split_root(data.dir, split)
         name = str(root)
-        add_img_extensions(IMG_EXTENSIONS)  # timm alone looks for .jpg, .jpeg and .png only
+        add_img_extensions((*IMG_EXTENSIONS, ".gif"))  # timm alone looks for .jpg, .jpeg and .png only
     else:
         root, name = data.dir, f"{data.name} ({split})"
     streamed = data.name.split("/")[0].lower() in ("hfids", "tfds", "wds")

@@ -1,8 +1,9 @@
 """A data set that survives unreadable images: counts them, names them, skips them, and gives up past a limit."""
 
+import contextlib
+import io
 import random
-import struct
-import zlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,9 @@ from PIL import Image
 from timm.data import ImageDataset
 from torch.utils.data import Dataset, get_worker_info
 
+from hydra_vision.train.cache import decode_all
 from hydra_vision.train.errors import DataError
-
-# What Pillow and file systems raise for a file that is truncated, no image, too large to be one, or gone.
-_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+from hydra_vision.train.images import READ_ERRORS, ImageRules
 
 
 class ReadableDataset(Dataset):
@@ -32,7 +32,7 @@ class ReadableDataset(Dataset):
         split: what messages call it.
         max_unreadable: how many images may be skipped.
         num_classes: class indices must be below it.
-        mode: PIL mode that images are converted to, 'L' or 'RGB'.
+        rules: how images are converted.
         mask_skipped: give the replacement the target -1, so that validation does not count an image twice.
         seed: seed of the loader processes.
     """
@@ -44,7 +44,7 @@ class ReadableDataset(Dataset):
         split: str,
         max_unreadable: int,
         num_classes: int,
-        mode: str,
+        rules: ImageRules,
         mask_skipped: bool,
         seed: int,
     ):
@@ -52,11 +52,13 @@ class ReadableDataset(Dataset):
         self.split = split
         self.max_unreadable = max_unreadable
         self.num_classes = num_classes
-        self.mode = mode
+        self.rules = rules
         self.mask_skipped = mask_skipped
         self.seed = seed
         self.transform: Callable[[Image.Image], Any] | None = None  # set by timm's create_loader
         self._bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+        self._decoded: list[np.ndarray | None] | None = None
+        self._targets: dict[int, Any] = {}
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._seeded_for = -1
 
@@ -67,6 +69,25 @@ class ReadableDataset(Dataset):
         """Says which epoch is about to be read; loader processes that are kept alive see it too."""
         self._epoch.fill_(epoch)
 
+    def decode_into_memory(self) -> None:
+        """Decodes every image once. Loader processes that are forked later share the arrays.
+
+        Raises:
+            DataError: too little memory, or more unreadable images than are allowed.
+        """
+        lock = threading.Lock()  # readers of archives share one open file
+
+        def decode(index: int) -> np.ndarray | None:
+            try:
+                image, self._targets[index] = self._read(index, lock)
+                return np.asarray(image)
+            except READ_ERRORS as error:
+                with lock:
+                    self._mark(index, error)
+                return None
+
+        self._decoded = decode_all(decode, len(self), self.split)
+
     def __getitem__(self, index: int) -> tuple[Any, int]:
         self._seed_worker()
         for offset in range(len(self)):
@@ -76,10 +97,8 @@ class ReadableDataset(Dataset):
             try:
                 image, target = self._read(position)
                 break
-            except _READ_ERRORS as error:
-                self._bad[position] = True
-                if int(self._bad.sum()) > self.max_unreadable:
-                    raise DataError(self.report()) from error
+            except READ_ERRORS as error:
+                self._mark(position, error)
         else:
             raise DataError(self.report())
         target = int(target)
@@ -113,13 +132,32 @@ class ReadableDataset(Dataset):
         samples = getattr(self.dataset, "samples", None)
         return str(samples[index][0]) if samples is not None else f"image {index}"
 
-    def _read(self, index: int) -> tuple[Image.Image, int]:
-        if not isinstance(self.dataset, ImageDataset):
-            image, target = self.dataset[index]
-            return image.convert(self.mode), target
-        stream, target, *_ = self.dataset.reader[index]
+    def _mark(self, index: int, error: BaseException) -> None:
+        """Remembers an unreadable image; gives up past the limit."""
+        self._bad[index] = True
+        if int(self._bad.sum()) > self.max_unreadable:
+            raise DataError(self.report()) from error
+
+    def _read(self, index: int, lock: "threading.Lock | None" = None) -> tuple[Image.Image, int]:
+        """Image and class of an index.
+
+        Args:
+            index: of the wrapped set.
+            lock: held while the wrapped set is asked, where threads share it; decoding needs no lock.
+        """
+        if self._decoded is not None:
+            return Image.fromarray(self._decoded[index]), self._targets[index]
+        with lock or contextlib.nullcontext():
+            if isinstance(self.dataset, ImageDataset):
+                stream, target, *_ = self.dataset.reader[index]
+                if lock is not None:
+                    with stream:
+                        stream = io.BytesIO(stream.read())
+            else:
+                image, target = self.dataset[index]
+                return self.rules.apply(image), target
         with stream, Image.open(stream) as image:
-            return image.convert(self.mode), target
+            return self.rules.apply(image), target
 
     def _seed_worker(self) -> None:
         """Seeds this loader process once an epoch; the main process has its own random state in the checkpoint."""

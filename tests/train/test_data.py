@@ -217,3 +217,37 @@ def test_loader_processes_draw_the_same_numbers_again_for_the_same_epoch(image_f
     assert not torch.equal(first, second)
     assert torch.equal(epochs(1)[0], second)
     assert torch.equal(torch.get_rng_state(), before)  # and take none from the training process
+
+
+def test_images_decoded_into_memory_give_the_same_batches(image_folder):
+    folder = image_folder()
+    (folder / "train" / "red" / "000.png").write_bytes(b"")
+    found = []
+    for cache in ("none", "ram"):
+        train, val = loaders(recipe(folder, data={"cache": cache, "workers": 2}))
+        data.start_epoch(recipe(folder), train, 0)
+        found.append([*train, *val])
+        assert train.dataset.unreadable() == ["red/000.png"]
+    for (images, targets), (cached, cached_targets) in zip(*found, strict=True):
+        assert torch.equal(images, cached)
+        assert torch.equal(targets, cached_targets)
+
+
+def test_decoding_into_memory_gives_up_at_the_limit_and_names_what_it_found(image_folder):
+    folder = image_folder()
+    spoil(folder, "train/red/000.png", "train/red/001.png")
+    with pytest.raises(DataError, match=r"2 unreadable images in the .*000\.png, red/001\.png .*max_unreadable=1"):
+        loaders(recipe(folder, data={"cache": "ram", "max_unreadable": 1}))
+
+
+def test_a_set_that_does_not_fit_into_memory_is_refused_at_once(image_folder, monkeypatch):
+    monkeypatch.setattr(
+        "hydra_vision.train.cache.free_memory", lambda: 24 * 24 * 24 * 3
+    )  # the training images, no more
+    with pytest.raises(DataError, match=r"data.cache='ram': .*train needs about .* set data.cache=none"):
+        loaders(recipe(image_folder(), data={"cache": "ram"}))
+
+
+def test_streamed_sets_are_not_held_in_memory():
+    with pytest.raises(ConfigError, match=r"data.cache has no effect for data.name='wds/x'"):
+        recipe(None, data={"name": "wds/x", "cache": "ram", "dir": "x"})
