@@ -147,6 +147,12 @@ def _bench(argv: list[str]) -> int:
     return bench(argv, prog=f'{PROG} bench')
 
 
+def _show_matrix(argv: list[str]) -> int:
+    from .visualize.show_matrix import main as show_matrix
+
+    return show_matrix(argv, prog=f'{PROG} show-matrix')
+
+
 def _tune(argv: list[str]) -> int:
     import torch
 
@@ -166,6 +172,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     'models': (_models, 'The registered Hydra models: parameters, GMACs, input size, weights.'),
     'train': (_train, 'Train, resume or validate; without arguments on a small built-in data set.'),
     'bench': (_bench, 'Time models, or the operator alone, against their peers.'),
+    'show-matrix': (_show_matrix, 'Draw the mixing matrices of a block on an image, and where one patch looks.'),
     'tune': (_tune, 'Measure a launch table of the Triton kernels for this GPU.'),
 }
 

@@ -419,6 +419,21 @@ class HydraViT(nn.Module):
         position = x.shape[1] - 1 if self.class_token_position == 'last' else (x.shape[1] - 1) // 2
         return torch.cat([x[:, position : position + 1], x[:, :position], x[:, position + 1 :]], dim=1)
 
+    @torch.jit.ignore
+    def token_order(self, height: int, width: int, block: int = 0) -> torch.Tensor:
+        """Where the tokens stand in the sequence that a block mixes.
+
+        Args:
+            height: Rows of the patch grid.
+            width: Columns of the patch grid.
+            block: Index of the block.
+
+        Returns:
+            (L,) Position of each prefix token, then of each patch in raster order.
+        """
+        length = self.num_prefix_tokens + height * width
+        return self._class_token_first(torch.arange(length)[None, :, None])[0, :, 0]
+
     def forward_intermediates(
         self,
         x: torch.Tensor,

@@ -1,0 +1,138 @@
+"""Mixing matrices of a model on an image: the right tokens, the right rows, a picture."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import hydra_vision  # noqa: F401
+from hydra_vision.cli import main
+from hydra_vision.command_line import UserError
+from hydra_vision.visualize.matrix import find_mixers, mixing_matrices, plot_block
+from hydra_vision.visualize.show_matrix import main as show_matrix
+from hydra_vision.visualize.show_matrix import prepare_image
+
+
+def tiny(**kwargs):
+    torch.manual_seed(0)
+    return timm.create_model('test_hydra_vit', depth=2, **{'img_size': (64, 96), **kwargs}).eval()
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / 'photo.png'
+    noise = np.random.default_rng(0).integers(0, 255, (80, 120, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    return path
+
+
+def test_matrix_is_that_of_the_mixer_on_its_own_input():
+    model, image = tiny(), torch.randn(1, 3, 64, 96)
+    first, last = mixing_matrices(model, image, blocks=[0, -1])
+    assert (first.name, last.name) == ('blocks.0.mixer', 'blocks.1.mixer')
+    assert (first.block, last.block) == (0, 1)
+    assert last.grid == (4, 6)
+    with torch.no_grad():
+        x = model.patch_embed(image)
+        x = model.blocks[0](x)
+        expected = model.blocks[1].mixer.matrix(model.blocks[1].norm1(x))[0]
+    torch.testing.assert_close(last.matrix, expected)
+    assert torch.equal(last.row(2, 5), last.matrix[:, 2 * 6 + 5].reshape(-1, 4, 6))
+
+
+@pytest.mark.parametrize('position', ['first', 'middle', 'last'])
+def test_patches_are_found_beside_a_class_token(position):
+    model = tiny(class_token=True, class_token_position=position)
+    (block,) = mixing_matrices(model, torch.randn(1, 3, 64, 96), blocks=[0])
+    assert block.num_prefix_tokens == 1
+    place = {'first': 0, 'middle': 12, 'last': 24}[position]
+    assert int(block.order[0]) == place
+    patches = [i for i in range(25) if i != place]
+    assert block.order[1:].tolist() == patches
+    expected = block.matrix[:, patches[13]][:, patches].reshape(-1, 4, 6)
+    assert torch.equal(block.row(2, 1), expected)
+
+
+def test_heads_are_chosen_and_the_model_is_left_as_it_was():
+    model, image = tiny(expand=4), torch.randn(1, 3, 64, 96)
+    (every,) = mixing_matrices(model, image, blocks=[1])
+    (some,) = mixing_matrices(model, image, blocks=[1], heads=[2, -4])
+    assert torch.equal(some.matrix, every.matrix[[2, 0]])
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert [name for name, _ in find_mixers(model)] == ['blocks.0.mixer', 'blocks.1.mixer']
+
+
+def test_bad_input():
+    model, image = tiny(), torch.randn(1, 3, 64, 96)
+    with pytest.raises(ValueError, match='block = 2; there are 2'):
+        mixing_matrices(model, image, blocks=[2])
+    with pytest.raises(ValueError, match='head = 7'):
+        mixing_matrices(model, image, heads=[7])
+    with pytest.raises(ValueError, match='one image'):
+        mixing_matrices(model, image.expand(2, -1, -1, -1))
+    with pytest.raises(ValueError, match='no mixer with a matrix'):
+        mixing_matrices(timm.create_model('test_vit'), torch.randn(1, 3, 160, 160))
+    (block,) = mixing_matrices(model, image, blocks=[0])
+    with pytest.raises(ValueError, match='rows 0 to 3, columns 0 to 5'):
+        block.row(4, 0)
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_the_picture_is_what_the_model_sees(photo, channels):
+    model = tiny(in_chans=channels)
+    with Image.open(photo) as image:
+        pixels, picture = prepare_image(image, model)
+    assert pixels.shape == (1, channels, 64, 96)
+    assert picture.shape == (64, 96, 3)
+    mean, std = torch.tensor(timm.data.IMAGENET_DEFAULT_MEAN), torch.tensor(timm.data.IMAGENET_DEFAULT_STD)
+    if channels == 1:
+        mean, std = mean.mean(), std.mean()
+    torch.testing.assert_close(pixels[0].permute(1, 2, 0) * std + mean, picture[:, :, :channels])
+
+
+def test_plot_has_a_panel_for_every_head():
+    (block,) = mixing_matrices(tiny(expand=4), torch.randn(1, 3, 64, 96), blocks=[0])
+    figure = plot_block(block, torch.rand(64, 96, 3), (1, 2), title='a title')
+    titles = [axes.get_title() for axes in figure.axes]
+    for head in range(4):
+        assert f'head {head}: M' in titles
+        assert f'head {head}: row of the patch' in titles
+    lower = next(axes for axes in figure.axes if axes.get_title() == 'head 3: row of the patch')
+    np.testing.assert_array_equal(lower.images[0].get_array(), block.row(1, 2)[3])
+    assert lower.get_xlabel() == 'patch column'
+
+
+def test_command(photo, tmp_path, capsys):
+    out = tmp_path / 'matrix.png'
+    kwargs = ['--model-kwargs', 'depth=2', 'expand=4']
+    argv = [str(photo), '--model', 'test_hydra_vit', *kwargs, '--block', '1', '--head', '0,3', '--patch', '2,3']
+    assert main(['show-matrix', *argv, '--img-size', '96', '--output', str(out)]) == 0
+    text = capsys.readouterr().out
+    assert 'blocks.1.mixer (block 1 of 2), 2 heads, 36 tokens on a 6 x 6 grid, patch 2,3' in text
+    with Image.open(out) as picture:
+        assert picture.format == 'PNG'
+        assert min(picture.size) > 400
+
+
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
+        (['--model', 'hydra_vit_tny'], "'hydra_vit_tiny'"),
+        (['--model', 'test_hydra_vit', '--block', '9'], 'block = 9'),
+        (['--model', 'test_hydra_vit', '--patch', '99,0'], 'rows 0 to'),
+        (['--model', 'test_hydra_vit', '--model-kwargs', 'depht=2'], 'depht'),
+        (['--model', 'test_hydra_vit', '--checkpoint', 'missing.pt'], 'is not a file'),
+        (['--model', 'test_hydra_vit', '--output', 'nowhere/a.png'], 'no folder'),
+        (['--model', 'test_vit'], 'no mixer with a matrix'),
+    ],
+)
+def test_command_says_what_is_wrong(photo, argv, message):
+    with pytest.raises(UserError, match=message):
+        show_matrix([str(photo), *argv])
+
+
+def test_command_refuses_what_is_no_image(tmp_path):
+    (tmp_path / 'text.png').write_text('no image')
+    with pytest.raises(UserError, match='cannot be read as an image'):
+        show_matrix([str(tmp_path / 'text.png'), '--model', 'test_hydra_vit'])
