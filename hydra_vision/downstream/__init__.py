@@ -1,1 +1,20 @@
-"""Taking the backbones to other libraries."""
+"""Taking the backbones to other libraries. Each name is imported when it is first used: most need an extra."""
+
+import importlib
+from typing import Any
+
+_HOME = {
+    'SimpleFeaturePyramid': 'pyramid',
+    'detector': 'detection',
+    'push_to_hub': 'sharing',
+    'register_smp_encoder': 'smp',
+    'save_pretrained': 'sharing',
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(importlib.import_module(f'.{_HOME[name]}', __name__), name)
