@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['COUNTED', 'Counts', 'count_model', 'create_model', 'family_models']
+__all__ = ['COUNTED', 'Counts', 'count_flops', 'count_model', 'create_model', 'family_models']
 
 COUNTED = (
     'matrix products and convolutions of one image at the default size, multiply and add as one; the Hydra operator as '
@@ -103,7 +103,17 @@ def count_model(name: str, img_size: Optional[int] = None) -> Counts:
         channels, height, width = model.default_cfg['input_size']
         if img_size is not None:
             height = width = img_size
-        images = torch.empty(1, channels, height, width)
+    return count_flops(model, (channels, height, width))
+
+
+def count_flops(model: nn.Module, input_size: tuple[int, int, int]) -> Counts:
+    """Count one image of a model that was built on the meta device, Hydra mixers with the backend 'chunked'.
+
+    Args:
+        model: in evaluation mode.
+        input_size: channels, height, width.
+    """
+    images = torch.empty(1, *input_size, device='meta')
     sizes: dict[nn.Module, tuple[int, int]] = {}  # elements read and written
 
     def note(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:

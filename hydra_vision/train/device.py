@@ -43,3 +43,8 @@ def check_compile_mode(config: Config) -> None:
         torch.compile(nn.Identity(), mode=config.run.compile_mode)
     except RuntimeError as error:
         raise ConfigError(f"run.compile_mode={config.run.compile_mode!r} is not valid: {first_line(error)}") from error
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """GiB that tensors took at most since the process began, None on the CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None

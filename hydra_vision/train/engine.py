@@ -16,7 +16,8 @@ from hydra_vision.eval.classification import Result, evaluate
 from hydra_vision.train import build, data, report
 from hydra_vision.train.checkpoint import BEST, LAST, random_state, save_checkpoint, set_random_state, write_text
 from hydra_vision.train.config import Config
-from hydra_vision.train.device import configure_torch, place_model
+from hydra_vision.train.cost import measure_cost
+from hydra_vision.train.device import configure_torch, peak_memory, place_model
 from hydra_vision.train.errors import (
     CheckpointError,
     ConfigError,
@@ -27,6 +28,7 @@ from hydra_vision.train.errors import (
 )
 from hydra_vision.train.learner import Learner
 from hydra_vision.train.log import Sink
+from hydra_vision.train.provenance import RUN
 from hydra_vision.version import __version__
 
 _CHECK_EVERY = {"cuda": 50}  # batches between looks at the loss, 1 elsewhere: each look waits for the device
@@ -69,6 +71,8 @@ class Trainer:
         updates = build.updates_in(len(self.train_loader), config.optim.accum_steps)
         self.learner = Learner(config, self.model, self.device, self.amp, updates)
         self.epochs = self.learner.epochs
+        self.input_size = tuple(data.resolve_input(config, self.model)["input_size"])
+        self.cost = measure_cost(config, self.model, self.input_size, self.device)
         self.sinks: list[Sink] = []  # rank 0: everything that wants the numbers
 
         self.epoch = 0  # epochs done
@@ -77,6 +81,18 @@ class Trainer:
         if state is not None:
             self._restore(state)
         self.learner.compile()
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json tells about the run."""
+        return {
+            "model": self.config.model.name,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "input_size": list(self.input_size),
+            "training_gflops_per_image": None if self.cost.flops is None else round(self.cost.flops / 1e9, 4),
+            "num_classes": self.num_classes,
+            "training_images": len(self.train_loader.dataset),
+            "validation_images": len(self.val_loader.dataset),
+        }
 
     def run(self) -> dict[str, Result]:
         """Trains to the last epoch of the recipe and returns the results of the last weights and of the best ones."""
@@ -125,7 +141,7 @@ class Trainer:
         self.learner.task.train()
         self.learner.optimizer.zero_grad(set_to_none=True)
         with meter.phase(self.epoch, "train", total) as phase:
-            for batch, (images, targets) in enumerate(loader):
+            for batch, (images, targets) in enumerate(phase.read(loader)):
                 left = total - batch // accum * accum  # a streamed set may hold more batches than it told
                 group = left if 0 < left < accum else accum  # batches of this update; fewer in the last one
                 losses.append(self._backward(images, targets, group))
@@ -138,7 +154,7 @@ class Trainer:
             if pending:  # ... or fewer
                 self.learner.update()
             checked, loss_sum = self._check_losses(losses, checked, loss_sum)
-            rate, seconds = phase.rate(), phase.seconds()
+            rate, seconds, waiting = phase.rate(), phase.seconds(), phase.waiting()
         if checked == 0:
             raise DataError("the training loader gave no batch")
         self._check_weights()
@@ -147,7 +163,8 @@ class Trainer:
         self.learner.end_epoch(self.epoch)
         return {
             **{"epoch": self.epoch, "updates": self.learner.updates, "lr": lr, "train_loss": loss_sum / checked},
-            **{"images_per_second": rate, "seconds": seconds},
+            **{"images_per_second": rate, "seconds": seconds, "data_wait": waiting, "mfu": self.cost.mfu(rate)},
+            "peak_memory_gib": peak_memory(self.device),
         }
 
     def _backward(self, images: torch.Tensor, targets: torch.Tensor, group: int) -> torch.Tensor:
@@ -237,7 +254,7 @@ class Trainer:
     def _announce(self) -> None:
         """What is about to happen, in a few lines."""
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        size = "x".join(str(side) for side in data.resolve_input(self.config, self.model)["input_size"])
+        size = "x".join(map(str, self.input_size))
         amp = "float32" if self.amp is None else str(self.amp).removeprefix("torch.")
         images = [f"{len(loader.dataset):,}" for loader in (self.train_loader, self.val_loader)]
         start = f", from epoch {self.epoch}" if self.epoch else ""
@@ -245,6 +262,7 @@ class Trainer:
             f"model   {self.config.model.name}, {parameters / 1e6:.2f} M parameters, input {size}",
             f"data    {images[0]} training and {images[1]} validation images, {self.num_classes} classes",
             f"run     {self.epochs} epochs{start} on {self.device}, {amp}",
+            f"cost    {self.cost.describe(self.device)}",
             f"output  {self.folder}",
         ):
             self.console.print(line, highlight=False, soft_wrap=True)
@@ -268,8 +286,9 @@ class Trainer:
             if getattr(loader.dataset, "unreadable", list)():
                 self.console.print(f"warning: skipped {loader.dataset.report()}", highlight=False, soft_wrap=True)
         report.print_table(self.console, f"{self.config.model.name}, validation", report.RESULT_HEADER, rows)
+        self.console.print(report.speed_line(self.history), highlight=False, soft_wrap=True)
         write_text(self.folder / "results.md", report.markdown_table(report.RESULT_HEADER, rows))
-        files = ("curve.png", BEST, LAST, "summary.csv", "results.md", "config.yaml")
+        files = ("curve.png", BEST, LAST, "summary.csv", "results.md", "config.yaml", RUN)
         files = ", ".join(file for file in files if (self.folder / file).is_file())
         self.console.print(f"{self.folder}: {files}", highlight=False, soft_wrap=True)
         return results

@@ -82,6 +82,7 @@ def _train(
     config: Config, folder: Path, checkpoint: Path | None, state: dict[str, Any] | None, console: Console
 ) -> int:
     from hydra_vision.train.engine import Trainer  # torch and timm: not before the recipe is known to be right
+    from hydra_vision.train.provenance import write_run
 
     created = not folder.exists()
     try:
@@ -91,6 +92,7 @@ def _train(
     try:
         trainer = Trainer(config, folder, console, state)
         write_text(folder / "config.yaml", config.to_yaml())
+        write_run(folder, trainer.facts(), trainer.device)
         if checkpoint is not None and checkpoint.parent.resolve() != folder.resolve():
             _carry_best(checkpoint, state, folder)
     except TrainError:

@@ -3,7 +3,7 @@
 import csv
 import io
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ Row = dict[str, Any]
 COLUMNS = (
     *("epoch", "updates", "lr", "train_loss", "val_loss", "val_top1", "val_top5"),
     *("ema_loss", "ema_top1", "ema_top5", "images_per_second", "seconds"),
+    *("data_wait", "mfu", "peak_memory_gib"),
 )
 
 
@@ -63,6 +64,21 @@ def write_curve(folder: Path, history: Sequence[Row], title: str) -> None:
             axes.legend()
     figure.suptitle(title)
     write_atomically(folder / "curve.png", lambda file: FigureCanvasAgg(figure).print_png(file))
+
+
+def speed_line(history: Sequence[Row]) -> str:
+    """What limited a run: images a second, share of the time spent waiting for data, MFU, memory."""
+    seconds = sum(row["seconds"] for row in history)
+    images = sum(row["seconds"] * row["images_per_second"] for row in history)
+    waited = sum(row["seconds"] * row.get("data_wait", 0.0) for row in history) / max(seconds, 1e-9)
+    mfu = [row["mfu"] for row in history if row.get("mfu") is not None]
+    memory = [row["peak_memory_gib"] for row in history if row.get("peak_memory_gib") is not None]
+    limit = "the loader is the limit" if waited > 0.1 else "the loader keeps up"
+    parts = [f"training {duration(seconds)}", f"{images / max(seconds, 1e-9):.0f} img/s"]
+    parts += [f"waiting for data {100 * waited:.0f} % of it ({limit})"]
+    parts += [f"MFU {100 * sum(mfu) / len(mfu):.1f} %"] if mfu else []
+    parts += [f"peak memory {max(memory):.2f} GiB"] if memory else []
+    return ", ".join(parts)
 
 
 def result_rows(results: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
@@ -147,6 +163,8 @@ class Meter:
         if row.get("ema_top1") is not None:
             parts.append(f"EMA top-1 {row['ema_top1']:.2f}")
         parts += [f"lr {row['lr']:.2e}", f"{row['images_per_second']:.0f} img/s"]
+        parts += [f"wait {100 * row['data_wait']:.0f} %"]
+        parts += [f"MFU {100 * row['mfu']:.1f} %"] if row["mfu"] is not None else []
         left = self.eta(row["epoch"])
         parts += [f"ETA {duration(left)}"] if row["epoch"] < self.epochs else []
         self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
@@ -162,7 +180,23 @@ class Phase:
         self.epoch = epoch
         self.images = 0
         self.batches = 0
+        self.waited = 0.0  # seconds
         self.started = time.monotonic()
+
+    def read(self, loader: Iterable) -> Iterator[Any]:
+        """The batches of a loader; counts the time that the loop spends waiting for them."""
+        iterator = iter(loader)
+        while True:
+            before = time.monotonic()
+            batch = next(iterator, None)
+            self.waited += time.monotonic() - before
+            if batch is None:
+                return
+            yield batch
+
+    def waiting(self) -> float:
+        """Share of the time since the pass began that went into waiting for data, 0..1."""
+        return self.waited / max(self.seconds(), 1e-9)
 
     def advance(self, images: int, loss: float | None = None) -> None:
         """Counts a batch."""

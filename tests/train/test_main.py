@@ -15,7 +15,7 @@ from hydra_vision.train.checkpoint import BEST, LAST, load_checkpoint
 from hydra_vision.train.recipes import recipe_names
 
 ROOT = Path(hydra_vision.__file__).parents[1]
-FILES = {"best.pt", "config.yaml", "curve.png", "last.pt", "results.md", "summary.csv"}
+FILES = {"best.pt", "config.yaml", "curve.png", "last.pt", "results.md", "run.json", "summary.csv"}
 
 
 def script(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:

@@ -1,0 +1,113 @@
+"""What training costs: operations an image, the share of the device's peak that is used, hours of a whole run."""
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from hydra_vision import Hydra
+from hydra_vision.bench.counting import count_flops
+from hydra_vision.environment import device_name
+from hydra_vision.train import build
+from hydra_vision.train.config import Config
+from hydra_vision.train.report import duration
+
+# Dense peak in TFLOP/s by the makers' data sheets: (part of the device's name, bf16 or fp16, TF32). Special before
+# general; a name that is not here has no known peak.
+_PEAKS = (
+    ("B200", 2250, 1100),
+    ("GH200", 989, 495),
+    ("H200", 989, 495),
+    ("H100 PCIe", 756, 378),
+    ("H100 NVL", 835, 417),
+    ("H100", 989, 495),
+    ("A100", 312, 156),
+    ("A10G", 70, 35),
+    ("A40", 150, 75),
+    ("A30", 165, 82),
+    ("L40S", 362, 183),
+    ("L4", 121, 60),
+    ("RTX 4090", 165, 83),
+    ("RTX A6000", 155, 77),
+    ("MI300X", 1307, 654),
+)
+
+
+def training_flops(config: Config, num_classes: int, input_size: tuple[int, int, int]) -> float | None:
+    """Operations of one training image, forward and backward: matrix products and convolutions, the multiply and the
+    add of a product as two; the backward pass twice the forward pass, that of the patch embedding once. Recomputed
+    activations (run.grad_checkpointing) do not count.
+
+    Returns:
+        The number, or None for a model that cannot be counted without running it.
+    """
+    try:
+        with torch.device("meta"):
+            model = build.create_model(config, num_classes, load_weights=False).eval()
+        for module in model.modules():
+            if isinstance(module, Hydra):
+                module.backend = "chunked"
+        counts = count_flops(model, input_size)
+    except (RuntimeError, NotImplementedError, TypeError):  # something in it needs values
+        return None
+    return float(3 * counts.flops - counts.stem_flops)
+
+
+def peak_flops(device: torch.device, amp: torch.dtype | None, tf32: bool) -> float | None:
+    """Peak operations a second of a device for the precision of its products, None where it is not known."""
+    if device.type != "cuda" or (amp is None and not tf32):
+        return None
+    name = device_name(device)
+    for part, half, single in _PEAKS:
+        if part in name:
+            return 1e12 * (single if amp is None else half)
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What an image costs, and what the devices of the run could do.
+
+    Args:
+        flops: operations of a training image, None where they could not be counted.
+        peak: operations a second of all devices of the run at their peak, None where it is not known.
+    """
+
+    flops: float | None
+    peak: float | None
+
+    def mfu(self, images_per_second: float) -> float | None:
+        """Model FLOPs utilisation: the share of the peak that the model's own operations use, 0..1."""
+        if self.flops is None or self.peak is None:
+            return None
+        return images_per_second * self.flops / self.peak
+
+    def describe(self, device: torch.device) -> str:
+        """One line; says what is missing for the utilisation."""
+        flops = "not countable" if self.flops is None else f"{self.flops / 1e9:.2f} GFLOP a training image"
+        if self.peak is None:
+            return f"{flops}; no peak is known for {device_name(device)} at this precision: no MFU"
+        return f"{flops}; peak {self.peak / 1e12:.0f} TFLOP/s"
+
+
+def measure_cost(
+    config: Config, model: nn.Module, input_size: tuple[int, int, int], device: torch.device, devices: int = 1
+) -> Cost:
+    """The cost of training a model of the recipe.
+
+    Args:
+        config: the recipe.
+        model: as it is trained; only its number of classes is read.
+        input_size: channels, height, width.
+        device: where it is trained.
+        devices: of that kind in the whole run.
+    """
+    amp = build.amp_dtype(config, device)
+    peak = peak_flops(device, amp, config.run.tf32)
+    flops = training_flops(config, model.num_classes, input_size)
+    return Cost(flops, None if peak is None else peak * devices)
+
+
+def estimate(seconds: float, devices: int, kind: str) -> str:
+    """Time and device hours of a run in words."""
+    return f"{duration(seconds)} (h:mm:ss), {seconds * devices / 3600:.2f} {kind} hours"
