@@ -45,7 +45,7 @@ def test_dpt_as_it_stands():
 @pytest.mark.parametrize('decoder', DECODERS)
 def test_decoders_train_a_step(encoder, decoder):
     model = getattr(smp, decoder)(encoder, encoder_weights=None, classes=3)
-    size = (128, 128) if decoder == 'PAN' else (64, 96)  # PAN halves the coarsest map three times more
+    size = (256, 256) if decoder == 'PAN' else (64, 96)  # PAN halves the coarsest map three times more
     loss = model(torch.randn(2, 3, *size)).square().mean()
     loss.backward()
     lost = [name for name, p in model.named_parameters() if p.grad is None]
