@@ -53,7 +53,7 @@ def test_decoders_train_a_step(encoder, decoder):
     assert all(name.startswith('encoder.pyramid') for name in lost), lost
     model.eval()
     with torch.no_grad():
-        assert model(torch.randn(1, 3, 64, 96)).shape == (1, 3, 64, 96)
+        assert model(torch.randn(1, 3, *size)).shape == (1, 3, *size)
 
 
 @pytest.mark.parametrize(
