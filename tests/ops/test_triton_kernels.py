@@ -77,6 +77,25 @@ def test_inner_of_a_slice_with_unaligned_rows():
     torch.testing.assert_close(grad[..., 1:-2], expected[1], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
+def test_closed_gates_keep_their_gradients(dtype):
+    """The backward divides the output by w * SiLU(z), which here is zero or as good as zero."""
+    from hydra_vision.ops import hydra_inner
+
+    tensors = inner_arguments(2, 9, 2, 16, 1, 16)[:8]
+    tensors[0][0, :, :8] = 0.0  # z
+    tensors[0][1, :, 8:16] = -120.0
+    tensors[7][4:12] = 0.0  # norm weight
+    sizes = {'headdim': 16, 'd_state': 16}
+    exact = value_and_grads(lambda a: hydra_inner(*a, **sizes, backend='reference'), [t.double() for t in tensors])
+    tensors = [t.to(DEVICE) for t in tensors]
+    tensors[0] = tensors[0].to(dtype)
+    ours = value_and_grads(lambda a: hydra_inner(*a, **sizes, backend='triton'), tensors)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-3
+    for found, expected in zip(ours, exact):
+        assert float((found.cpu().double() - expected).norm()) <= tolerance * float(expected.norm())
+
+
 def test_empty_batch():
     from hydra_vision.ops.triton import hydra_inner, quasiseparable_mix
 

@@ -21,14 +21,14 @@ def _refuse_second_derivatives() -> None:
 
 
 class HydraInner(torch.autograd.Function):
-    """``hydra_inner``. Saves its arguments, y and rstd; the convolution, decays and scores are computed again."""
+    """``hydra_inner``. Saves its arguments, its output and rstd; convolution, decays and scores are computed again."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         """Tensors and numbers in the order of ``InnerArguments``."""
         a = InnerArguments(*arguments)
         out, *saved = inner_forward(a)
-        ctx.save_for_backward(*arguments[:9], *saved)
+        ctx.save_for_backward(*arguments[:9], out, *saved)
         ctx.numbers = arguments[9:]
         return out
 
@@ -36,8 +36,8 @@ class HydraInner(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         """Gradients of the nine tensors; None for the numbers."""
         _refuse_second_derivatives()
-        *tensors, y, rstd, diag = ctx.saved_tensors
-        grads = inner_backward(InnerArguments(*tensors, *ctx.numbers), y, rstd, diag, dout)
+        *tensors, out, y, rstd, diag = ctx.saved_tensors
+        grads = inner_backward(InnerArguments(*tensors, *ctx.numbers), out, y, rstd, diag, dout)
         return *grads, *(None for _ in ctx.numbers)
 
 

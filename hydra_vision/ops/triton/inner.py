@@ -120,23 +120,28 @@ def _diagonal(a: InnerArguments, plan: Plan, xbc: Tensor) -> Tensor:
 
 
 def inner_forward(a: InnerArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out (B, L, d_inner); for the backward y (B, L, d_inner), rstd (B, L) float32, the diagonal (B, H, L) float32."""
+    """out (B, L, d_inner); for the backward y, rstd (B, L) float32, the diagonal (B, H, L) float32.
+
+    y is (B, L, d_inner) in float16; in other dtypes it is empty, as the backward reads ``out`` instead (norm.py).
+    """
     plan = a.plan()
     rstd = torch.empty(plan.B, plan.L, dtype=torch.float32, device=plan.device)
-    out = torch.empty(plan.B, plan.L, a.d_inner, dtype=plan.dtype, device=plan.device)
     if plan.B == 0:
-        return out, torch.empty_like(out), rstd, rstd.new_empty(0, plan.H, plan.L)
+        out = torch.empty(plan.B, plan.L, a.d_inner, dtype=plan.dtype, device=plan.device)
+        return out, out.new_empty(0 if plan.keeps_norm else out.shape), rstd, rstd.new_empty(0, plan.H, plan.L)
     d = decays(plan, a.dt_source())
     xbc = _convolved(a, plan)
     diag = _diagonal(a, plan, xbc)
     x, bc = a.parts(xbc)
-    y = mix_forward(plan, x, bc, d, diag, a.init_states)
+    y = mix_forward(plan, x, bc, d, diag, a.init_states).flatten(2)
+    out = y if plan.keeps_norm else torch.empty_like(y)
     z = a.zxbcdt
     norm_gate_kernel[(plan.B * plan.L,)](
         y, z, a.norm_weight, out, rstd, z.stride(0), z.stride(1), plan.L, a.d_inner, a.eps,
-        DB=triton.next_power_of_2(a.d_inner), ALIGN=alignment(z, z.stride(0), z.stride(1)), **plan.options('norm'),
+        DB=triton.next_power_of_2(a.d_inner), KEEPS=plan.keeps_norm, ALIGN=alignment(z, z.stride(0), z.stride(1)),
+        **plan.options('norm'),
     )  # fmt: skip
-    return out, y.flatten(2), rstd, diag
+    return out, y.new_empty(0) if plan.keeps_norm else y, rstd, diag
 
 
 def _norm_backward(
@@ -151,7 +156,7 @@ def _norm_backward(
     part = torch.empty(programs, a.d_inner, dtype=torch.float32, device=plan.device)
     norm_gate_backward_kernel[(programs,)](
         dout, y, z, a.norm_weight, rstd, xbc, dy, ddiag, dz, part, z.stride(0), z.stride(1), dz.stride(0), dz.stride(1),
-        a.width, plan.L, a.d_inner, rows, per, P=plan.P, DB=triton.next_power_of_2(a.d_inner),
+        a.width, plan.L, a.d_inner, rows, per, P=plan.P, DB=triton.next_power_of_2(a.d_inner), KEEPS=plan.keeps_norm,
         ALIGN=alignment(z, z.stride(0), z.stride(1)), ALIGN_G=alignment(dz, dz.stride(0), dz.stride(1)),
         **plan.options('norm_backward'),
     )  # fmt: skip
@@ -159,9 +164,12 @@ def _norm_backward(
 
 
 def inner_backward(
-    a: InnerArguments, y: Tensor, rstd: Tensor, diag: Tensor, dout: Tensor
+    a: InnerArguments, out: Tensor, y: Tensor, rstd: Tensor, diag: Tensor, dout: Tensor
 ) -> tuple[Optional[Tensor], ...]:
-    """Gradients in the order of ``InnerArguments``: zxbcdt, conv_weight, ..., norm_weight, init_states."""
+    """Gradients in the order of ``InnerArguments``: zxbcdt, conv_weight, ..., norm_weight, init_states.
+
+    out, y, rstd, diag: what ``inner_forward`` returned. dout: the gradient of out.
+    """
     plan = a.plan()
     dz = torch.empty(a.zxbcdt.shape, dtype=plan.dtype, device=plan.device)
     if plan.B == 0:
@@ -169,7 +177,7 @@ def inner_backward(
         return dz, *(None if t is None else torch.zeros_like(t) for t in rest)
     d = decays(plan, a.dt_source())
     xbc = _convolved(a, plan)
-    dy, ddiag, dnorm = _norm_backward(a, plan, y, rstd, dout.contiguous(), xbc, dz)
+    dy, ddiag, dnorm = _norm_backward(a, plan, out if plan.keeps_norm else y, rstd, dout.contiguous(), xbc, dz)
     x, bc = a.parts(xbc)
     dxbc = torch.empty_like(xbc)
     dx, dbc = a.parts(dxbc)

@@ -51,7 +51,7 @@ def hydra_inner_op(
     dt_max: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out (B, L, d_inner); saved for the backward: y (B, L, d_inner), rstd (B, L), diagonal (B, H, L)."""
+    """What ``inner_forward`` returns: out (B, L, d_inner); saved for the backward: out, y, rstd (B, L), diagonal."""
     tensors = (zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states)
     return inner_forward(_arguments(tensors, (headdim, d_state, ngroups, share_bc, dt_min, dt_max, eps)))
 
@@ -62,12 +62,14 @@ def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weigh
     H = dt_bias.shape[0]
     out = zxbcdt.new_empty(B, L, H * headdim)
     rstd = zxbcdt.new_empty(B, L, dtype=torch.float32)
-    return out, torch.empty_like(out), rstd, zxbcdt.new_empty(B, H, L, dtype=torch.float32)
+    y = torch.empty_like(out) if zxbcdt.dtype == torch.float16 else zxbcdt.new_empty(0)
+    return out, y, rstd, zxbcdt.new_empty(B, H, L, dtype=torch.float32)
 
 
 @torch.library.custom_op('hydra_vision::hydra_inner_backward', mutates_args=(), **_ANY_LAYOUT)
 def _hydra_inner_backward(
     dout: Tensor,
+    out: Tensor,
     y: Tensor,
     rstd: Tensor,
     diag: Tensor,
@@ -90,24 +92,24 @@ def _hydra_inner_backward(
 ) -> list[Tensor]:
     tensors = (zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states)
     a = _arguments(tensors, (headdim, d_state, ngroups, share_bc, dt_min, dt_max, eps))
-    return _present(inner_backward(a, y, rstd, diag, dout), dout)
+    return _present(inner_backward(a, out, y, rstd, diag, dout), dout)
 
 
 @_hydra_inner_backward.register_fake
-def _(dout, y, rstd, diag, *arguments):
+def _(dout, out, y, rstd, diag, *arguments):
     return [dout.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
             for t in arguments[:_TENSORS]]  # fmt: skip
 
 
 def _inner_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:_TENSORS], *output[1:])
+    ctx.save_for_backward(*inputs[:_TENSORS], *output)
     ctx.numbers = inputs[_TENSORS:]
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _inner_grads(ctx: Any, dout: Tensor, *unused: Any) -> tuple[Any, ...]:
-    *tensors, y, rstd, diag = ctx.saved_tensors
-    grads = _hydra_inner_backward(dout, y, rstd, diag, *tensors, *ctx.numbers)
+    *tensors, out, y, rstd, diag = ctx.saved_tensors
+    grads = _hydra_inner_backward(dout, out, y, rstd, diag, *tensors, *ctx.numbers)
     return *_absent(grads, tuple(tensors)), *(None for _ in ctx.numbers)
 
 

@@ -1,8 +1,24 @@
 """out = RMSNorm(y) * w * SiLU(z) over all of d_inner, and its backward. One row a program; backward loops over rows
-and adds the diagonal's gradient, which needs whole rows too."""
+and adds the diagonal's gradient, which needs whole rows too.
+
+Where the dtype has float32's range (bfloat16, float32), out overwrites y and is all that the backward keeps: out_proj
+keeps it anyway, and RMSNorm(y) = out / (w * SiLU(z)) to the rounding of out. A factor smaller than TINY counts as TINY,
+so that the quotient exists; the product is nothing beside any other number then.
+"""
 
 import triton
 import triton.language as tl
+
+TINY = tl.constexpr(1e-30)
+
+
+@triton.jit
+def _gate(z, w, KEEPS: tl.constexpr):
+    """(DB,) w * SiLU(z), kept away from zero where it will be divided by."""
+    factor = w * (z * tl.sigmoid(z))
+    if KEEPS:
+        factor = tl.where(tl.abs(factor) < TINY, TINY, factor)
+    return factor
 
 
 @triton.jit
@@ -10,7 +26,7 @@ def norm_gate_kernel(
     y,  # (B, L, D) contiguous
     z,  # (B, L, D), rows of any stride
     w,  # (D,)
-    out,  # (B, L, D) contiguous
+    out,  # (B, L, D) contiguous; may be y
     rstd,  # (B * L,) float32, out
     stride_zb,
     stride_zl,
@@ -18,6 +34,7 @@ def norm_gate_kernel(
     D,
     EPS,
     DB: tl.constexpr,
+    KEEPS: tl.constexpr,  # y can be had back from out
     ALIGN: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -31,7 +48,7 @@ def norm_gate_kernel(
     wv = tl.load(w + d, mask=ok, other=0.0).to(tl.float32)
     r = tl.rsqrt(tl.sum(yv * yv, axis=0) / D + EPS)
     tl.store(rstd + row, r)
-    o = yv * r * wv * (zv * tl.sigmoid(zv))
+    o = yv * r * _gate(zv, wv, KEEPS)
     tl.store(out + row * D + d, o.to(out.dtype.element_ty), mask=ok)
 
 
@@ -50,7 +67,7 @@ def _row_of_each(y, z, g, x, row, end, stride_zb, stride_zl, stride_xl, L, D, d,
 @triton.jit
 def norm_gate_backward_kernel(
     dout,  # (B, L, D) contiguous
-    y,
+    y,  # (B, L, D) contiguous; where KEEPS, what the forward wrote instead of it
     z,
     w,
     rstd,
@@ -70,6 +87,7 @@ def norm_gate_backward_kernel(
     PER,  # rows a program
     P: tl.constexpr,
     DB: tl.constexpr,
+    KEEPS: tl.constexpr,
     ALIGN: tl.constexpr,
     ALIGN_G: tl.constexpr,
 ):
@@ -95,7 +113,10 @@ def norm_gate_backward_kernel(
         r = tl.load(rstd + row)
         sig = tl.sigmoid(zv)
         gate = zv * sig
-        hat = yv * r
+        if KEEPS:
+            hat = yv / _gate(zv, wv, KEEPS)
+        else:
+            hat = yv * r
         dhat = g * wv * gate
         gh = g * hat
         dw += gh * gate

@@ -125,7 +125,7 @@ def problem_launches(
                 empty(H), empty(H, d_inner), empty(d_inner), start, P, N, G, share_bc, (0.0, float('inf')), 1e-5,
             )  # fmt: skip
             out, *saved = inner_forward(a)
-            inner_backward(a, *saved, out)
+            inner_backward(a, out, *saved, out)
         else:
             x, dt, bc = empty(B, L, H, P, dtype=dtype), empty(B, L, H), empty(B, L, G, N, dtype=dtype)
             arguments = (x, dt, dt, empty(H), bc, bc, bc, bc, empty(B, L, H), start)

@@ -84,6 +84,11 @@ class Plan:
         """Of states and of the scores' gradient: bfloat16 has the range for them, float16 has not."""
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
 
+    @property
+    def keeps_norm(self) -> bool:
+        """Whether the gated norm's input can be had back from its output (norm.py): float16 lacks the range."""
+        return self.dtype != torch.float16
+
     def options(self, kernel: str) -> dict[str, int]:
         """num_warps and num_stages."""
         return self.launch.options(kernel)

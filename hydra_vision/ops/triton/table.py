@@ -53,7 +53,7 @@ def _row(arch: int, limit: int, P: int, N: int, dtype: str) -> Launch:
         stages['diagonal'] = 3
         if arch < 90:  # 99 KB of shared memory a block
             stages = {kernel: min(count, 2) for kernel, count in stages.items()}
-        heads = {'mix_heads': 24, 'dx_heads': 24, 'scores_heads': 12}
+        heads = {'mix_heads': 12, 'dx_heads': 24, 'scores_heads': 12}
         warps = {'norm_backward': 8}
         if limit <= 256:
             warps |= {'states': 2, 'state_grads': 2}
