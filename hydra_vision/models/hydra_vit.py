@@ -17,7 +17,7 @@ No weights of ImageNet size are published yet; every variant is tagged `untraine
 
 import math
 from functools import partial
-from typing import Any, Callable, Dict, List, Literal, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, Final, List, Literal, Optional, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -37,12 +37,12 @@ from timm.layers import (
     resample_patch_embed,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from timm.models.vision_transformer import global_pool_nlc
 
-from ..mixers import Hydra
+from ._mixer import mixer_factory, resample_mixer_parameter
 
 try:
     from timm.models._input import update_model_input_size
@@ -57,6 +57,8 @@ _TOKEN_POSITIONS = ('first', 'middle', 'last')
 
 class HydraBlock(nn.Module):
     """x + drop_path(mixer(norm1(x))), followed by the MLP of a classic block where `mlp_ratio` is above 0."""
+
+    takes_grid: Final[bool]
 
     def __init__(
         self,
@@ -74,6 +76,7 @@ class HydraBlock(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         self.norm1 = norm_layer(dim, **dd)
         self.mixer = mixer_layer(dim, **dd)
+        self.takes_grid = getattr(self.mixer, 'takes_grid', False)
         self.drop1 = nn.Dropout(proj_drop) if proj_drop > 0 else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         if mlp_ratio > 0:
@@ -83,8 +86,13 @@ class HydraBlock(nn.Module):
         else:
             self.norm2 = self.mlp = self.drop_path2 = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path1(self.drop1(self.mixer(self.norm1(x))))
+    def forward(self, x: torch.Tensor, grid: Optional[Tuple[int, int]] = None) -> torch.Tensor:
+        """x (B, L, dim); grid: (H, W) of its patches, where they are not those the model was made for."""
+        if self.takes_grid:
+            y = self.mixer(self.norm1(x), grid)
+        else:
+            y = self.mixer(self.norm1(x))
+        x = x + self.drop_path1(self.drop1(y))
         if self.mlp is not None:
             x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return x
@@ -121,6 +129,8 @@ class HydraViT(nn.Module):
         mixer_bias: bool = False,
         conv_bias: bool = True,
         backend: str = 'auto',
+        mixer: str = 'hydra',
+        mixer_kwargs: Optional[Dict[str, Any]] = None,
         pos_embed: Literal['none', 'learn'] = 'none',
         class_token: bool = False,
         class_token_position: Literal['first', 'middle', 'last'] = 'first',
@@ -160,6 +170,9 @@ class HydraViT(nn.Module):
             mixer_bias: Bias of the mixer's projections.
             conv_bias: Bias of the mixer's convolution.
             backend: Backend of the mixer, see `hydra_vision.ops.quasiseparable_mix`.
+            mixer: Name of the mixer, one of `hydra_vision.mixers.list()`. The options above go to it as far as it has
+                them; one that it does not have must keep its default.
+            mixer_kwargs: Further arguments of the mixer, see `hydra_vision.mixers.arguments(mixer)`.
             pos_embed: Type of position embedding: 'none' (the paper) or 'learn'.
             class_token: Use class token.
             class_token_position: Where in the sequence the class token stands while the blocks run. Outputs always
@@ -236,22 +249,30 @@ class HydraViT(nn.Module):
         self.norm_pre = nn.Identity()
 
         dpr = calculate_drop_path_rates(drop_path_rate, depth)  # stochastic depth decay rule
-        mixer_layer = partial(
-            Hydra,
-            d_state=d_state,
-            d_conv=d_conv,
-            expand=expand,
-            headdim=headdim,
-            ngroups=ngroups,
-            dt_min=dt_min,
-            dt_max=dt_max,
-            dt_init_floor=dt_init_floor,
-            dt_limit=tuple(dt_limit),
-            share_bc=share_bc,
-            learnable_init_states=learnable_init_states,
-            bias=mixer_bias,
-            conv_bias=conv_bias,
-            backend=backend,
+        mixer_layer = mixer_factory(
+            mixer,
+            dict(
+                d_state=d_state,
+                d_conv=d_conv,
+                expand=expand,
+                headdim=headdim,
+                ngroups=ngroups,
+                share_bc=share_bc,
+                learnable_init_states=learnable_init_states,
+                dt_min=dt_min,
+                dt_max=dt_max,
+                dt_init_floor=dt_init_floor,
+                dt_limit=tuple(dt_limit),
+                mixer_bias=mixer_bias,
+                conv_bias=conv_bias,
+                backend=backend,
+            ),
+            mixer_kwargs,
+            model=HydraViT,
+            grid_size=padded_grid,
+            num_prefix_tokens=self.num_prefix_tokens,
+            prefix_position=class_token_position,
+            patch_drop_rate=patch_drop_rate,
         )
         self.blocks = nn.Sequential(
             *[
@@ -375,12 +396,21 @@ class HydraViT(nn.Module):
                 ),
                 requires_grad=self.pos_embed.requires_grad,
             )
+        for blk in self.blocks:
+            if blk.takes_grid:
+                blk.mixer.set_input_size(self.patch_embed.dynamic_feat_size(self.patch_embed.img_size))
         if patch_size is not None:
             reduction = self.patch_embed.feat_ratio()
             for info in self.feature_info:
                 info['reduction'] = reduction
         if update_model_input_size is not None:
             update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
+
+    def _grid(self, x: torch.Tensor) -> Optional[Tuple[int, int]]:
+        """Grid of the embedded patches where it may differ from the model's own, for mixers that depend on it."""
+        if self.dynamic_img_size:
+            return x.shape[1], x.shape[2]
+        return None
 
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
         """Patches to tokens in scan order, with position embedding and class token where the model has them."""
@@ -471,6 +501,7 @@ class HydraViT(nn.Module):
         # forward pass
         B, _, height, width = x.shape
         x = self.patch_embed(x)
+        grid = self._grid(x)
         x = self._pos_embed(x)
         x = self.norm_pre(x)
 
@@ -480,9 +511,9 @@ class HydraViT(nn.Module):
             blocks = self.blocks[: max_index + 1]
         for i, blk in enumerate(blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(blk, x)
+                x = checkpoint(blk, x, grid)
             else:
-                x = blk(x)
+                x = blk(x, grid)
             if i in take_indices:
                 # normalize intermediates with final norm layer if enabled
                 intermediates.append(self._class_token_first(self.norm(x) if norm else x))
@@ -583,12 +614,14 @@ class HydraViT(nn.Module):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Forward pass through feature layers (embeddings, blocks, final norm): (B, C, H, W) -> (B, L, embed_dim)."""
         x = self.patch_embed(x)
+        grid = self._grid(x)
         x = self._pos_embed(x)
         x = self.norm_pre(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
+        for blk in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(blk, x, grid)
+            else:
+                x = blk(x, grid)
         return self._class_token_first(self.norm(x))
 
     def pool(self, x: torch.Tensor, pool_type: Optional[str] = None) -> torch.Tensor:
@@ -660,6 +693,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: HydraViT) -> Dict[st
             and math.isqrt(v.shape[1]) ** 2 == v.shape[1]  # the sides of another grid than a square are not known
         ):
             v = resample_abs_pos_embed(v, new_size=model.patch_embed.grid_size, num_prefix_tokens=0, verbose=True)
+        elif '.mixer.' in k:
+            v = resample_mixer_parameter(k, v, model)
         out_dict[k] = v
     return out_dict
 

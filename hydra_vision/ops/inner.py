@@ -158,7 +158,7 @@ def unpack_zxbcdt(
     if tuple(dt_limit) != NO_DT_LIMIT:
         dt = dt.clamp(*dt_limit)
     dt_f, dt_b = dt.unbind(-2)
-    xbc = F.silu(_depthwise_conv(xbc, conv_weight, conv_bias))
+    xbc = F.silu(depthwise_conv(xbc, conv_weight, conv_bias))
     width = ngroups * d_state
     x, *BC = xbc.split([H * headdim] + [width] * (2 if share_bc else 4), dim=-1)
     B_f, C_f, B_b, C_b = (t.unflatten(-1, (ngroups, d_state)) for t in (BC * 2 if share_bc else BC))
@@ -170,7 +170,7 @@ def split_zxbcdt(zxbcdt: Tensor, d_inner: int, H: int) -> Tuple[Tensor, Tensor, 
     return zxbcdt.split([d_inner, zxbcdt.shape[-1] - d_inner - 2 * H, 2 * H], dim=-1)
 
 
-def _depthwise_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     """Same-padded depthwise convolution along L. x (B, L, C), weight (C, 1, K) -> (B, L, C).
 
     As a 2-D convolution of height 1 in channels-last memory: x is already in that layout, nothing is transposed.

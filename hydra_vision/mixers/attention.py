@@ -1,0 +1,112 @@
+"""Attention as a matrix mixer, and timm's own attention as the control."""
+
+from typing import Optional, Set
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention as TimmAttention
+from torch import Tensor
+
+from ..ops.reference import accumulation_dtype
+from .grid import TokenGrid
+from .query_key import QueryKeyMixer
+
+__all__ = ['Attention', 'VitAttention']
+
+
+class Attention(QueryKeyMixer):
+    """m_ij = softmax_j(q_i . k_j d^-1/2), by ``scaled_dot_product_attention``.
+
+    Data-independent: softmax over parameters, one matrix for all images.
+
+    Args:
+        d_model: Width of the tokens.
+        qk_dim: Width d of a query; None for headdim, which flash kernels need (the paper's ablation has 16).
+        data_dependent: Queries and keys from the tokens, or parameters.
+        headdim: As in ``MatrixMixer``.
+        **wrapper: As in ``MatrixMixer``.
+    """
+
+    silu_extras = False
+
+    def __init__(
+        self,
+        d_model: int,
+        qk_dim: Optional[int] = None,
+        *,
+        data_dependent: bool = True,
+        headdim: int = 64,
+        device=None,
+        dtype=None,
+        **wrapper,
+    ) -> None:
+        super().__init__(
+            d_model,
+            headdim if qk_dim is None else qk_dim,
+            data_dependent=data_dependent,
+            headdim=headdim,
+            device=device,
+            dtype=dtype,
+            **wrapper,
+        )
+
+    def mix(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
+        if self.data_dependent:
+            q, k = self.queries_and_keys(extras, tokens)
+            return F.scaled_dot_product_attention(q, k, v.transpose(1, 2)).transpose(1, 2)
+        return (self.dense(v, extras, tokens).to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
+
+    def dense(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
+        return _softmax_scores(*self.queries_and_keys(extras, tokens))
+
+
+class VitAttention(TimmAttention):
+    """timm's ``Attention`` with a ``matrix``: what a ViT block has, for comparison. No convolution, no gate.
+
+    In a model with ``mlp_ratio=4`` and ``pos_embed='learn'`` the block is timm's ViT block.
+
+    Args:
+        d_model: Width of the tokens.
+        headdim: Width of a head; divides ``d_model``.
+        qkv_bias: Bias of the first projection, as in ViT.
+        proj_bias: Bias of the last projection.
+
+    Raises:
+        ValueError: A ``headdim`` that does not divide.
+    """
+
+    takes_grid = False
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        headdim: int = 64,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        if headdim < 1 or d_model % headdim:
+            raise ValueError(f'headdim = {headdim} does not divide d_model = {d_model}')
+        super().__init__(
+            d_model, num_heads=d_model // headdim, qkv_bias=qkv_bias, proj_bias=proj_bias, device=device, dtype=dtype
+        )
+        self.d_model, self.nheads = d_model, d_model // headdim
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Parameters, relative to this module, that should not use weight decay."""
+        return set()
+
+    @torch.jit.ignore
+    def matrix(self, u: Tensor) -> Tensor:
+        """softmax(q k^T) (B, H, L, L) that this module applies to its v. float32, for float64 input float64."""
+        qkv = self.qkv(u).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return _softmax_scores(q, k)
+
+
+def _softmax_scores(q: Tensor, k: Tensor) -> Tensor:
+    acc = accumulation_dtype(q.dtype)
+    return (q.to(acc) @ k.to(acc).mT * q.shape[-1] ** -0.5).softmax(-1)

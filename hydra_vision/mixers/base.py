@@ -1,0 +1,221 @@
+"""What every mixer of the family has around its matrix.
+
+    z | v, extras = in_proj(u)
+    v, extras = conv1d(v, extras), depthwise, not causal; SiLU(v), for some classes SiLU(extras)
+    y = M v + v                                   (the (semi)separable classes with a free diagonal: y = M v)
+    out_proj(RMSNorm(y) * weight * SiLU(z))
+
+M is (L, L), one a head (and image, where it depends on the data). Source: the matrix mixer framework of Hwang, Lahoti,
+Dao, Gu, "Hydra", NeurIPS 2024, section 2, and goombalab/hydra, ``hydra/modules/matrix_mixer.py``.
+"""
+
+from typing import ClassVar, Optional, Set, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor
+
+from ..ops.inner import depthwise_conv
+from ..ops.reference import accumulation_dtype
+from .grid import GridSize, TokenGrid
+from .hydra import GatedRMSNorm
+
+__all__ = ['MatrixMixer']
+
+
+class MatrixMixer(nn.Module):
+    """Base of the family, (B, L, d_model) -> (B, L, d_model).
+
+    A class says how wide its extras are (``_build``), and gives ``mix`` and ``dense``.
+
+    Args:
+        d_model: Width of the tokens.
+        data_dependent: Whether M depends on the tokens.
+        expand: ``d_inner = expand * d_model``; need not be whole.
+        headdim: Head width P; divides ``d_inner``. H = d_inner / headdim.
+        d_conv: Width of the depthwise convolution; odd.
+        bias: Bias of the two projections.
+        conv_bias: Bias of the convolution.
+        grid_size: (H, W) patches, or a number of tokens, for which a data-independent matrix has parameters; it is
+            needed there and nowhere else.
+        num_prefix_tokens: Class and register tokens beside the patches (with ``grid_size``).
+        prefix_position: Where they stand: 'first', 'middle' or 'last'.
+
+    Raises:
+        ValueError: A size that does not fit, a ``grid_size`` that is missing or has no use.
+    """
+
+    grid: ClassVar[str] = 'optional'  # are there parameters a token: 'never', 'always', 'optional' (not data_dependent)
+    silu_extras: ClassVar[bool] = True
+    residual: bool = True
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        register_notrace_module(cls)  # its shapes are Python numbers: torch.fx keeps the module as one node
+
+    def __init__(
+        self,
+        d_model: int,
+        data_dependent: bool,
+        /,
+        *,
+        expand: float = 2,
+        headdim: int = 64,
+        d_conv: int = 7,
+        bias: bool = False,
+        conv_bias: bool = True,
+        grid_size: Optional[GridSize] = None,
+        num_prefix_tokens: int = 0,
+        prefix_position: str = 'first',
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        for name, value in (('d_model', d_model), ('headdim', headdim)):
+            if value < 1:
+                raise ValueError(f'{name} = {value}; it must be at least 1')
+        if d_conv < 1 or d_conv % 2 == 0:
+            raise ValueError(f'd_conv = {d_conv}; it must be odd, so that the convolution keeps the length')
+        d_inner = round(expand * d_model)
+        if d_inner < 1 or d_inner % headdim:
+            raise ValueError(f'headdim = {headdim} does not divide d_inner = expand * d_model = {d_inner}')
+        self.d_model, self.d_inner, self.headdim, self.nheads = d_model, d_inner, headdim, d_inner // headdim
+        self.data_dependent = data_dependent
+        self.takes_grid = self.grid == 'always' or (self.grid == 'optional' and not data_dependent)
+        if self.takes_grid and grid_size is None:
+            raise ValueError(
+                f'{type(self).__name__}: a data-independent matrix has parameters for each token; needed is '
+                'grid_size = (H, W) or a number of tokens'
+            )
+        if not self.takes_grid and (grid_size is not None or num_prefix_tokens):
+            raise ValueError(
+                f'{type(self).__name__}: grid_size = {grid_size}, num_prefix_tokens = {num_prefix_tokens}; nothing in '
+                'this mixer depends on the number of tokens, leave both away'
+            )
+        self.tokens = TokenGrid(grid_size, num_prefix_tokens, prefix_position) if self.takes_grid else None
+        self._projections = dict(d_conv=d_conv, bias=bias, conv_bias=conv_bias, device=device, dtype=dtype)
+
+    def _build(self, conv_extras: int = 0, plain_extras: int = 0) -> None:
+        """Projections, convolution and norm, for so many extra columns with and without convolution."""
+        options = self._projections
+        del self._projections
+        dd = {'device': options['device'], 'dtype': options['dtype']}
+        self.conv_extras, self.plain_extras = conv_extras, plain_extras
+        d_conv, conv_dim = options['d_conv'], self.d_inner + conv_extras
+        self.in_proj = nn.Linear(self.d_model, self.d_inner + conv_dim + plain_extras, bias=options['bias'], **dd)
+        self.conv1d = nn.Conv1d(
+            conv_dim, conv_dim, d_conv, groups=conv_dim, padding=d_conv // 2, bias=options['conv_bias'], **dd
+        )
+        self.norm = GatedRMSNorm(self.d_inner, **dd)
+        self.out_proj = nn.Linear(self.d_inner, self.d_model, bias=options['bias'], **dd)
+
+    def no_weight_decay(self) -> Set[str]:
+        """Parameters, relative to this module, that should not use weight decay: those that belong to a token."""
+        return set(self.grid_parameters())
+
+    def __prepare_scriptable__(self):
+        raise RuntimeError(
+            f'{type(self).__name__} cannot be compiled by torch.jit.script; use torch.compile, torch.export or '
+            "torch.jit.trace (mixer = 'hydra' can be scripted)"
+        )
+
+    def grid_parameters(self) -> Tuple[str, ...]:
+        """Names of the parameters that belong to the tokens of ``self.tokens``."""
+        return ()
+
+    def forward(self, u: Tensor, grid: Optional[Tuple[int, int]] = None) -> Tensor:
+        """Mix the tokens u (B, L, d_model).
+
+        Args:
+            u: Tokens.
+            grid: (H, W) of the patches where they are not those that the mixer has parameters for. Only mixers with
+                ``takes_grid`` have a use for it.
+
+        Raises:
+            ValueError: L or ``grid`` does not fit.
+        """
+        return self.out_proj(self._inner(self.in_proj(u), grid))
+
+    def _inner(self, projected: Tensor, grid: Optional[Tuple[int, int]]) -> Tensor:
+        """Everything between the two projections."""
+        grid = self._check_grid(projected.shape[1], grid)
+        z, v, extras = self._unpack(projected)
+        y = self.mix(v, extras, grid)
+        if self.residual:
+            y = y + v
+        acc = accumulation_dtype(projected.dtype)
+        y = F.rms_norm(y.flatten(-2).to(acc), (self.d_inner,), self.norm.weight.to(acc), self.norm.eps)
+        return (y * F.silu(z.to(acc))).to(projected.dtype)
+
+    def _unpack(self, projected: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """z (B, L, d_inner), v (B, L, H, P) and extras (B, L, conv_extras + plain_extras), convolution done."""
+        z, vx, plain = projected.split([self.d_inner, self.d_inner + self.conv_extras, self.plain_extras], dim=-1)
+        vx = depthwise_conv(vx, self.conv1d.weight, self.conv1d.bias)
+        if self.silu_extras:
+            vx = F.silu(vx)
+        v, extras = vx.split([self.d_inner, self.conv_extras], dim=-1)
+        if not self.silu_extras:
+            v = F.silu(v)
+        if self.plain_extras:
+            extras = torch.cat([extras, plain], dim=-1)
+        return z, v.unflatten(-1, (self.nheads, self.headdim)), extras
+
+    def _check_grid(self, L: int, grid: Optional[Tuple[int, int]]) -> Optional[TokenGrid]:
+        """The tokens of this input; None for a mixer that does not depend on their number."""
+        if not self.takes_grid:
+            if grid is not None:
+                raise ValueError(f'{type(self).__name__}: grid = {grid}; this mixer takes any length and no grid')
+            return None
+        tokens = self.tokens if grid is None else self.tokens.resized(grid)
+        if tokens.num_tokens != L:
+            how = ' (for another size, pass grid = (H, W))' if grid is None else ''
+            raise ValueError(f'{type(self).__name__}: L = {L} tokens; {tokens} are {tokens.num_tokens}{how}')
+        return tokens
+
+    def mix(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
+        """M v, as fast as the structure allows. v (B, L, H, P) -> (B, L, H, P)."""
+        raise NotImplementedError
+
+    def dense(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
+        """M itself, (B or 1, H, L, L)."""
+        raise NotImplementedError
+
+    def matrix(self, u: Tensor, grid: Optional[Tuple[int, int]] = None) -> Tensor:
+        """The mixing matrix M (B, H, L, L) that this module applies to its v, without the residual.
+
+        For tests and pictures: O(L^2) memory. float32, for float64 input float64.
+        """
+        projected = self.in_proj(u)
+        tokens = self._check_grid(u.shape[1], grid)
+        _, v, extras = self._unpack(projected)
+        M = self.dense(v, extras, tokens).to(accumulation_dtype(projected.dtype))
+        return M.expand(u.shape[0], *M.shape[1:])
+
+    def resampled(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
+        """The parameter ``name`` for the tokens ``new``, given its value for the tokens ``old``."""
+        raise NotImplementedError
+
+    def old_tokens(self, name: str, value: Tensor) -> Optional[TokenGrid]:
+        """The tokens to which a parameter of a checkpoint belongs, as far as its shape says; None if it does not."""
+        return self.tokens.from_num_tokens(value.shape[0])
+
+    def _at(self, name: str, tokens: TokenGrid) -> Tensor:
+        return self.resampled(name, getattr(self, name), self.tokens, tokens)
+
+    @torch.no_grad()
+    def set_input_size(self, grid_size: GridSize) -> None:
+        """Carry the parameters that belong to tokens to another grid, for good."""
+        if not self.takes_grid:
+            return
+        new = self.tokens.resized(grid_size)
+        for name in self.grid_parameters():
+            old = getattr(self, name)
+            value = self.resampled(name, old, self.tokens, new)
+            setattr(self, name, nn.Parameter(value.clone(), requires_grad=old.requires_grad))
+        self.tokens = new
+
+    def extra_repr(self) -> str:
+        text = f'headdim={self.headdim}, nheads={self.nheads}, data_dependent={self.data_dependent}'
+        return text if self.tokens is None else f'{text}, tokens={self.tokens!r}'

@@ -1,0 +1,220 @@
+"""Hydra-ViT with every mixer of the family: timm's contract, other resolutions, checkpoints, errors."""
+
+import fnmatch
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models._manipulate import group_parameters
+from timm.models.vision_transformer import VisionTransformer
+
+from hydra_vision import mixers
+
+SMALL = dict(img_size=64, num_classes=5, depth=2)
+
+
+def family() -> list:
+    """Every mixer, data-dependent and data-independent where it can be both."""
+    cases = []
+    for name in mixers.list():
+        allowed = mixers.arguments(name)
+        both = 'data_dependent' in allowed
+        for kwargs in [{'data_dependent': True}, {'data_dependent': False}] if both else [{}]:
+            tag = '' if not both else '-dd' if kwargs['data_dependent'] else '-di'
+            cases.append(pytest.param(name, kwargs, id=name + tag))
+    return cases
+
+
+def create(name: str, kwargs: dict, **model):
+    torch.manual_seed(0)
+    return timm.create_model('test_hydra_vit', mixer=name, mixer_kwargs=kwargs, **{**SMALL, **model}).eval()
+
+
+def images(B: int = 2, H: int = 64, W: int = 64) -> torch.Tensor:
+    return torch.randn(B, 3, H, W, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), family())
+def test_training_step_reaches_every_parameter_with_and_without_checkpointing(name, kwargs):
+    gradients = []
+    for enable in (False, True):
+        model = create(name, kwargs, mlp_ratio=1.0, class_token=not mixers.needs_grid(name, **kwargs)).train()
+        model.set_grad_checkpointing(enable)
+        out = model(images())
+        assert out.shape == (2, 5)
+        out.square().mean().backward()
+        bad = [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+        assert not bad
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+    assert not list(model.buffers()), 'buffers would not survive loading through the meta device'
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), family())
+def test_features_groups_and_weight_decay(name, kwargs):
+    model = create(name, kwargs)
+    x = images()
+    with torch.no_grad():
+        final, taps = model.forward_intermediates(x)
+        torch.testing.assert_close(final, model.forward_features(x))
+    assert [t.shape for t in taps] == [(2, 64, 4, 4)] * 2
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    names = [n for n, _ in model.named_parameters()]
+    assert {layers[n] for n in names if n.startswith('blocks.1.')} == {2}
+    patterns = {p for p in model.no_weight_decay() if '.mixer.' in p and 'init_states' not in p}
+    assert all(any(fnmatch.fnmatch(n, p) for n in names) for p in patterns)
+    if mixers.needs_grid(name, **kwargs):
+        grid_parameters = model.blocks[0].mixer.grid_parameters()
+        assert {f'*.mixer.{n}' for n in grid_parameters} <= patterns
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), family())
+def test_init_weights_after_to_empty_restores_everything(name, kwargs):
+    model = create(name, kwargs, device='meta', dtype=torch.float64)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {('meta', torch.float64)}
+    model = model.to_empty(device='cpu')
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(float('nan'))
+    model.init_weights()
+    assert not [n for n, p in model.named_parameters() if not torch.isfinite(p).all()]
+    fresh = create(name, kwargs, dtype=torch.float64)
+    for (n, a), b in zip(model.named_parameters(), fresh.parameters()):
+        if a.numel() > 500:
+            assert a.std().item() == pytest.approx(b.std().item(), rel=0.25), n
+    assert torch.isfinite(model(images().double())).all()
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), family())
+def test_bfloat16_model_and_autocast(name, kwargs):
+    model = create(name, kwargs)
+    with torch.no_grad():
+        expected = model(images())
+        with torch.autocast('cpu', torch.bfloat16):
+            mixed = model(images())
+        narrow = model.bfloat16()(images().bfloat16())
+    assert narrow.dtype == torch.bfloat16
+    for y in (mixed, narrow):
+        assert (y.float() - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), family())
+def test_other_resolutions(name, kwargs):
+    """Fixed model carried to 96 x 80 pixels and dynamic model seeing them: the same function."""
+    x = images(H=96, W=80)
+    fixed, dynamic = create(name, kwargs), create(name, kwargs, dynamic_img_size=True)
+    dynamic.load_state_dict(fixed.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(dynamic(images()), fixed(images()))
+        fixed.set_input_size(img_size=(96, 80))
+        torch.testing.assert_close(dynamic(x), fixed(x))
+        maps = dynamic.forward_intermediates(x, intermediates_only=True)
+    assert [m.shape for m in maps] == [(2, 64, 6, 5)] * 2
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), family())
+def test_checkpoint_of_another_resolution(tmp_path, name, kwargs):
+    source = create(name, kwargs)
+    save_file(source.state_dict(), tmp_path / 'model.safetensors')
+    overlay = dict(file=str(tmp_path / 'model.safetensors'), num_classes=5, input_size=(3, 64, 64))
+    model = timm.create_model(
+        'test_hydra_vit',
+        pretrained=True,
+        pretrained_cfg_overlay=overlay,
+        mixer=name,
+        mixer_kwargs=kwargs,
+        **{**SMALL, 'img_size': 96},
+    ).eval()
+    source.set_input_size(img_size=(96, 96))
+    with torch.no_grad():
+        torch.testing.assert_close(model(images(H=96, W=96)), source(images(H=96, W=96)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('name', 'kwargs'), family())
+def test_compile_without_graph_breaks(name, kwargs):
+    model = create(name, kwargs, depth=1)
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    torch.testing.assert_close(compiled(images()), model(images()))
+    model.zero_grad()
+    compiled(images()).sum().backward()
+    got = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(images()).sum().backward()
+    for a, p in zip(got, model.parameters()):
+        torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_vit_attention_is_timms_block():
+    """The control: with position embedding, class token and MLP, timm's ViT weights give timm's ViT outputs."""
+    torch.manual_seed(0)
+    vit = VisionTransformer(
+        img_size=64, patch_size=16, embed_dim=64, depth=2, num_heads=1, num_classes=5, no_embed_class=True
+    ).eval()
+    ours = create('vit_attention', {}, mlp_ratio=4.0, pos_embed='learn', class_token=True, global_pool='token')
+    state = {k.replace('.attn.', '.mixer.'): v for k, v in vit.state_dict().items()}
+    # timm's LayerNorm has eps 1e-6 in both
+    ours.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images()), vit(images()))
+
+
+def test_wrong_arguments_are_named():
+    for kwargs, error, message in (
+        (dict(mixer='toplitz'), ValueError, "mixer = 'toplitz' .did you mean 'toeplitz'"),
+        (dict(mixer='toeplitz', d_state=16), ValueError, "d_state = 16: the mixer 'toeplitz' has no d_state"),
+        (dict(mixer='toeplitz', backend='chunked'), ValueError, "has no backend"),
+        (dict(mixer='toeplitz', mixer_kwargs=dict(data_dependant=True)), TypeError, "did you mean 'data_dependent'"),
+        (
+            dict(mixer='toeplitz', headdim=32, mixer_kwargs=dict(headdim=16)),
+            ValueError,
+            'headdim = 32, but mixer_kwargs',
+        ),
+        (dict(mixer_kwargs=dict(d_stat=16)), TypeError, "did you mean 'd_state'"),
+        (
+            dict(mixer='low_rank', mixer_kwargs=dict(grid_size=4)),
+            ValueError,
+            'grid_size = 4; the model knows its tokens',
+        ),
+        (
+            dict(mixer='low_rank', mixer_kwargs=dict(data_dependent=False), patch_drop_rate=0.5),
+            ValueError,
+            'patch_drop_rate = 0.5',
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            timm.create_model('test_hydra_vit', **SMALL, **kwargs)
+
+
+def test_model_options_reach_the_mixer():
+    model = create('low_rank', dict(qk_dim=8), headdim=32, expand=1, d_conv=3, mixer_bias=True)
+    mixer = model.blocks[0].mixer
+    assert (mixer.qk_dim, mixer.headdim, mixer.d_inner, mixer.conv1d.kernel_size) == (8, 32, 64, (3,))
+    assert mixer.in_proj.bias is not None
+    model = timm.create_model('test_hydra_vit', mixer_kwargs=dict(d_state=16))
+    assert model.blocks[0].mixer.d_state == 16
+
+
+def test_class_token_keeps_its_parameters_at_another_resolution():
+    for position in ('first', 'middle', 'last'):
+        model = create(
+            'low_rank',
+            dict(data_dependent=False),
+            class_token=True,
+            class_token_position=position,
+            dynamic_img_size=True,
+        )
+        at = {'first': 0, 'middle': 8, 'last': 16}[position]
+        before = model.blocks[0].mixer.q[at].clone()
+        with torch.no_grad():
+            expected = model(images(H=80, W=96))
+            model.set_input_size(img_size=(80, 96))
+            torch.testing.assert_close(model(images(H=80, W=96)), expected)
+        at = {'first': 0, 'middle': 15, 'last': 30}[position]
+        torch.testing.assert_close(model.blocks[0].mixer.q[at], before)
+    model = create('toeplitz', dict(data_dependent=False), class_token=True, dynamic_img_size=True)
+    assert model(images()).shape == (2, 5)
+    with pytest.raises(ValueError, match='class token'):
+        model(images(H=96))
