@@ -153,6 +153,10 @@ def _show_matrix(argv: list[str]) -> int:
     return show_matrix(argv, prog=f'{PROG} show-matrix')
 
 
+def _extract(argv: list[str]) -> int:
+    return importlib.import_module('hydra_vision.features.main').main(argv)
+
+
 def _tune(argv: list[str]) -> int:
     import torch
 
@@ -173,6 +177,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     'train': (_train, 'Train, resume or validate; without arguments on a small built-in data set.'),
     'bench': (_bench, 'Time models, or the operator alone, against their peers.'),
     'show-matrix': (_show_matrix, 'Draw the mixing matrices of a block on an image, and where one patch looks.'),
+    'extract': (_extract, 'Write features of images to .npy, .safetensors or .parquet.'),
     'tune': (_tune, 'Measure a launch table of the Triton kernels for this GPU.'),
 }
 

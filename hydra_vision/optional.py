@@ -3,7 +3,13 @@
 import importlib
 from types import ModuleType
 
-__all__ = ['require']
+from .command_line import UserError
+
+__all__ = ['MissingExtraError', 'require']
+
+
+class MissingExtraError(UserError, ImportError):
+    """An optional package that is not installed, or does not work."""
 
 
 def require(module: str, extra: str) -> ModuleType:
@@ -14,9 +20,10 @@ def require(module: str, extra: str) -> ModuleType:
         extra: the extra of this package that installs it.
 
     Raises:
-        ImportError: it is not installed, or one of its own dependencies is not.
+        MissingExtraError: it is not installed, or one of its own dependencies is not.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{module} cannot be imported ({error}): pip install 'hydra-vision[{extra}]'") from error
+        text = f"{module} cannot be imported ({error}): pip install 'hydra-vision[{extra}]'"
+        raise MissingExtraError(text) from error

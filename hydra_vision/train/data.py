@@ -208,7 +208,7 @@ def _guard(config: Config, split: Split, num_classes: int, is_training: bool) ->
         split=split.name,
         max_unreadable=config.data.max_unreadable,
         num_classes=num_classes,
-        rules=_image_rules(config),
+        rules=image_rules(config),
         mask_skipped=not is_training,
         seed=config.run.seed,
     )
@@ -217,7 +217,8 @@ def _guard(config: Config, split: Split, num_classes: int, is_training: bool) ->
     return dataset
 
 
-def _image_rules(config: Config) -> ImageRules:
+def image_rules(config: Config) -> ImageRules:
+    """How the recipe has image files converted."""
     return ImageRules(
         mode="L" if config.model.in_chans == 1 else "RGB",
         exif_rotation=config.data.exif_rotation,
@@ -227,7 +228,7 @@ def _image_rules(config: Config) -> ImageRules:
 
 def _open(config: Config, split: str, is_training: bool) -> Split:
     data = config.data
-    mode = _image_rules(config).mode
+    mode = image_rules(config).mode
     if data.name == DIGITS:
         from hydra_vision.train.digits import Digits
 

@@ -1,0 +1,257 @@
+"""A model with weights and the preprocessing that belongs to it, from a name, a file or a training run."""
+
+import hashlib
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import timm
+import torch
+from timm.data import create_transform, resolve_model_data_config
+from torch import nn
+
+import hydra_vision  # noqa: F401  registers the models
+
+from ..command_line import check_model_name
+from ..train.images import ImageRules
+from .errors import FeatureError
+
+__all__ = ['Backbone', 'load_backbone', 'pick_device']
+
+Size = Union[int, tuple[int, int]]
+
+
+@dataclass
+class Backbone:
+    """A model in eval mode on its device.
+
+    Args:
+        model: The model.
+        name: Its name for ``timm.create_model``.
+        weights: Where its weights are from: 'pretrained', 'random', or a path.
+        data: timm's data config: input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode.
+        rules: What becomes of grey, 16-bit, rotated images; by default what the trainer does by default.
+        classes: Names of the classes of its head, where they are known.
+    """
+
+    model: nn.Module
+    name: str
+    weights: str
+    data: dict[str, Any]
+    rules: ImageRules
+    classes: Optional[list[str]] = None
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """(H, W) of its input."""
+        return tuple(self.data['input_size'][1:])
+
+    def transform(self, whole: bool = False) -> Any:
+        """timm's eval transform, PIL image -> normalised tensor (C, H, W).
+
+        Args:
+            whole: The whole image instead of its centre: squashed to the input size.
+        """
+        data = {**self.data, 'crop_pct': 1.0, 'crop_mode': 'squash'} if whole else self.data
+        return create_transform(**data, is_training=False)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, shapes and values of all weights: two models agree in it only if they are the same."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.model.state_dict().items()):
+            digest.update(f'{key} {tuple(value.shape)} {value.dtype}'.encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def load_backbone(
+    name: Optional[str] = None,
+    *,
+    checkpoint: Union[str, Path, None] = None,
+    random_init: bool = False,
+    img_size: Optional[Size] = None,
+    model_kwargs: Optional[Mapping[str, Any]] = None,
+    data: Optional[Mapping[str, Any]] = None,
+    device: Union[str, torch.device] = 'cpu',
+    seed: int = 0,
+) -> Backbone:
+    """Build a model and load its weights: from a checkpoint where one is given, else the published ones.
+
+    Args:
+        name: Any name that ``timm.create_model`` takes, 'hf-hub:...' and 'local-dir:...' included. May be left out
+            where the checkpoint is one of ``train_imagenet.py``: it carries its recipe.
+        checkpoint: A run folder or checkpoint of ``train_imagenet.py`` (of averaged and raw weights, those that the
+            best epoch was measured with, else the averaged ones), or any file of weights that timm reads.
+        random_init: Use untrained weights, drawn with ``seed``. Never happens unasked.
+        img_size: Side or (H, W) of the input; by default the model's own.
+        model_kwargs: Further arguments of ``timm.create_model``.
+        data: Replaces entries of timm's data config (mean, std, interpolation, crop_pct, crop_mode).
+        device: Where the model goes.
+        seed: Seed of ``random_init``.
+
+    Raises:
+        FeatureError: An unknown name, no weights, weights that do not fit, a size that the patches do not divide.
+    """
+    if checkpoint is not None and random_init:
+        raise FeatureError('checkpoint and random_init exclude each other')
+    if name is None and checkpoint is None:
+        raise FeatureError('no model: give its name, or a checkpoint of train_imagenet.py')
+    if name is not None and ':' not in name:
+        check_model_name(name)
+    size, device = _size(img_size), pick_device(device)
+    _check_data(data)
+    state = None if checkpoint is None else _read_checkpoint(Path(checkpoint).expanduser())
+    if state is not None and 'config' in state:
+        backbone = _from_run(state, name, str(checkpoint), model_kwargs)
+    else:
+        backbone = _from_timm(name, state, str(checkpoint), random_init, size, dict(model_kwargs or {}), seed)
+    backbone.data.update(data or {})
+    if size is not None:
+        _resize(backbone, size)
+    backbone.model.eval().requires_grad_(False).to(device)
+    return backbone
+
+
+def pick_device(device: Union[str, torch.device]) -> torch.device:
+    """A device by name; 'auto' is the first CUDA device where there is one.
+
+    Raises:
+        FeatureError: No such device here.
+    """
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    try:
+        device = torch.device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        text = str(error).splitlines()[0]
+        raise FeatureError(f'device = {str(device)!r} is not available: {text}; allowed: auto, cpu, cuda') from error
+    return device
+
+
+def _size(img_size: Optional[Size]) -> Optional[tuple[int, int]]:
+    if img_size is None:
+        return None
+    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise FeatureError(f'img_size = {img_size}; allowed: a positive number, or (H, W)')
+    return size
+
+
+def _check_data(data: Optional[Mapping[str, Any]]) -> None:
+    allowed = ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+    unknown = sorted(set(data or {}) - set(allowed))
+    if unknown:
+        raise FeatureError(f'data = {unknown}; allowed keys: {", ".join(allowed)}')
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds: a run with its recipe (key 'config'), or weights alone."""
+    from ..train.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint
+    from ..train.errors import TrainError
+
+    if path.is_dir():
+        if (path / 'config.json').is_file():
+            raise FeatureError(f'{path} is a saved model: give it as the model, local-dir:{path}')
+        path = next((path / name for name in (BEST, LAST) if (path / name).is_file()), find_checkpoint(str(path), BEST))
+    if not path.is_file():
+        raise FeatureError(f'checkpoint = {str(path)!r} is no file; allowed: a run folder or a file of weights')
+    try:
+        if path.suffix != '.safetensors':
+            held = torch.load(path, map_location='cpu', weights_only=True)
+            if isinstance(held, dict) and {'format', 'config', 'state_dict'} <= held.keys():
+                return load_checkpoint(path)
+        return timm.models.load_state_dict(str(path))
+    except (TrainError, OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
+        raise FeatureError(f'checkpoint {path} cannot be read: {str(error).splitlines()[0]}') from error
+    except Exception as error:
+        if type(error).__name__ == 'SafetensorError':
+            raise FeatureError(f'checkpoint {path} cannot be read: {error}') from error
+        raise
+
+
+def _from_run(
+    state: dict[str, Any], name: Optional[str], path: str, model_kwargs: Optional[Mapping[str, Any]]
+) -> Backbone:
+    """The model of a checkpoint that this package's trainer wrote."""
+    from ..train.build import create_model
+    from ..train.config import Config
+    from ..train.data import image_rules, resolve_input
+    from ..train.errors import TrainError
+
+    if name is not None and name != state['arch']:
+        raise FeatureError(f'model = {name!r}, but {path} holds a {state["arch"]}')
+    if model_kwargs:
+        raise FeatureError(f'model_kwargs = {dict(model_kwargs)}: the recipe in {path} says how the model is built')
+    averaged = state.get('state_dict_ema')
+    best = state.get('best')
+    if best is not None and best['epoch'] == state['epoch'] and best['weights'] == 'raw':
+        averaged = None
+    try:
+        config = Config.from_dict(state['config'], source=path)
+        model = create_model(config, state['num_classes'], load_weights=False)
+        model.load_state_dict(averaged or state['state_dict'])
+        return Backbone(
+            model, state['arch'], path, resolve_input(config, model), image_rules(config), state.get('classes')
+        )
+    except (TrainError, RuntimeError) as error:
+        raise FeatureError(f'the model of {path} cannot be built: {error}') from error
+
+
+def _from_timm(
+    name: Optional[str],
+    weights: Optional[dict[str, Any]],
+    path: str,
+    random_init: bool,
+    size: Optional[tuple[int, int]],
+    kwargs: dict[str, Any],
+    seed: int,
+) -> Backbone:
+    if name is None:
+        raise FeatureError(f'{path} holds weights alone: name the model that they belong to')
+    local = ':' not in name
+    cfg = timm.models.get_pretrained_cfg(name) if local else None
+    if weights is not None:
+        head = weights.get(f'{cfg.classifier if cfg else "head"}.weight')
+        classes = 0 if head is None else head.shape[0]
+        if kwargs.setdefault('num_classes', classes) != classes:  # timm would leave the head untrained in silence
+            raise FeatureError(f'num_classes = {kwargs["num_classes"]}, but the head in {path} has {classes} classes')
+        kwargs['pretrained_cfg_overlay'] = {'state_dict': weights, 'num_classes': classes}
+    elif not random_init and local and (cfg is None or not cfg.has_weights):
+        raise FeatureError(f'{name} has no published weights: give a checkpoint, or ask for random_init')
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = timm.create_model(name, pretrained=not random_init, **kwargs)
+            if size is not None and cfg is not None and cfg.fixed_input_size and not hasattr(model, 'set_input_size'):
+                model = timm.create_model(name, pretrained=not random_init, img_size=size, **kwargs)
+    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+        given = f' (weights: {path})' if weights is not None else ''
+        raise FeatureError(f'cannot build {name}{given}: {str(error).strip()}') from error
+    data = resolve_model_data_config(model)
+    channels = getattr(model, 'in_chans', data['input_size'][0])
+    own = getattr(getattr(model, 'patch_embed', None), 'img_size', None) or data['input_size'][1:]
+    data['input_size'] = (channels, *own)
+    for key in ('mean', 'std'):  # the cfg states three channels whatever the model was built with
+        if len(data[key]) not in (1, channels):
+            data[key] = (sum(data[key]) / len(data[key]),) * channels
+    origin = path if weights is not None else 'random' if random_init else 'pretrained'
+    return Backbone(model, name, origin, data, ImageRules('L' if channels == 1 else 'RGB'))
+
+
+def _resize(backbone: Backbone, size: tuple[int, int]) -> None:
+    """Another input size: position embeddings are resampled where the model has them."""
+    model, embed = backbone.model, getattr(backbone.model, 'patch_embed', None)
+    patch = getattr(embed, 'patch_size', None)
+    if patch is not None and not getattr(embed, 'dynamic_img_pad', False):
+        patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
+        if any(side % step for side, step in zip(size, patch)):
+            raise FeatureError(f'img_size = {size} is no multiple of the {patch} patches of {backbone.name}')
+    if hasattr(model, 'set_input_size') and tuple(getattr(embed, 'img_size', None) or ()) != size:
+        try:
+            model.set_input_size(img_size=size)
+        except (AssertionError, ValueError, TypeError) as error:
+            raise FeatureError(f'{backbone.name} does not take img_size = {size}: {error}') from error
+    backbone.data['input_size'] = (backbone.data['input_size'][0], *size)

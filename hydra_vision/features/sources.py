@@ -1,0 +1,166 @@
+"""Where images come from: a folder, a text list, a tar, an open data set. Names first, pixels when asked for."""
+
+import io
+import os
+import tarfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Optional, Union
+
+from PIL import Image
+from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.utils.misc import natural_key
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from .errors import FeatureError
+
+__all__ = ['Images', 'open_images']
+
+DIGITS = {'sklearn/digits/train': True, 'sklearn/digits/test': False}
+
+
+@dataclass(frozen=True)
+class Images:
+    """A list of images in a fixed order.
+
+    Args:
+        name: What messages call the source.
+        paths: A name for each image, unique enough to find it again.
+        classes: The class of each image, None where the source has no classes.
+        load: Index -> PIL image, not decoded yet where the format allows; may raise ``train.images.READ_ERRORS``. Used
+            from loader processes, so it keeps no open file.
+    """
+
+    name: str
+    paths: Sequence[str]
+    classes: Optional[Sequence[str]]
+    load: Callable[[int], Image.Image]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def open_images(source: Union[str, os.PathLike, Images, Any]) -> Images:
+    """List the images of a source without reading them.
+
+    Args:
+        source: One of
+
+            - a folder, searched recursively; the folder that holds an image is its class (as timm's and torchvision's
+              image folders have it), unless images lie directly in the source: then there are no classes;
+            - a ``.tar`` of images, or of tars of images, with classes in the same way (a tar inside is a class);
+            - a ``.txt`` list with one path a line, optionally a tab and a class; relative paths start at the list;
+            - one image file;
+            - 'sklearn/digits/train' or 'sklearn/digits/test', the trainer's built-in images;
+            - a map-style data set of (PIL image, class index), with `classes` (names) where it has them.
+
+    Raises:
+        FeatureError: No such source, no image in it, a tar that is compressed or damaged.
+    """
+    if isinstance(source, Images):
+        return source
+    if not isinstance(source, (str, os.PathLike)):
+        return _from_dataset(source)
+    if str(source) in DIGITS:
+        from ..train.digits import Digits
+
+        return _from_dataset(Digits(train=DIGITS[str(source)]), str(source))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        images = _from_folder(path)
+    elif not path.is_file():
+        raise FeatureError(
+            f'images = {str(source)!r} is neither a folder nor a file; allowed: a folder, a .tar, a .txt list of '
+            f'paths, an image, {", ".join(DIGITS)}'
+        )
+    elif path.suffix == '.txt':
+        images = _from_list(path)
+    elif path.suffix.lower() in IMG_EXTENSIONS:
+        images = Images(str(path), [str(path)], None, lambda _: Image.open(path))
+    else:
+        images = _from_tar(path)
+    if not len(images):
+        raise FeatureError(f'{path} holds no image; file names must end in {", ".join(IMG_EXTENSIONS)}')
+    return images
+
+
+def _from_folder(folder: Path) -> Images:
+    found, _ = find_images_and_targets(str(folder), types=set(IMG_EXTENSIONS), sort=False)
+    paths = sorted((os.path.relpath(path, folder) for path, _ in found), key=lambda p: (natural_key(p), p))
+    return Images(str(folder), paths, _leaf_folders(paths), lambda i: Image.open(folder / paths[i]))
+
+
+def _from_list(file: Path) -> Images:
+    paths, classes = [], []
+    with open(file, errors='surrogateescape') as lines:
+        for line in lines:
+            path, _, label = line.rstrip('\r\n').partition('\t')
+            if path:
+                paths.append(path)
+                classes.append(label)
+    labelled = sum(map(bool, classes))
+    if 0 < labelled < len(paths):
+        raise FeatureError(f'{file}: {labelled} of {len(paths)} lines have a class; give all of them one, or none')
+    return Images(str(file), paths, classes if labelled else None, lambda i: Image.open(file.parent / paths[i]))
+
+
+@dataclass(frozen=True)
+class _Member:
+    path: str
+    offset: int  # bytes from the start of the outer file
+    size: int
+
+
+def _from_tar(file: Path) -> Images:
+    try:
+        with open(file, 'rb') as stream:
+            members = _tar_members(stream, prefix='', start=0)
+    except tarfile.TarError as error:
+        raise FeatureError(
+            f'{file} is no plain tar ({error}); a compressed one has to be unpacked first, for random access'
+        ) from error
+    members = sorted(members, key=lambda m: (natural_key(m.path), m.path))
+
+    def load(i: int) -> Image.Image:
+        with open(file, 'rb') as stream:
+            stream.seek(members[i].offset)
+            return Image.open(io.BytesIO(stream.read(members[i].size)))
+
+    paths = [member.path for member in members]
+    return Images(str(file), paths, _leaf_folders(paths), load)
+
+
+def _tar_members(stream: IO[bytes], prefix: str, start: int) -> list[_Member]:
+    """Images of a tar and of the tars inside it; reads headers only."""
+    members = []
+    with tarfile.open(fileobj=stream, mode='r:') as archive:
+        for info in archive:
+            name = prefix + info.name.removeprefix('./')
+            extension = os.path.splitext(name)[1].lower()
+            if not info.isfile():
+                continue
+            if extension == '.tar':
+                inner = archive.extractfile(info)
+                members += _tar_members(inner, prefix=name[: -len('.tar')] + '/', start=start + info.offset_data)
+            elif extension in IMG_EXTENSIONS:
+                members.append(_Member(name, start + info.offset_data, info.size))
+    return members
+
+
+def _leaf_folders(paths: Sequence[str]) -> Optional[list[str]]:
+    names = [os.path.basename(os.path.dirname(path)) for path in paths]
+    return names if all(names) else None
+
+
+def _from_dataset(dataset: Any, name: str = '') -> Images:
+    if not hasattr(dataset, '__getitem__') or not hasattr(dataset, '__len__'):
+        raise FeatureError(f'images = {type(dataset).__name__} object; allowed: a path or a map-style data set')
+    name = name or type(dataset).__name__
+    if not len(dataset):
+        raise FeatureError(f'{name} holds no image')
+    targets, names = getattr(dataset, 'targets', None), getattr(dataset, 'classes', None)
+    classes = None
+    if targets is not None:
+        classes = [str(int(t)) if names is None else str(names[int(t)]) for t in targets]
+    return Images(name, [f'{name}/{i:06d}' for i in range(len(dataset))], classes, lambda i: dataset[i][0])

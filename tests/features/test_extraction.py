@@ -1,0 +1,310 @@
+"""Extraction: the rows are the model's features, none is missing in silence, a kill costs nothing."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import timm
+import torch
+from PIL import Image
+
+from hydra_vision.features import FeatureError, extract, image_features, load_backbone, load_features, open_images
+from hydra_vision.features import extraction as module
+
+
+def by_hand(backbone, folder: Path, paths: list[str]) -> np.ndarray:
+    transform = backbone.transform()
+    x = torch.stack([transform(Image.open(folder / path).convert('RGB')) for path in paths])
+    with torch.inference_mode():
+        return backbone.model.forward_head(backbone.model.forward_features(x), pre_logits=True).numpy()
+
+
+@pytest.mark.parametrize('suffix', ['.npy', '.safetensors', '.parquet'])
+@pytest.mark.parametrize('workers', [0, 2])
+def test_rows_are_the_pooled_features(backbone, folder, tmp_path, suffix, workers):
+    if suffix == '.parquet':
+        pytest.importorskip('pyarrow')
+    out = tmp_path / f'f{suffix}'
+    features = extract(folder, out, model=backbone, batch_size=5, workers=workers)
+    assert features.array.shape == (12, 64)
+    assert features.classes == ['a'] * 4 + ['b'] * 4 + ['c'] * 4
+    assert features.paths[:2] == ['a/image0.png', 'a/image3.jpg']
+    np.testing.assert_allclose(features.array, by_hand(backbone, folder, features.paths), atol=1e-5)
+    assert sorted(path.name for path in tmp_path.glob('f.*')) == [out.name, f'{out.name}.csv', f'{out.name}.json']
+
+
+def test_other_readers_open_the_files(backbone, folder, tmp_path):
+    kwargs = dict(model=backbone, workers=0, pool='tokens', dtype='float16')
+    array = np.array(extract(folder, tmp_path / 'f.npy', **kwargs).array)
+    assert array.shape == (12, 4, 64)
+    assert array.dtype == np.float16
+    np.testing.assert_array_equal(np.load(tmp_path / 'f.npy'), array)
+    extract(folder, tmp_path / 'f.safetensors', **kwargs)
+    np.testing.assert_array_equal(safetensors.numpy.load_file(tmp_path / 'f.safetensors')['features'], array)
+
+    parquet = pytest.importorskip('pyarrow.parquet')
+    np.testing.assert_array_equal(extract(folder, tmp_path / 'f.parquet', **kwargs).array, array)
+    table = parquet.read_table(tmp_path / 'f.parquet')
+    assert table.column_names == ['path', 'class', 'features']
+    assert str(table.schema.field('features').type) == 'fixed_size_list<element: halffloat>[256]'
+    assert table['path'][3].as_py() == 'a/image9.jpg'
+    np.testing.assert_array_equal(np.array(table['features'][3].as_py(), np.float16), array[3].ravel())
+    assert json.loads(table.schema.metadata[b'hydra_vision'])['model'] == 'test_hydra_vit'
+
+
+def test_unreadable_images_are_listed_and_have_no_row(backbone, folder, tmp_path):
+    (folder / 'a' / 'image3.jpg').write_bytes(b'no image')
+    (folder / 'b' / 'image10.png').write_bytes((folder / 'b' / 'image4.png').read_bytes()[:100])
+    with pytest.raises(FeatureError, match=r'2 unreadable images, max_unreadable = 1: a/image3.jpg: Unident'):
+        extract(folder, tmp_path / 'f.npy', model=backbone, workers=0, batch_size=2, max_unreadable=1)
+    # a higher limit goes on where the lower one ended
+    started = []
+    features = extract(
+        folder, tmp_path / 'f.npy', model=backbone, workers=0, batch_size=2, on_progress=lambda *p: started.append(p)
+    )
+    assert started[0][0] > 1
+    assert len(features.array) == len(features.paths) == len(features.classes) == 10
+    assert set(features.skipped) == {'a/image3.jpg', 'b/image10.png'}
+    np.testing.assert_allclose(features.array, by_hand(backbone, folder, features.paths), atol=1e-5)
+    with open(tmp_path / 'f.npy.csv') as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row['path'] for row in rows] == list(open_images(folder).paths)
+    assert rows[1]['row'] == ''
+    assert 'UnidentifiedImageError' in rows[1]['error']
+
+
+def test_nothing_readable(backbone, tmp_path):
+    (tmp_path / 'a.png').write_bytes(b'')
+    (tmp_path / 'list.txt').write_text('a.png\ngone.png\n')
+    with pytest.raises(FeatureError, match=r'not one of 2 images could be read: a\.png'):
+        extract(tmp_path / 'list.txt', tmp_path / 'f.npy', model=backbone, workers=0)
+    assert not (tmp_path / 'f.npy').exists()
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize('suffix', ['.npy', '.safetensors', '.parquet'])
+@pytest.mark.parametrize('damage', ['none', 'rows ahead', 'lines ahead', 'torn line'])
+def test_resumes_to_the_same_file(backbone, folder, tmp_path, suffix, damage):
+    if suffix == '.parquet':
+        pytest.importorskip('pyarrow')
+    kwargs = dict(model=backbone, workers=0, batch_size=3)
+    (folder / 'b' / 'image1.jpg').write_bytes(b'no image')
+    whole, out = tmp_path / f'whole{suffix}', tmp_path / f'f{suffix}'
+    extract(folder, whole, **kwargs)
+
+    def stop(done, total):
+        if done >= 6:
+            raise Stop
+
+    with pytest.raises(Stop):
+        extract(folder, out, on_progress=stop, **kwargs)
+    with pytest.raises(FeatureError, match='is not finished'):
+        load_features(out)
+    partial, log = out.with_name(f'{out.name}.partial'), out.with_name(f'{out.name}.csv')
+    if damage == 'rows ahead':
+        partial.write_bytes(partial.read_bytes() + b'x' * 300)
+    elif damage == 'lines ahead':
+        partial.write_bytes(partial.read_bytes()[:-70])
+    elif damage == 'torn line':
+        log.write_text(log.read_text()[:-9])
+    begun = []
+    extract(folder, out, on_progress=lambda done, total: begun.append(done), **kwargs)
+    assert begun[0] == (6 if damage in ('none', 'rows ahead') else 5)
+    assert out.read_bytes() == whole.read_bytes()
+    assert log.read_text() == whole.with_name(f'{whole.name}.csv').read_text()
+    assert not partial.exists()
+    # finished: nothing is read again
+    extract(folder, out, on_progress=lambda done, total: pytest.fail('read again'), **kwargs)
+
+
+def test_killed_while_finishing(backbone, folder, tmp_path, monkeypatch):
+    kwargs = dict(model=backbone, workers=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, 'replace', lambda *_: (_ for _ in ()).throw(Stop))
+        with pytest.raises(Stop):
+            extract(folder, tmp_path / 'f.npy', **kwargs)
+    assert not (tmp_path / 'f.npy').exists()
+    assert len(extract(folder, tmp_path / 'f.npy', **kwargs).array) == 12
+
+
+@pytest.mark.slow
+def test_survives_sigkill(folder, tmp_path):
+    paths = [str(folder / path) for path in open_images(folder).paths] * 300
+    (tmp_path / 'list.txt').write_text('\n'.join(paths))
+    out = tmp_path / 'f.npy'
+    command = [sys.executable, '-m', 'hydra_vision.cli', 'extract', str(tmp_path / 'list.txt'), str(out)]
+    command += [
+        '--model',
+        'test_hydra_vit',
+        '--random-init',
+        '--img-size',
+        '32',
+        '--batch-size',
+        '4',
+        '--workers',
+        '0',
+        '--device',
+        'cpu',
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    log = tmp_path / 'f.npy.csv'
+    deadline = time.monotonic() + 60
+    while not (log.is_file() and log.stat().st_size > 1000) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    kept = log.read_text().count('\n') - 1
+    assert 0 < kept < len(paths)
+    begun = []
+    features = extract(
+        tmp_path / 'list.txt',
+        out,
+        model=load_backbone('test_hydra_vit', random_init=True, img_size=32),
+        batch_size=128,
+        on_progress=lambda done, _: begun.append(done),
+    )
+    assert begun[0] == kept
+    np.testing.assert_allclose(features.array[0::12], features.array[:1].repeat(300, 0), atol=1e-5)
+    np.testing.assert_allclose(features.array[11::12], features.array[11:12].repeat(300, 0), atol=1e-5)
+
+
+def test_other_features_are_not_overwritten(backbone, folder, tmp_path):
+    out = tmp_path / 'f.npy'
+    kwargs = dict(workers=0)
+    before = extract(folder, out, model=backbone, **kwargs)
+    content = out.read_bytes()
+    other = load_backbone('test_hydra_vit', random_init=True, img_size=32, seed=1)
+    for changed, match in (
+        (dict(model=other), 'another way \\(fingerprint'),
+        (dict(model=load_backbone('test_vit', random_init=True)), '"test_hydra_vit", now "test_vit"'),
+        (dict(model=backbone, pool='max'), 'pool "avg", now "max"'),
+        (dict(model=backbone, layers=[-1]), 'layers null, now \\[3\\]'),
+    ):
+        with pytest.raises(FeatureError, match=match):
+            extract(folder, out, **kwargs, **changed)
+    (folder / 'a' / 'image0.png').rename(folder / 'a' / 'image00.png')
+    with pytest.raises(FeatureError, match='begun with other images'):
+        extract(folder, out, model=backbone, **kwargs)
+    assert out.read_bytes() == content
+    after = extract(folder, out, model=backbone, pool='max', overwrite=True, **kwargs)
+    assert not np.allclose(after.array, np.load(out) * 0 + np.frombuffer(content[256:], np.float32).reshape(12, 64))
+    assert before.card['pool'] != after.card['pool']
+    (tmp_path / 'g.npy').write_bytes(b'mine')
+    with pytest.raises(FeatureError, match='is not of this extraction'):
+        extract(folder, tmp_path / 'g.npy', model=backbone, **kwargs)
+    assert (tmp_path / 'g.npy').read_bytes() == b'mine'
+
+
+@pytest.mark.parametrize(
+    ('changed', 'match'),
+    [
+        (dict(out='f.txt'), 'must end in .npy, .safetensors, .parquet'),
+        (dict(out='nowhere/f.npy'), 'no such folder'),
+        (dict(pool='mean'), "pool = 'mean'; allowed: avg"),
+        (dict(pool='cls'), 'has no class token'),
+        (dict(layers=[0, 4]), 'layer 4 is out of range; the model has layers 0 to 3'),
+        (dict(layers=[3, -1]), 'each one once'),
+        (dict(dtype='int8'), 'allowed: float32, float16'),
+        (dict(batch_size=0), 'batch_size = 0'),
+        (dict(amp='bf8'), 'allowed: auto, none, bf16, fp16'),
+        (dict(images='nowhere'), "'nowhere' is neither a folder nor a file"),
+        (dict(img_size=64), 'a loaded model is taken as it is'),
+    ],
+)
+def test_bad_input_before_any_work(backbone, folder, tmp_path, monkeypatch, changed, match):
+    monkeypatch.chdir(tmp_path)
+    kwargs = {'images': folder, 'out': 'f.npy', 'model': backbone, 'workers': 0, **changed}
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(FeatureError, match=match):
+        extract(kwargs.pop('images'), kwargs.pop('out'), **kwargs)
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_folder_without_permission(backbone, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(module.os, 'access', lambda *_: False)  # root, in a container, may write everywhere
+    with pytest.raises(FeatureError, match=f'no permission in {tmp_path}'):
+        extract(folder, tmp_path / 'f.npy', model=backbone)
+
+
+def test_features_that_are_not_finite_end_the_work(folder, tmp_path):
+    backbone = load_backbone('test_hydra_vit', random_init=True, img_size=32)
+    torch.nn.init.constant_(backbone.model.norm.bias, 1e6)
+    with pytest.raises(FeatureError, match='not finite in float16'):
+        extract(folder, tmp_path / 'f.npy', model=backbone, workers=0, dtype='float16')
+
+
+MODELS = ['test_hydra_vit', 'test_vit', 'test_resnet', 'swin_tiny_patch4_window7_224', 'test_efficientnet']
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_final_features_agree_with_timm(name):
+    """avg and max are what the model's own pooling gives, for tokens, NCHW and NHWC maps."""
+    size = {} if name.startswith('swin') else {'img_size': 64}
+    kwargs = {'depths': (1, 1, 1, 1)} if name.startswith('swin') else {}
+    model = load_backbone(name, random_init=True, model_kwargs={'num_classes': 0, **kwargs}, **size).model
+    x = torch.randn(2, 3, *((224, 224) if name.startswith('swin') else (64, 64)))
+    with torch.inference_mode():
+        for pool in ('avg', 'max'):
+            if name == 'test_vit':
+                expected = timm.models.vision_transformer.global_pool_nlc(model.forward_features(x), pool, 1)
+            else:
+                model.reset_classifier(0, pool)
+                expected = model(x)
+            torch.testing.assert_close(image_features(model, x, pool=pool), expected)
+        tokens, spatial = (image_features(model, x, pool=pool) for pool in ('tokens', 'none'))
+    torch.testing.assert_close(spatial.flatten(2).transpose(1, 2), tokens)
+
+
+def test_layers(backbone):
+    model, x = backbone.model, torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        last = image_features(model, x, layers=[-1])
+        torch.testing.assert_close(last, image_features(model, x))
+        both = image_features(model, x, layers=[3, 1], pool='tokens')
+        expected = model.get_intermediate_layers(x, n=[1, 3], norm=True)
+        torch.testing.assert_close(both, torch.cat(list(expected), -1))
+        vit = timm.create_model('test_vit', img_size=32).eval()
+        cls = image_features(vit, x, pool='cls', layers=[0, -1])
+        outputs = vit.get_intermediate_layers(x, n=[0, len(vit.blocks) - 1], return_prefix_tokens=True, norm=True)
+        torch.testing.assert_close(cls, torch.cat([prefix[:, 0] for _, prefix in outputs], 1))
+        resnet = timm.create_model('test_resnet').eval()
+        assert image_features(resnet, x, layers=[1, 2]).shape == (
+            2,
+            sum(f['num_chs'] for f in resnet.feature_info[1:3]),
+        )
+        with pytest.raises(FeatureError, match='different grids'):
+            image_features(resnet, x, layers=[1, 2], pool='tokens')
+
+
+def test_layers_of_a_file(backbone, folder, tmp_path):
+    both = extract(folder, tmp_path / 'f.npy', model=backbone, workers=0, layers=[-1, 0])
+    assert both.card['layers'] == [0, 3]
+    alone = extract(folder, tmp_path / 'g.npy', model=backbone, workers=0)
+    np.testing.assert_allclose(both.layer(3), alone.array, atol=1e-6)
+    with pytest.raises(FeatureError, match=r'layer 2 is not in these features; they have \[0, 3\]'):
+        both.layer(2)
+
+
+def test_damaged_files_are_errors(backbone, folder, tmp_path):
+    out = tmp_path / 'f.npy'
+    extract(folder, out, model=backbone, workers=0)
+    log = tmp_path / 'f.npy.csv'
+    log.write_text(log.read_text().replace('5,', '6,', 1))
+    with pytest.raises(FeatureError, match='rows'):
+        load_features(out)
+    log.unlink()
+    with pytest.raises(FeatureError, match=r'has no f.npy.csv beside it'):
+        load_features(out)
+    with pytest.raises(FeatureError, match='no file'):
+        load_features(tmp_path / 'h.npy')
