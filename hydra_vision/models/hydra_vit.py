@@ -42,6 +42,7 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from timm.models.vision_transformer import global_pool_nlc
 
+from ._layer_norm import BlockNorm
 from ._mixer import mixer_factory, resample_mixer_parameter
 
 try:
@@ -199,6 +200,7 @@ class HydraViT(nn.Module):
         if mlp_ratio < 0:
             raise ValueError(f'mlp_ratio = {mlp_ratio}; it must be 0 (no MLP) or positive')
         norm_layer = get_norm_layer(norm_layer) or LayerNorm
+        block_norm_layer = partial(BlockNorm, backend=backend) if norm_layer is LayerNorm else norm_layer
         act_layer = get_act_layer(act_layer) or nn.GELU
 
         self.num_classes = num_classes
@@ -282,7 +284,7 @@ class HydraViT(nn.Module):
                     mlp_ratio=mlp_ratio,
                     proj_drop=proj_drop_rate,
                     drop_path=dpr[i],
-                    norm_layer=norm_layer,
+                    norm_layer=block_norm_layer,
                     act_layer=act_layer,
                     **dd,
                 )

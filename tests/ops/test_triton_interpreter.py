@@ -1,4 +1,4 @@
-"""Runs test_triton_kernels.py in Triton's interpreter: the same kernels, on the CPU, at small sizes."""
+"""Runs the tests of the kernels in Triton's interpreter: the same kernels, on the CPU, at small sizes."""
 
 import importlib.util
 import os
@@ -12,9 +12,10 @@ import pytest
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='the package triton is not installed')
 def test_kernels_in_the_interpreter():
-    target = Path(__file__).with_name('test_triton_kernels.py')
+    names = ('test_triton_kernels.py', 'test_triton_layernorm.py')
+    targets = [str(Path(__file__).with_name(name)) for name in names]
     result = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', str(target)],
+        [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', *targets],
         env={**os.environ, 'TRITON_INTERPRET': '1', 'CUDA_VISIBLE_DEVICES': ''},
         capture_output=True,
         text=True,

@@ -56,6 +56,15 @@ def test_widest_in_other_dtypes(dtype):
     check(80, compiled(80, 196, P=128, N=128, H=4, dtype=dtype, inner=False), SLOW_SPILL_LIMIT)
 
 
+@pytest.mark.parametrize('arch', [80, 89, 90])
+def test_layer_norm(arch):
+    from hydra_vision.ops.triton.offline import compile_launch, layer_norm_launches
+
+    for D in (192, 768, 4096):
+        results = [compile_launch(launch, arch) for launch in layer_norm_launches(D)]
+        check(arch, results, spill_limit=0)
+
+
 def test_recording_needs_no_device():
     from hydra_vision.ops.triton.offline import problem_launches
 

@@ -9,10 +9,16 @@ from .inner import InnerArguments, inner_backward, inner_forward
 from .mixing import DtSource, decays, decays_backward, mix_backward, mix_forward
 from .plan import Plan, make_plan
 
-__all__ = ['HydraInner', 'QuasiseparableMix', 'mix_backward_all', 'mix_forward_all']
+__all__ = [
+    'HydraInner',
+    'QuasiseparableMix',
+    'mix_backward_all',
+    'mix_forward_all',
+    'refuse_second_derivatives',
+]
 
 
-def _refuse_second_derivatives() -> None:
+def refuse_second_derivatives() -> None:
     """Grad mode is on in a backward pass only where its own graph is wanted."""
     if torch.is_grad_enabled():
         raise RuntimeError(
@@ -35,7 +41,7 @@ class HydraInner(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         """Gradients of the nine tensors; None for the numbers."""
-        _refuse_second_derivatives()
+        refuse_second_derivatives()
         *tensors, out, y, rstd, diag = ctx.saved_tensors
         grads = inner_backward(InnerArguments(*tensors, *ctx.numbers), out, y, rstd, diag, dout)
         return *grads, *(None for _ in ctx.numbers)
@@ -132,5 +138,5 @@ class QuasiseparableMix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Optional[Tensor], ...]:
         """Gradients of the ten arguments."""
-        _refuse_second_derivatives()
+        refuse_second_derivatives()
         return mix_backward_all(dy, *ctx.saved_tensors)

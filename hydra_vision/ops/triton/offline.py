@@ -15,11 +15,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
+from . import layernorm
 from . import plan as plan_module
 from .function import mix_backward_all, mix_forward_all
 from .inner import InnerArguments, inner_backward, inner_forward
 
-__all__ = ['Compiled', 'Recorded', 'compile_launch', 'problem_launches']
+__all__ = ['Compiled', 'Recorded', 'compile_launch', 'layer_norm_launches', 'problem_launches']
 
 _TYPES = {
     torch.float32: '*fp32',
@@ -131,6 +132,15 @@ def problem_launches(
             arguments = (x, dt, dt, empty(H), bc, bc, bc, bc, empty(B, L, H), start)
             mix_backward_all(mix_forward_all(*arguments), *arguments)
     return list(dict.fromkeys(launches))
+
+
+def layer_norm_launches(D: int, dtype: torch.dtype = torch.bfloat16) -> list[Recorded]:
+    """Forward and backward of the eager LayerNorm, the same on every architecture."""
+    x, weight = torch.empty(4, 196, D, dtype=dtype, device='meta'), torch.empty(D, device='meta')
+    with recorded_launches(plan_module.ARCH_WITHOUT_DEVICE) as launches:
+        out, mean, rstd = layernorm.forward(x, weight, weight, 1e-6, dtype)
+        layernorm.backward(out, x, weight, mean, rstd)
+    return launches
 
 
 def compile_launch(launch: Recorded, arch: int) -> Compiled:
