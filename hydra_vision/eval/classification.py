@@ -17,6 +17,7 @@ def evaluate(
     amp: torch.dtype | None = None,
     channels_last: bool = False,
     on_batch: Callable[[int], None] | None = None,
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, Result]:
     """Evaluates several models (raw and averaged weights, say) in one pass over the images.
 
@@ -27,6 +28,7 @@ def evaluate(
         amp: autocast type, None for none.
         channels_last: NHWC memory format.
         on_batch: called with the number of images of every batch, for progress.
+        reduce: adds up a tensor over processes that share the images.
 
     Returns:
         For every model `top1` and `top5` in percent, `loss` (cross-entropy) and the number of `images`.
@@ -48,6 +50,8 @@ def evaluate(
             on_batch(len(targets))
     for name, model in models.items():
         model.train(was_training[name])
+    if reduce is not None:
+        sums = {name: reduce(total) for name, total in sums.items()}
     return {name: _result(*total.tolist()) for name, total in sums.items()}
 
 

@@ -2,12 +2,10 @@
 
 import os
 import pickle
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 
 from hydra_vision.train.errors import CheckpointError, first_line
@@ -89,29 +87,6 @@ def find_checkpoint(text: str, name: str) -> Path:
     """The checkpoint that a path means: that file, or the one called `name` in that run folder."""
     path = Path(text).expanduser()
     return path / name if path.is_dir() else path
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """State of every random generator that training on `device` draws from, as plain types and tensors."""
-    version, internal, gauss = random.getstate()
-    name, words, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [name, words.tolist(), int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
-
-
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Puts back what `random_state` gave; the CUDA generator only where the run was and is on CUDA."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, words, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, np.asarray(words, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -48,14 +48,16 @@ class ModelConfig:
 class DataConfig:
     """Where images come from and how they are read."""
 
-    name: str = _field("", "'' (folder or .tar), hfds/..., hfids/..., tfds/..., wds/..., torch/..., sklearn/digits")
+    name: str = _field(
+        "", "'' (folder or .tar), hfds/..., hfids/..., tfds/..., wds/..., torch/..., sklearn/digits, synthetic (noise)"
+    )
     dir: str | None = _field(None, "folder of the data set; holds train/ and val/ (or train.tar and val.tar)")
     train_split: str = _field("train", "name of the training split")
     val_split: str = _field("validation", "name of the validation split; val/ and validation/ are the same")
     class_map: str | None = _field(None, "text file with one class name a line, in index order")
     download: bool = _field(False, "let the data set's own reader download it, where it can")
-    train_samples: int | None = _field(None, "images in the training split; only streamed sets need it", low=1)
-    val_samples: int | None = _field(None, "images in the validation split; only streamed sets need it", low=1)
+    train_samples: int | None = _field(None, "images in the training split; for streamed and synthetic sets", low=1)
+    val_samples: int | None = _field(None, "images in the validation split; for streamed and synthetic sets", low=1)
     input_key: str | None = _field(None, "column of the image, for readers that have columns (null: their default)")
     target_key: str | None = _field(None, "column of the label, for readers that have columns (null: their default)")
     img_size: int | tuple[int, int] | None = _field(None, "pixels, or [height, width]; null: the model's own", low=1)
@@ -84,6 +86,7 @@ class AugmentConfig:
     ratio: tuple[float, float] = _field((0.75, 4 / 3), "aspect ratio of a random crop", above=0)
     interpolation: str = _field("random", "random, bilinear or bicubic")
     hflip: float = _field(0.5, "probability of a horizontal flip", low=0, high=1)
+    repeats: int = _field(1, "repeated augmentation: times an image comes in an epoch, of fewer images", low=1)
     vflip: float = _field(0.0, "probability of a vertical flip", low=0, high=1)
     color_jitter: float = _field(0.0, "strength of the jitter; must be 0 beside auto_augment", low=0)
     auto_augment: str | None = _field(None, "RandAugment or AutoAugment as timm writes it, e.g. rand-m9-mstd0.5-inc1")
@@ -259,20 +262,22 @@ class Config:
         data = self.data
         prefix = data.name.split("/")[0].lower()
         streamed, folder, digits = prefix in ("hfids", "tfds", "wds"), prefix == "", data.name == "sklearn/digits"
-        if prefix not in ("", "hfds", "hfids", "tfds", "wds", "torch", "sklearn"):
+        synthetic = data.name == "synthetic"
+        if prefix not in ("", "hfds", "hfids", "tfds", "wds", "torch", "sklearn") and not synthetic:
             refuse(  # timm would read data.dir as a folder, whatever the name
                 f"data.name={data.name!r} is not valid; allowed: '' (folder or .tar), hfds/..., hfids/..., tfds/..., "
-                "wds/..., torch/..., sklearn/digits"
+                "wds/..., torch/..., sklearn/digits, synthetic"
             )
         ignored = []
-        ignored += ["dir"] if digits and data.dir is not None else []
-        ignored += ["class_map"] if (digits or prefix == "torch") and data.class_map is not None else []
-        ignored += ["cache"] if data.cache != "none" and streamed else []
-        ignored += ["download"] if data.download and (folder or digits) else []
+        ignored += ["dir"] if (digits or synthetic) and data.dir is not None else []
+        ignored += ["class_map"] if (digits or synthetic or prefix == "torch") and data.class_map is not None else []
+        ignored += ["cache"] if data.cache != "none" and (streamed or synthetic) else []
+        ignored += ["download"] if data.download and (folder or digits or synthetic) else []
         for key in ("train_samples", "val_samples"):
-            ignored += [key] if getattr(data, key) is not None and not streamed else []
+            ignored += [key] if getattr(data, key) is not None and not (streamed or synthetic) else []
         for key in ("input_key", "target_key"):
-            ignored += [key] if getattr(data, key) is not None and prefix in ("", "torch", "sklearn") else []
+            columns = prefix not in ("", "torch", "sklearn", "synthetic")
+            ignored += [key] if getattr(data, key) is not None and not columns else []
         if ignored:
             refuse(f"data.{ignored[0]} has no effect for data.name={data.name!r}; leave it out")
         if prefix == "sklearn" and not digits:

@@ -2,28 +2,33 @@
 
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup, create_dataset, create_loader, resolve_data_config
 from timm.data.auto_augment import AugmentOp
 from timm.data.readers import add_img_extensions
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from hydra_vision.train.config import Config
+from hydra_vision.train.distributed import World
 from hydra_vision.train.errors import ConfigError, DataError
 from hydra_vision.train.images import ImageRules
+from hydra_vision.train.randomness import seed_from, seeded
 from hydra_vision.train.readable import ReadableDataset
+from hydra_vision.train.sampling import EvalSampler, TrainSampler
+from hydra_vision.train.synthetic import SYNTHETIC, SyntheticImages, SyntheticLoader, synthetic_length
 
 _SYNONYMS = (("train", "training"), ("val", "validation", "valid", "eval", "test"))
 DIGITS = "sklearn/digits"
+_ALONE = World()
 
 
 @dataclasses.dataclass
@@ -35,16 +40,16 @@ class Split:
     classes: list[str] | None  # None where the reader does not know them
 
 
-def open_splits(config: Config, train: bool = True) -> tuple[Split | None, Split]:
+def open_splits(config: Config, train: bool = True, world: World = _ALONE) -> tuple[Split | None, Split]:
     """Opens the training split (unless `train` is False) and the validation split and checks one against the other.
 
     Raises:
         DataError: a missing folder, an empty class, splits whose classes differ, a set that its reader refuses.
     """
-    val = _open(config, config.data.val_split, is_training=False)
+    val = _open(config, config.data.val_split, is_training=False, world=world)
     if not train:
         return None, val
-    first = _open(config, config.data.train_split, is_training=True)
+    first = _open(config, config.data.train_split, is_training=True, world=world)
     if first.classes is not None and val.classes is not None and first.classes != val.classes:
         missing = sorted(set(first.classes) - set(val.classes))
         extra = sorted(set(val.classes) - set(first.classes))
@@ -89,17 +94,42 @@ def resolve_input(config: Config, model: nn.Module) -> dict[str, Any]:
     return resolved
 
 
-def train_loader(config: Config, split: Split, num_classes: int, model: nn.Module, device: torch.device) -> Iterable:
-    """Batches of (augmented, normalised images, class indices) on `device`."""
+def train_loader(
+    config: Config, split: Split, num_classes: int, model: nn.Module, device: torch.device, world: World = _ALONE
+) -> Iterable:
+    """Batches of (augmented, normalised images, class indices) on `device`: this process's part of every step.
+
+    Raises:
+        DataError: fewer images than a batch.
+        ConfigError: settings that the transforms refuse, or that a streamed set cannot follow.
+    """
     augment, data = config.augment, config.data
+    batch_size = local_batch(config, world)
     inputs = resolve_input(config, model)
+    if config.data.name == SYNTHETIC:
+        return _synthetic_loader(config, split, num_classes, inputs["input_size"], batch_size, device, world)
     dataset = _guard(config, split, num_classes, is_training=True)
-    if not isinstance(dataset, IterableDataset) and len(dataset) < data.batch_size:
+    sampler = None
+    if isinstance(dataset, IterableDataset):
+        if augment.repeats > 1:
+            raise ConfigError(f"augment.repeats={augment.repeats} needs a set with random access; {split.name} streams")
+    elif len(dataset) < data.batch_size:
         raise DataError(f"data.batch_size={data.batch_size} is more than the {len(dataset)} images of {split.name}")
+    else:
+        sampler = TrainSampler(
+            len(dataset),
+            batch_size=batch_size,
+            rank=world.rank,
+            world=world.size,
+            seed=config.run.seed,
+            repeats=augment.repeats,
+        )
     return _create_loader(
         dataset,
+        sampler,
+        rank=world.rank,
         input_size=inputs["input_size"],
-        batch_size=data.batch_size,
+        batch_size=batch_size,
         is_training=True,
         re_prob=augment.erase_prob,
         re_mode=augment.erase_mode,
@@ -118,11 +148,25 @@ def train_loader(config: Config, split: Split, num_classes: int, model: nn.Modul
     )
 
 
-def val_loader(config: Config, split: Split, num_classes: int, model: nn.Module, device: torch.device) -> Iterable:
-    """Batches of (cropped, normalised images, class indices) on `device`; -1 marks a replaced unreadable image."""
+def val_loader(
+    config: Config, split: Split, num_classes: int, model: nn.Module, device: torch.device, world: World = _ALONE
+) -> Iterable:
+    """Batches of (cropped, normalised images, class indices) on `device`.
+
+    -1 marks an image that is not counted: in place of an unreadable one, or to fill a batch up. Of a set with random
+    access every process gets its part; a streamed set is read whole by every process, and `evaluate` shares its batches
+    out, as timm's readers would leave out or repeat images.
+    """
     inputs = resolve_input(config, model)
+    if config.data.name == SYNTHETIC:
+        batch_size = config.data.val_batch_size or local_batch(config, world)
+        return _synthetic_loader(config, split, num_classes, inputs["input_size"], batch_size, device, world)
+    dataset = _guard(config, split, num_classes, is_training=False)
+    streamed = isinstance(dataset, IterableDataset)
     return _create_loader(
-        _guard(config, split, num_classes, is_training=False),
+        dataset,
+        None if streamed else EvalSampler(len(dataset), rank=world.rank, world=world.size),
+        rank=world.rank,
         input_size=inputs["input_size"],
         batch_size=config.data.val_batch_size or config.data.batch_size,
         is_training=False,
@@ -132,6 +176,44 @@ def val_loader(config: Config, split: Split, num_classes: int, model: nn.Module,
         crop_pct=inputs["crop_pct"],
         crop_mode=inputs["crop_mode"],
         **_loader_kwargs(config, device),
+    )
+
+
+def shared_batches(loader: Iterable, world: World, lockstep: bool) -> Iterable[tuple]:
+    """What this process evaluates of a validation loader.
+
+    Args:
+        loader: of `val_loader`.
+        world: the processes.
+        lockstep: every process must run every batch (sharded models); those of others are not counted.
+    """
+    if world.size == 1 or not isinstance(loader.dataset, IterableDataset):
+        return loader
+    if not lockstep:
+        return itertools.islice(loader, world.rank, None, world.size)
+    return (
+        (images, targets if number % world.size == world.rank else torch.full_like(targets, -1))
+        for number, (images, targets) in enumerate(loader)
+    )
+
+
+def _synthetic_loader(
+    config: Config,
+    split: Split,
+    num_classes: int,
+    input_size: tuple[int, int, int],
+    batch_size: int,
+    device: torch.device,
+    world: World,
+) -> SyntheticLoader:
+    return SyntheticLoader(
+        split.dataset,
+        batch_size=batch_size,
+        world=world.size,
+        input_size=input_size,
+        num_classes=num_classes,
+        device=device,
+        seed=seed_from(config.run.seed, world.rank),
     )
 
 
@@ -151,20 +233,75 @@ def create_mixup(config: Config, num_classes: int) -> Mixup | None:
     )
 
 
-def start_epoch(config: Config, loader: Iterable, epoch: int) -> None:
-    """Fixes order and augmentation of the epoch that is about to be read: they follow from the seed and its number."""
+def epoch_batches(config: Config, loader: Iterable, epoch: int, start: int = 0) -> Iterator[tuple]:
+    """The batches of an epoch from the one numbered `start` on.
+
+    Order and augmentation follow from the seed and the epoch. A set with random access begins at once; a streamed set
+    is read from its beginning, what was used already is thrown away.
+    """
+    seed, sampler = config.run.seed, loader.sampler
     if hasattr(loader.dataset, "set_epoch"):
         loader.dataset.set_epoch(epoch)
-    if isinstance(loader.sampler, RandomSampler):
-        loader.sampler.generator.manual_seed(int(np.random.SeedSequence([config.run.seed, epoch]).generate_state(1)[0]))
+    skip = start
+    if isinstance(sampler, TrainSampler):
+        sampler.set_epoch(epoch, start)
+        skip = 0
+    if isinstance(getattr(loader, "random_erasing", None), _SeededErasing):
+        loader.random_erasing.start((seed, epoch), start - skip)
+    if isinstance(getattr(loader, "loader", None), DataLoader):  # loader processes of a streamed set are seeded by it
+        loader.loader.generator.manual_seed(seed_from(seed, epoch, loader.rank))
+    return itertools.islice(loader, skip, None)
 
 
-def _create_loader(dataset: Dataset, **kwargs: Any) -> Iterable:
-    """timm's create_loader, its assertions as our errors, its random numbers apart from everybody else's.
+def local_batch(config: Config, world: World) -> int:
+    """Images a step of one process: its share of data.batch_size.
+
+    Raises:
+        ConfigError: the processes cannot share it equally.
+    """
+    batch = config.data.batch_size
+    if batch % world.size:
+        raise ConfigError(
+            f"data.batch_size={batch} is for all processes together and cannot be shared by {world.size}; allowed: "
+            f"multiples of {world.size}"
+        )
+    if config.mixes and batch // world.size % 2:
+        raise ConfigError(
+            f"data.batch_size={batch} gives {batch // world.size} images to each of {world.size} processes; mixup and "
+            f"cutmix need an even number: multiples of {2 * world.size}"
+        )
+    return batch // world.size
+
+
+class _SeededErasing:
+    """timm's random erasing of batches on the device, its draws made to follow from epoch and batch.
+
+    The loader reads a batch ahead, so draws from the global generators would be lost with it in an interruption.
+    """
+
+    def __init__(self, erasing: Callable[[torch.Tensor], torch.Tensor], rank: int):
+        self.erasing, self.rank = erasing, rank
+        self.epoch, self.batch = (0,), 0
+
+    def start(self, epoch: tuple[int, ...], batch: int) -> None:
+        """Says which batch comes next."""
+        self.epoch, self.batch = epoch, batch
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        with seeded((*self.epoch, self.batch, self.rank), images.device):
+            images = self.erasing(images)
+        self.batch += 1
+        return images
+
+
+def _create_loader(dataset: Dataset, sampler: Sampler | None, rank: int, **kwargs: Any) -> Iterable:
+    """timm's create_loader with our sampler, its assertions as our errors, its draws apart from everybody else's.
 
     How many numbers a loader draws depends on whether its processes are alive already. Were they taken from the global
-    generator, a resumed run would drift away from one that was never interrupted.
+    generators, a resumed run would drift away from one that was never interrupted.
     """
+    if sampler is None:  # a streamed set: its loader processes start anew, and so are seeded, for every epoch
+        kwargs["persistent_workers"] = False
     try:
         loader = create_loader(dataset, **kwargs)
     except (TypeError, ValueError, KeyError, AssertionError) as error:
@@ -172,9 +309,23 @@ def _create_loader(dataset: Dataset, **kwargs: Any) -> Iterable:
     for operation in augment_operations(loader.dataset.transform):
         if operation.name.startswith("Posterize"):
             operation.aug_fn = functools.partial(_posterize, operation.aug_fn)
-    loader.loader.generator = torch.Generator()
-    if isinstance(loader.sampler, RandomSampler):
-        loader.sampler.generator = torch.Generator()
+    if loader.random_erasing is not None:
+        loader.random_erasing = _SeededErasing(loader.random_erasing, rank)
+    inner = loader.loader
+    if sampler is not None:  # timm chooses the sampler itself
+        loader.loader = inner = DataLoader(
+            dataset,
+            batch_size=inner.batch_size,
+            sampler=sampler,
+            num_workers=inner.num_workers,
+            collate_fn=inner.collate_fn,
+            pin_memory=inner.pin_memory,
+            drop_last=inner.drop_last,
+            worker_init_fn=inner.worker_init_fn,
+            persistent_workers=inner.persistent_workers,
+        )
+    inner.generator = torch.Generator()
+    loader.rank = rank
     return loader
 
 
@@ -194,7 +345,8 @@ def _posterize(posterize: Callable[..., Image.Image], image: Image.Image, bits: 
 def _loader_kwargs(config: Config, device: torch.device) -> dict[str, Any]:
     workers = config.data.workers
     if workers is None:
-        workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = max(1, min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 16))  # torchrun: processes here
     # The prefetching loader moves uint8 batches and normalises and erases them on the device.
     return {"num_workers": workers, "device": device, "use_prefetcher": True, "pin_memory": device.type == "cuda"}
 
@@ -210,7 +362,6 @@ def _guard(config: Config, split: Split, num_classes: int, is_training: bool) ->
         num_classes=num_classes,
         rules=image_rules(config),
         mask_skipped=not is_training,
-        seed=config.run.seed,
     )
     if config.data.cache == "ram":
         dataset.decode_into_memory()
@@ -226,8 +377,12 @@ def image_rules(config: Config) -> ImageRules:
     )
 
 
-def _open(config: Config, split: str, is_training: bool) -> Split:
+def _open(config: Config, split: str, is_training: bool, world: World) -> Split:
     data = config.data
+    batch_size = local_batch(config, world) if is_training else data.val_batch_size or data.batch_size
+    if data.name == SYNTHETIC:
+        samples = synthetic_length(data.train_samples if is_training else data.val_samples, data.batch_size)
+        return Split(SyntheticImages(samples), SYNTHETIC, None)
     mode = image_rules(config).mode
     if data.name == DIGITS:
         from hydra_vision.train.digits import Digits
@@ -247,7 +402,7 @@ def _open(config: Config, split: str, is_training: bool) -> Split:
     if streamed:
         kwargs["num_samples"] = data.train_samples if is_training else data.val_samples
         kwargs["seed"] = config.run.seed
-        kwargs["batch_size"] = data.batch_size if is_training else data.val_batch_size or data.batch_size
+        kwargs["batch_size"] = batch_size
     try:
         dataset = create_dataset(
             data.name,
@@ -263,6 +418,8 @@ def _open(config: Config, split: str, is_training: bool) -> Split:
         raise DataError(f"data.name={data.name!r} needs a package that is not installed: {error}") from error
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise DataError(f"cannot open {name}: {type(error).__name__}: {error}") from error
+    if streamed and not is_training:  # see val_loader
+        dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
     classes = _class_names(dataset)
     if data.name == "" and root.is_dir():
         _check_folder(root, dataset.reader.samples)

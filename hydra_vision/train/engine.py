@@ -14,7 +14,7 @@ from torch import nn
 
 from hydra_vision.eval.classification import Result, evaluate
 from hydra_vision.train import build, data, report
-from hydra_vision.train.checkpoint import BEST, LAST, random_state, save_checkpoint, set_random_state, write_text
+from hydra_vision.train.checkpoint import BEST, LAST, save_checkpoint, write_text
 from hydra_vision.train.config import Config
 from hydra_vision.train.cost import measure_cost
 from hydra_vision.train.device import configure_torch, peak_memory, place_model
@@ -29,6 +29,7 @@ from hydra_vision.train.errors import (
 from hydra_vision.train.learner import Learner
 from hydra_vision.train.log import Sink
 from hydra_vision.train.provenance import RUN
+from hydra_vision.train.randomness import random_state, set_random_state
 from hydra_vision.version import __version__
 
 _CHECK_EVERY = {"cuda": 50}  # batches between looks at the loss, 1 elsewhere: each look waits for the device
@@ -131,7 +132,6 @@ class Trainer:
     def _train_epoch(self, meter: report.Meter) -> report.Row:
         """One pass over the training set."""
         config, loader = self.config, self.train_loader
-        data.start_epoch(config, loader, self.epoch)
         if self.mixup is not None and config.augment.mix_off_epoch is not None:
             self.mixup.mixup_enabled = self.epoch < config.augment.mix_off_epoch
         check_every = _CHECK_EVERY.get(self.device.type, 1)
@@ -141,7 +141,7 @@ class Trainer:
         self.learner.task.train()
         self.learner.optimizer.zero_grad(set_to_none=True)
         with meter.phase(self.epoch, "train", total) as phase:
-            for batch, (images, targets) in enumerate(phase.read(loader)):
+            for batch, (images, targets) in enumerate(phase.read(data.epoch_batches(config, loader, self.epoch))):
                 left = total - batch // accum * accum  # a streamed set may hold more batches than it told
                 group = left if 0 < left < accum else accum  # batches of this update; fewer in the last one
                 losses.append(self._backward(images, targets, group))

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import random
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,8 @@ from torch.utils.data import Dataset, get_worker_info
 from hydra_vision.train.cache import decode_all
 from hydra_vision.train.errors import DataError
 from hydra_vision.train.images import READ_ERRORS, ImageRules
+from hydra_vision.train.randomness import seed_generators, seeded
+from hydra_vision.train.sampling import Draw
 
 
 class ReadableDataset(Dataset):
@@ -24,8 +25,8 @@ class ReadableDataset(Dataset):
     What loader processes found is kept in shared memory, so the main process sees it, and an image counts once however
     often it is met. Timm's own data set skips silently and without a limit on their number.
 
-    Also makes loader processes reproducible: each one seeds itself again for every epoch, so that a resumed run draws
-    the same augmentations as one that was never interrupted.
+    Also makes augmentation reproducible: its random numbers follow from what the sampler says of each image, so that
+    neither the number of loader processes nor an interruption changes them.
 
     Args:
         dataset: any map-style data set of (PIL image, class index).
@@ -34,7 +35,6 @@ class ReadableDataset(Dataset):
         num_classes: class indices must be below it.
         rules: how images are converted.
         mask_skipped: give the replacement the target -1, so that validation does not count an image twice.
-        seed: seed of the loader processes.
     """
 
     def __init__(
@@ -46,7 +46,6 @@ class ReadableDataset(Dataset):
         num_classes: int,
         rules: ImageRules,
         mask_skipped: bool,
-        seed: int,
     ):
         self.dataset = dataset
         self.split = split
@@ -54,20 +53,13 @@ class ReadableDataset(Dataset):
         self.num_classes = num_classes
         self.rules = rules
         self.mask_skipped = mask_skipped
-        self.seed = seed
         self.transform: Callable[[Image.Image], Any] | None = None  # set by timm's create_loader
         self._bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
         self._decoded: list[np.ndarray | None] | None = None
         self._targets: dict[int, Any] = {}
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._seeded_for = -1
 
     def __len__(self) -> int:
         return len(self.dataset)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Says which epoch is about to be read; loader processes that are kept alive see it too."""
-        self._epoch.fill_(epoch)
 
     def decode_into_memory(self) -> None:
         """Decodes every image once. Loader processes that are forked later share the arrays.
@@ -88,8 +80,8 @@ class ReadableDataset(Dataset):
 
         self._decoded = decode_all(decode, len(self), self.split)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        self._seed_worker()
+    def __getitem__(self, draw: int | Draw) -> tuple[Any, int]:
+        index, entropy, counted = draw if isinstance(draw, Draw) else Draw(draw)
         for offset in range(len(self)):
             position = (index + offset) % len(self)
             if self._bad[position]:
@@ -107,9 +99,9 @@ class ReadableDataset(Dataset):
                 f"{self.name_of(position)} of the {self.split} split has class {target}; the model has "
                 f"{self.num_classes} classes (model.num_classes)"
             )
-        if offset and self.mask_skipped:
+        if not counted or (offset and self.mask_skipped):
             target = -1
-        return image if self.transform is None else self.transform(image), target
+        return self._transformed(image, entropy), target
 
     def unreadable(self) -> list[str]:
         """Names of the images that could not be read so far."""
@@ -159,13 +151,13 @@ class ReadableDataset(Dataset):
         with stream, Image.open(stream) as image:
             return self.rules.apply(image), target
 
-    def _seed_worker(self) -> None:
-        """Seeds this loader process once an epoch; the main process has its own random state in the checkpoint."""
-        worker, epoch = get_worker_info(), int(self._epoch)
-        if worker is None or epoch == self._seeded_for:
-            return
-        self._seeded_for = epoch
-        state = np.random.SeedSequence([self.seed, epoch, worker.id]).generate_state(3)
-        random.seed(int(state[0]))
-        np.random.seed(int(state[1]))
-        torch.manual_seed(int(state[2]))
+    def _transformed(self, image: Image.Image, entropy: tuple[int, ...]) -> Any:
+        if self.transform is None:
+            return image
+        if not entropy:
+            return self.transform(image)
+        if get_worker_info() is not None:  # a loader process has its generators to itself
+            seed_generators(entropy)
+            return self.transform(image)
+        with seeded(entropy):
+            return self.transform(image)

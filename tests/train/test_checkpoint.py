@@ -12,12 +12,11 @@ from hydra_vision.train.checkpoint import (
     BEST,
     LAST,
     load_checkpoint,
-    random_state,
     save_checkpoint,
-    set_random_state,
     write_atomically,
 )
 from hydra_vision.train.errors import CheckpointError
+from hydra_vision.train.randomness import random_state, set_random_state
 
 
 class Interrupted(BaseException):

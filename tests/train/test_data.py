@@ -201,22 +201,26 @@ def test_validation_leaves_out_what_it_cannot_read(image_folder):
     assert targets.tolist() == [0, 0, 0, 1, 1, -1, 2, 2, 2]
 
 
-def test_loader_processes_draw_the_same_numbers_again_for_the_same_epoch(image_folder):
-    config = recipe(image_folder(), data={"workers": 2})
+def test_batches_follow_from_the_epoch_and_not_from_loader_processes_or_where_a_pass_begins(image_folder):
+    folder = image_folder()
     before = torch.get_rng_state()
 
-    def epochs(*numbers: int) -> list[torch.Tensor]:
+    def epochs(workers: int, *passes: tuple[int, int]) -> list[torch.Tensor]:
+        config = recipe(folder, data={"workers": workers}, augment={"erase_prob": 0.5})
         train, _ = loaders(config)
         found = []
-        for number in numbers:
-            data.start_epoch(config, train, number)
-            found.append(torch.cat([images for images, _ in train]))
+        for epoch, start in passes:
+            batches = data.epoch_batches(config, train, epoch, start)
+            found.append(torch.cat([images for images, _ in batches]))
         return found
 
-    first, second = epochs(0, 1)
+    first, second = epochs(2, (0, 0), (1, 0))
     assert not torch.equal(first, second)
-    assert torch.equal(epochs(1)[0], second)
-    assert torch.equal(torch.get_rng_state(), before)  # and take none from the training process
+    assert torch.equal(epochs(0, (1, 0))[0], second)
+    rest = epochs(2, (1, 2))[0]
+    assert 0 < len(rest) < len(second)
+    assert torch.equal(rest, second[len(second) - len(rest) :])
+    assert torch.equal(torch.get_rng_state(), before)  # and takes no number from the training process
 
 
 def test_images_decoded_into_memory_give_the_same_batches(image_folder):
@@ -225,8 +229,7 @@ def test_images_decoded_into_memory_give_the_same_batches(image_folder):
     found = []
     for cache in ("none", "ram"):
         train, val = loaders(recipe(folder, data={"cache": cache, "workers": 2}))
-        data.start_epoch(recipe(folder), train, 0)
-        found.append([*train, *val])
+        found.append([*data.epoch_batches(recipe(folder), train, 0), *val])
         assert train.dataset.unreadable() == ["red/000.png"]
     for (images, targets), (cached, cached_targets) in zip(*found, strict=True):
         assert torch.equal(images, cached)
