@@ -44,6 +44,7 @@ from timm.models.vision_transformer import global_pool_nlc
 
 from ._layer_norm import BlockNorm
 from ._mixer import mixer_factory, resample_mixer_parameter
+from .scan_order import SCAN_ORDERS, block_order, reorder
 
 try:
     from timm.models._input import update_model_input_size
@@ -51,6 +52,8 @@ except ImportError:  # timm < 1.0.31 keeps no record of a resize
     update_model_input_size = None
 
 __all__ = ['HydraViT']
+
+torch.fx.wrap('reorder')  # one node: its index depends on sizes that a tracer does not know
 
 _POOLS = ('', 'avg', 'avgmax', 'max', 'token')
 _TOKEN_POSITIONS = ('first', 'middle', 'last')
@@ -135,6 +138,7 @@ class HydraViT(nn.Module):
         pos_embed: Literal['none', 'learn'] = 'none',
         class_token: bool = False,
         class_token_position: Literal['first', 'middle', 'last'] = 'first',
+        scan_order: Literal['row', 'column', 'alternate', 'snake', 'hilbert'] = 'row',
         dynamic_img_size: bool = False,
         dynamic_img_pad: bool = False,
         drop_rate: float = 0.0,
@@ -178,6 +182,8 @@ class HydraViT(nn.Module):
             class_token: Use class token.
             class_token_position: Where in the sequence the class token stands while the blocks run. Outputs always
                 have it first.
+            scan_order: Order of the patches while the blocks run: 'row' (the paper), 'column', 'alternate' (rows in
+                even blocks, columns in odd ones), 'snake' or 'hilbert'. Position embedding and outputs are by rows.
             dynamic_img_size: Accept any image size that the patch size divides.
             dynamic_img_pad: Pad images that the patch size does not divide (with dynamic_img_size).
             drop_rate: Head dropout rate.
@@ -193,6 +199,9 @@ class HydraViT(nn.Module):
         _check_choice('global_pool', global_pool, _POOLS)
         _check_choice('pos_embed', pos_embed, ('none', 'learn'))
         _check_choice('class_token_position', class_token_position, _TOKEN_POSITIONS)
+        _check_choice('scan_order', scan_order, SCAN_ORDERS)
+        if scan_order == 'alternate' and patch_drop_rate > 0:
+            raise ValueError("scan_order = 'alternate' needs the whole grid in each block; set patch_drop_rate=0")
         if global_pool == 'token' and not class_token:
             raise ValueError("global_pool = 'token' needs class_token=True")
         if depth < 1 or embed_dim < 1:
@@ -211,6 +220,7 @@ class HydraViT(nn.Module):
         self.num_reg_tokens = 0
         self.has_class_token = class_token
         self.class_token_position = class_token_position
+        self.scan_order = scan_order
         self.no_embed_class = True  # the position embedding covers patches only
         self.dynamic_img_size = dynamic_img_size
         self.grad_checkpointing = False
@@ -291,6 +301,11 @@ class HydraViT(nn.Module):
                 for i in range(depth)
             ]
         )
+        if scan_order != 'row' and dynamic_img_size and self.blocks[0].takes_grid:
+            raise ValueError(
+                f'scan_order = {scan_order!r}: parameters a patch of the mixer {mixer!r} are carried to another grid '
+                'by rows; set dynamic_img_size=False'
+            )
         self.feature_info = [dict(module=f'blocks.{i}', num_chs=embed_dim, reduction=reduction) for i in range(depth)]
         self.norm = norm_layer(embed_dim, **dd)
 
@@ -385,6 +400,10 @@ class HydraViT(nn.Module):
             img_size: New input resolution, if None current resolution is used.
             patch_size: New patch size, if None existing patch size is used.
         """
+        if self.scan_order != 'row' and self.blocks[0].takes_grid:
+            raise ValueError(
+                f"scan_order = {self.scan_order!r}: this mixer's parameters a patch are carried to another grid by rows"
+            )
         prev_grid_size = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
         if self.pos_embed is not None and self.patch_embed.grid_size != prev_grid_size:
@@ -414,8 +433,15 @@ class HydraViT(nn.Module):
             return x.shape[1], x.shape[2]
         return None
 
+    def _whole_grid(self, grid: Optional[Tuple[int, int]]) -> Tuple[int, int]:
+        """What `_grid` returned, or the model's own grid."""
+        if grid is not None:
+            return grid
+        return self.patch_embed.dynamic_feat_size(self.patch_embed.img_size)
+
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
-        """Patches to tokens in scan order, with position embedding and class token where the model has them."""
+        """Patches to tokens in scan order (the first block's), with position embedding and class token."""
+        grid = self._grid(x)
         if self.dynamic_img_size:
             B, H, W, C = x.shape
             if self.pos_embed is not None:
@@ -430,7 +456,11 @@ class HydraViT(nn.Module):
                 x = x.reshape(B, -1, C)
         elif self.pos_embed is not None:
             x = x + self.pos_embed
-        x = self.patch_drop(self.pos_drop(x))
+        x = self.pos_drop(x)
+        if self.scan_order != 'row':
+            height, width = self._whole_grid(grid)
+            x = reorder(x, height, width, 'row', block_order(self.scan_order, 0), -1)
+        x = self.patch_drop(x)
         if self.cls_token is not None:
             cls_token = self.cls_token.expand(x.shape[0], -1, -1)
             if self.class_token_position == 'first':
@@ -444,11 +474,35 @@ class HydraViT(nn.Module):
         # residual of every block would be.
         return x.contiguous()
 
-    def _class_token_first(self, x: torch.Tensor) -> torch.Tensor:
-        """Scan order to output order: the class token in front of the patches."""
+    def _class_index(self, length: int) -> int:
+        """Where the class token stands in a sequence of this length while the blocks run; -1 without one."""
+        if self.cls_token is None:
+            return -1
+        if self.class_token_position == 'first':
+            return 0
+        return length - 1 if self.class_token_position == 'last' else (length - 1) // 2
+
+    def _next_order(self, x: torch.Tensor, block: int, grid: Optional[Tuple[int, int]]) -> torch.Tensor:
+        """From the scan order of the block before to that of this one, where orders alternate."""
+        if self.scan_order == 'alternate' and block > 0:
+            before, now = block_order(self.scan_order, block - 1), block_order(self.scan_order, block)
+            H, W = self._whole_grid(grid)
+            x = reorder(x, H, W, before, now, self._class_index(x.shape[1]))
+        return x
+
+    def _output_order(self, x: torch.Tensor, block: int, grid: Optional[Tuple[int, int]]) -> torch.Tensor:
+        """Scan order of a block to output order: the class token, then the patches by rows.
+
+        Where patches were dropped, no grid is left: they stay in scan order.
+        """
+        dropped = self.training and not isinstance(self.patch_drop, nn.Identity)
+        if self.scan_order != 'row' and not dropped:
+            order = block_order(self.scan_order, block)
+            H, W = self._whole_grid(grid)
+            x = reorder(x, H, W, order, 'row', self._class_index(x.shape[1]))
+        position = self._class_index(x.shape[1])
         if self.cls_token is None or self.class_token_position == 'first':
             return x
-        position = x.shape[1] - 1 if self.class_token_position == 'last' else (x.shape[1] - 1) // 2
         return torch.cat([x[:, position : position + 1], x[:, :position], x[:, position + 1 :]], dim=1)
 
     @torch.jit.ignore
@@ -464,7 +518,7 @@ class HydraViT(nn.Module):
             (L,) Position of each prefix token, then of each patch in raster order.
         """
         length = self.num_prefix_tokens + height * width
-        return self._class_token_first(torch.arange(length)[None, :, None])[0, :, 0]
+        return self._output_order(torch.arange(length)[None, :, None], block, (height, width))[0, :, 0]
 
     def forward_intermediates(
         self,
@@ -501,7 +555,7 @@ class HydraViT(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
 
         # forward pass
-        B, _, height, width = x.shape
+        B = x.shape[0]
         x = self.patch_embed(x)
         grid = self._grid(x)
         x = self._pos_embed(x)
@@ -512,13 +566,16 @@ class HydraViT(nn.Module):
         else:
             blocks = self.blocks[: max_index + 1]
         for i, blk in enumerate(blocks):
+            x = self._next_order(x, i, grid)
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(blk, x, grid)
             else:
                 x = blk(x, grid)
             if i in take_indices:
                 # normalize intermediates with final norm layer if enabled
-                intermediates.append(self._class_token_first(self.norm(x) if norm else x))
+                intermediates.append(self._output_order(self.norm(x) if norm else x, i, grid))
+
+        last = len(blocks) - 1
 
         # process intermediates
         if self.num_prefix_tokens:
@@ -530,7 +587,7 @@ class HydraViT(nn.Module):
 
         if reshape:
             # reshape to BCHW output format
-            H, W = self.patch_embed.dynamic_feat_size((height, width))
+            H, W = self._whole_grid(grid)
             intermediates = [y.reshape(B, H, W, -1).permute(0, 3, 1, 2).contiguous() for y in intermediates]
 
         # For dictionary output, handle prefix tokens separately
@@ -542,7 +599,7 @@ class HydraViT(nn.Module):
                 result_dict['image_intermediates_prefix'] = prefix_tokens
             # Only include features if not intermediates_only
             if not intermediates_only:
-                result_dict['image_features'] = self._class_token_first(self.norm(x))
+                result_dict['image_features'] = self._output_order(self.norm(x), last, grid)
             return result_dict
 
         # For non-dictionary output, maintain the original behavior
@@ -553,7 +610,7 @@ class HydraViT(nn.Module):
         if intermediates_only:
             return intermediates
 
-        x = self._class_token_first(self.norm(x))
+        x = self._output_order(self.norm(x), last, grid)
 
         return x, intermediates
 
@@ -619,12 +676,13 @@ class HydraViT(nn.Module):
         grid = self._grid(x)
         x = self._pos_embed(x)
         x = self.norm_pre(x)
-        for blk in self.blocks:
+        for i, blk in enumerate(self.blocks):
+            x = self._next_order(x, i, grid)
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(blk, x, grid)
             else:
                 x = blk(x, grid)
-        return self._class_token_first(self.norm(x))
+        return self._output_order(self.norm(x), len(self.blocks) - 1, grid)
 
     def pool(self, x: torch.Tensor, pool_type: Optional[str] = None) -> torch.Tensor:
         """Apply pooling to feature tokens.
@@ -695,7 +753,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: HydraViT) -> Dict[st
             and math.isqrt(v.shape[1]) ** 2 == v.shape[1]  # the sides of another grid than a square are not known
         ):
             v = resample_abs_pos_embed(v, new_size=model.patch_embed.grid_size, num_prefix_tokens=0, verbose=True)
-        elif '.mixer.' in k:
+        elif '.mixer.' in k and model.scan_order == 'row':  # resampled by rows; else loading names the size mismatch
             v = resample_mixer_parameter(k, v, model)
         out_dict[k] = v
     return out_dict

@@ -99,11 +99,11 @@ def mixing_matrices(
     if not mixers:
         raise ValueError(f'{type(model).__name__} has no mixer with a matrix(u) method')
     wanted = [_index('block', block, len(mixers)) for block in (range(len(mixers)) if blocks is None else blocks)]
-    inputs: dict[int, Tensor] = {}
+    inputs: dict[int, tuple] = {}  # tokens, and the grid where the mixer needs it
 
     def keep(index: int):
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs[index] = args[0]
+        def hook(module: nn.Module, args: tuple) -> None:
+            inputs[index] = args
 
         return hook
 
@@ -117,7 +117,7 @@ def mixing_matrices(
     results = {}
     for index in set(wanted):
         name, mixer = mixers[index]
-        matrix = mixer.matrix(inputs.pop(index))[0]
+        matrix = mixer.matrix(*inputs.pop(index))[0]
         if heads is not None:
             matrix = matrix[[_index('head', head, matrix.shape[0]) for head in heads]]
         order = _token_order(model, index, matrix.shape[-1], grid)

@@ -54,6 +54,18 @@ def test_patches_are_found_beside_a_class_token(position):
     assert torch.equal(block.row(2, 1), expected)
 
 
+@pytest.mark.parametrize('mixer', ['toeplitz', 'attention', 'vit_attention'])
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_other_mixers(mixer, dynamic):
+    kwargs = {} if mixer == 'vit_attention' else {'mixer_kwargs': {'data_dependent': False}}
+    model = tiny(mixer=mixer, dynamic_img_size=dynamic, **kwargs)
+    size = (48, 80) if dynamic else (64, 96)
+    block = mixing_matrices(model, torch.randn(1, 3, *size), blocks=[1])[0]
+    assert block.grid == (size[0] // 16, size[1] // 16)
+    if 'attention' in mixer:
+        torch.testing.assert_close(block.row(1, 1).sum((1, 2)), torch.ones(len(block.matrix)))
+
+
 def test_heads_are_chosen_and_the_model_is_left_as_it_was():
     model, image = tiny(expand=4), torch.randn(1, 3, 64, 96)
     (every,) = mixing_matrices(model, image, blocks=[1])
