@@ -141,6 +141,12 @@ def _train(argv: list[str]) -> int:
     return train(argv, prog=f'{PROG} train')
 
 
+def _compare_runs(argv: list[str]) -> int:
+    from .train.compare import main as compare
+
+    return compare(argv, prog=f'{PROG} compare-runs')
+
+
 def _bench(argv: list[str]) -> int:
     from .bench.main import main as bench
 
@@ -175,6 +181,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     'env': (_env, 'Versions, devices, backends and the default that runs on each device.'),
     'models': (_models, 'The registered Hydra models: parameters, GMACs, input size, weights.'),
     'train': (_train, 'Train, resume or validate; without arguments on a small built-in data set.'),
+    'compare-runs': (_compare_runs, 'Put finished training runs side by side: table and curves.'),
     'bench': (_bench, 'Time models, or the operator alone, against their peers.'),
     'show-matrix': (_show_matrix, 'Draw the mixing matrices of a block on an image, and where one patch looks.'),
     'extract': (_extract, 'Write features of images to .npy, .safetensors or .parquet.'),

@@ -59,6 +59,11 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
         "--resume", metavar="auto|PATH", help="continue from a checkpoint; auto: the last one of the run folder, if any"
     )
     parser.add_argument("--validate", metavar="CHECKPOINT", help="evaluate a checkpoint (or the best one of a folder)")
+    measure = parser.add_mutually_exclusive_group()
+    measure.add_argument("--dry-run", action="store_true", help="train a few updates, print what the run would take")
+    measure.add_argument(
+        "--bench-data", action="store_true", help="measure the loader and the device, each alone: which is the limit"
+    )
     parser.add_argument("--json", action="store_true", help="with --validate: print the result as JSON")
     parser.add_argument("--set", action=_Override, metavar="KEY=VALUE", help="set any field, e.g. optim.lr=5e-4")
     parser.add_argument("--print-config", action="store_true", help="print the recipe after all overrides, and stop")
@@ -76,6 +81,8 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
         raise ConfigError(f"unexpected argument {word!r} (see {prog} --help)")
     if arguments.json and not arguments.validate:
         raise ConfigError("--json goes with --validate")
+    if (arguments.dry_run or arguments.bench_data) and (arguments.validate or arguments.output):
+        raise ConfigError("--dry-run and --bench-data write and validate nothing: leave out --output and --validate")
     if arguments.validate and (arguments.resume or arguments.output):
         raise ConfigError("--validate writes nothing and resumes nothing: leave out --resume and --output")
     return arguments

@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.print_config:
         console.print(config.to_yaml(comments=True), soft_wrap=True, end="")
         return 0
+    if arguments.dry_run or arguments.bench_data:
+        return _measure(arguments, config, state, console)
     folder = _run_folder(arguments.output, checkpoint, Path(recipe).stem)
     if state is not None:
         _tell_changes(state["config"], config.to_dict(), console)
@@ -100,6 +103,16 @@ def _train(
             shutil.rmtree(folder, ignore_errors=True)  # nothing was started: leave no empty run behind
         raise
     trainer.run()
+    return 0
+
+
+def _measure(arguments: argparse.Namespace, config: Config, state: dict[str, Any] | None, console: Console) -> int:
+    from hydra_vision.train.engine import Trainer
+    from hydra_vision.train.measure import bench_data, dry_run
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(config, Path(folder), console, state)
+        (dry_run if arguments.dry_run else bench_data)(trainer)
     return 0
 
 

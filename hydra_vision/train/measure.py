@@ -1,0 +1,130 @@
+"""Short measurements of a recipe that leave nothing behind: `--dry-run` and `--bench-data`."""
+
+import itertools
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hydra_vision.train.cost import estimate
+from hydra_vision.train.device import peak_memory
+from hydra_vision.train.report import print_table
+
+if TYPE_CHECKING:
+    from hydra_vision.train.engine import Trainer
+
+_SECONDS = 10.0  # that the loader, and after it the device, is measured for
+_WARM_UP, _TIMED = 1, 2  # updates of a dry run
+
+
+def dry_run(trainer: "Trainer") -> None:
+    """Trains a few updates and prints what the whole run would take, from their pace and that of one validation batch.
+
+    Args:
+        trainer: newly built; its weights are of no use afterwards.
+    """
+    config, device = trainer.config, trainer.device
+    accum = config.optim.accum_steps
+    batches = itertools.chain.from_iterable(itertools.repeat(trainer.train_loader))
+    _train(trainer, itertools.islice(batches, _WARM_UP * accum), accum)
+    started = _now(device)
+    images = _train(trainer, itertools.islice(batches, _TIMED * accum), accum)
+    rate = images / (_now(device) - started)
+    val_rate = _validation_rate(trainer)
+    devices = getattr(trainer, "world_size", 1)
+    train_images = len(trainer.train_loader) * config.data.batch_size
+    validations = math.ceil(trainer.epochs / config.run.validate_every)
+    training = trainer.epochs * train_images / rate
+    validating = validations * len(trainer.val_loader.dataset) / val_rate
+    kind = "GPU" if device.type == "cuda" else "processor"
+    mfu, memory = trainer.cost.mfu(rate * devices), peak_memory(device)
+    rows = [
+        ["training", f"{rate:.0f} images/s a process, measured over {_TIMED} updates of {images // _TIMED} images"],
+        ["validation", f"{val_rate:.0f} images/s a process, measured over one batch"],
+        ["MFU", trainer.cost.describe(device) if mfu is None else f"{100 * mfu:.1f} %"],
+        ["peak memory", "not measured on the CPU" if memory is None else f"{memory:.2f} GiB"],
+        ["whole run", f"{trainer.epochs} epochs, {validations} validations, {devices} process(es)"],
+        ["estimate", estimate(training + validating, devices, kind)],
+        ["of it validation", f"{100 * validating / (training + validating):.0f} %"],
+    ]
+    print_table(trainer.console, f"dry run of {config.model.name}: nothing was written", ["", "value"], rows)
+
+
+def bench_data(trainer: "Trainer") -> None:
+    """Measures the loader without the model, then the model without the loader, and prints which one is the limit.
+
+    Args:
+        trainer: newly built; its weights are of no use afterwards.
+    """
+    device, loader = trainer.device, trainer.train_loader
+    workers = getattr(getattr(loader, "loader", loader), "num_workers", 0)
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    batch = next(batches)  # starts the processes
+    loaded, started = 0, _now(device)
+    while (seconds := time.monotonic() - started) < _SECONDS:
+        batch = next(batches)
+        loaded += len(batch[0])
+    loader_rate = loaded / seconds
+    del batches
+    accum = trainer.config.optim.accum_steps
+    _train(trainer, itertools.repeat(batch, 2 * accum), accum)
+    trained, started = 0, _now(device)
+    while (seconds := _now(device) - started) < _SECONDS:
+        trained += _train(trainer, itertools.repeat(batch, 4 * accum), accum)
+    device_rate = trained / seconds
+    memory = peak_memory(device)
+    rows = [
+        [f"loader alone, {workers} processes", f"{loader_rate:.0f}", ""],
+        [f"training step alone on {device}", f"{device_rate:.0f}", "" if memory is None else f"{memory:.2f}"],
+    ]
+    print_table(trainer.console, f"{trainer.config.model.name}: loader against device", ["", "img/s", "GiB"], rows)
+    trainer.console.print(_verdict(loader_rate, device_rate, workers), highlight=False, soft_wrap=True)
+
+
+def _verdict(loader_rate: float, device_rate: float, workers: int) -> str:
+    """Which one is the limit, in words."""
+    if loader_rate > 1.1 * device_rate:
+        return f"the device is the limit: the loader is {loader_rate / device_rate:.1f} times as fast"
+    needed = math.ceil(1.1 * device_rate / loader_rate * max(workers, 1))
+    return (
+        f"the loader is the limit: {100 * loader_rate / device_rate:.0f} % of what the device takes; about {needed} "
+        f"processes (--workers) would be enough if there are cores for them. data.cache=ram, smaller image files or a "
+        f"lighter augmentation cost less each"
+    )
+
+
+def _train(trainer: "Trainer", batches: Any, accum: int) -> int:
+    """Trains on batches, an update every `accum` of them; the number of images."""
+    trainer.learner.task.train()
+    images = 0
+    for index, (inputs, targets) in enumerate(batches):
+        # A copy: mixing changes its input, and here a batch may come again.
+        trainer._backward(inputs.clone(), targets, accum)
+        images += len(inputs)
+        if (index + 1) % accum == 0:
+            trainer.learner.update()
+    return images
+
+
+def _validation_rate(trainer: "Trainer") -> float:
+    """Images a second of validation, raw and averaged weights together, from the second of two runs over a batch."""
+    models = [trainer.learner.forward] + ([] if trainer.learner.forward_ema is None else [trainer.learner.forward_ema])
+    images, _ = next(iter(trainer.val_loader))
+    amp = trainer.amp
+    for model in models:
+        model.eval()
+    for _ in range(2):
+        started = _now(trainer.device)
+        with torch.no_grad(), torch.autocast(trainer.device.type, dtype=amp, enabled=amp is not None):
+            for model in models:
+                model(images)
+        seconds = _now(trainer.device) - started
+    return len(images) / seconds
+
+
+def _now(device: torch.device) -> float:
+    """The time when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()

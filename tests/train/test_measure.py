@@ -1,0 +1,38 @@
+import pytest
+
+from hydra_vision.train import measure
+
+
+def test_a_dry_run_prints_the_cost_and_writes_nothing(tiny, run, tmp_path):
+    code, out, error = run(*tiny, "--dry-run")
+    assert code == 0, error
+    for text in ("2 updates of 8 images", "3 epochs, 3 validations", "processor hours", "nothing was written"):
+        assert text in " ".join(out.replace("│", " ").split()), out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_takes_accumulated_batches_for_one_update(tiny, run):
+    _, out, _ = run(*tiny, "--dry-run", "--accum-steps", 2, "--set", "augment.mixup=0.5")
+    assert "2 updates of 16 images" in " ".join(out.replace("│", " ").split())
+
+
+def test_the_data_benchmark_says_which_one_is_the_limit(tiny, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "_SECONDS", 0.3)
+    code, out, error = run(*tiny, "--bench-data", "--workers", 1)
+    assert code == 0, error
+    assert "loader alone, 1 process" in out
+    assert "the device is the limit" in out or "the loader is the limit" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("loader", "device", "text"),
+    [(300.0, 100.0, "the device is the limit: the loader is 3.0 times as fast"), (100.0, 400.0, "about 9 processes")],
+)
+def test_the_verdict(loader, device, text):
+    assert text in measure._verdict(loader, device, workers=2)
+
+
+def test_measurements_take_no_output_folder(fails):
+    assert "leave out --output" in fails("--dry-run", "--output", "x", code=2)
+    assert "not allowed with" in fails("--dry-run", "--bench-data", code=2)
