@@ -6,33 +6,22 @@ from typing import Optional
 
 import torch
 
-from .models import Result
+from .models import Case, Result
+from .operators import OperatorResult
+from .peers import PEERS
+from .timing import Timing
 
-__all__ = ['Goal', 'Verdict', 'check_goals']
+__all__ = ['GOALS', 'Goal', 'OperatorGoal', 'Verdict', 'check_goals', 'check_operator_goals', 'goal_cases']
 
 
 @dataclass(frozen=True)
-class Goal:
-    """``value(hydra) / value(other)`` against a limit.
-
-    ``other`` is the same model at ``base_size`` where that is given, else the peer at the same size.
-    """
+class Limit:
+    """What a ratio must not exceed, or must reach."""
 
     title: str
-    model: str
-    img_size: int
-    batch: int
     limit: float
-    at_most: bool
+    at_most: bool = False
     strict: bool = False
-    peer: Optional[str] = None
-    base_size: Optional[int] = None
-    base_batch: Optional[int] = None
-    quantity: str = 'time'  # 'time' an image, 'token time', 'speed' in images/s, 'memory' at its peak
-    device: str = 'cuda'
-    mode: str = 'infer'
-    compiled: bool = True
-    dtype: torch.dtype = torch.bfloat16
 
     @property
     def sign(self) -> str:
@@ -46,12 +35,51 @@ class Goal:
         return (value < self.limit) == self.at_most
 
 
+@dataclass(frozen=True, kw_only=True)
+class Goal(Limit):
+    """``value(hydra) / value(other)`` against a limit.
+
+    ``other`` is the same model at ``base_size`` where that is given, else the peer at the same size.
+    """
+
+    model: str
+    img_size: int
+    batch: int
+    peer: Optional[str] = None
+    base_size: Optional[int] = None
+    base_batch: Optional[int] = None
+    quantity: str = 'time'  # 'time' an image, 'token time', 'speed' in images/s, 'memory' at its peak
+    device: str = 'cuda'
+    mode: str = 'infer'
+    compiled: bool = True
+    dtype: torch.dtype = torch.bfloat16
+
+    def cases(self) -> tuple[Case, Case]:
+        """The two rows that it compares."""
+        how = {'mode': self.mode, 'compiled': self.compiled, 'dtype': self.dtype}
+        ours = Case(self.model, self.img_size, self.batch, backend='auto', **how)
+        if self.base_size is not None:
+            return ours, Case(self.model, self.base_size, self.base_batch, backend='auto', **how)
+        return ours, Case(self.peer, self.img_size, self.batch, **how)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorGoal(Limit):
+    """Time of the better peer over that of the backend 'triton', bfloat16, H 24, P 64, N 64."""
+
+    batch: int
+    length: int
+    mode: str
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """A goal and the ratio that was measured."""
+    """A goal and the ratio that was measured; its lowest and highest value over rounds measured in turns."""
 
-    goal: Goal
+    goal: Limit
     value: float
+    lowest: Optional[float] = None
+    highest: Optional[float] = None
 
     @property
     def met(self) -> bool:
@@ -60,7 +88,8 @@ class Verdict:
 
 def _cpu(title: str, img_size: int, batch: int, limit: float, **kwargs) -> Goal:
     settings = {'device': 'cpu', 'compiled': False, 'dtype': torch.float32, 'at_most': True}
-    return Goal(title, 'hydra_vit_tiny', img_size, batch, limit, **settings, **kwargs)
+    where = {'model': 'hydra_vit_tiny', 'img_size': img_size, 'batch': batch}
+    return Goal(title, limit, **where, **settings, **kwargs)
 
 
 def _base_against_vit() -> list[Goal]:
@@ -71,12 +100,12 @@ def _base_against_vit() -> list[Goal]:
         where = dict(**pair, img_size=img_size, batch=batch)
         for mode in ('infer', 'train'):
             title = f'images/s, {mode}, hydra_vit_base / vit_base, {img_size} px'
-            goals.append(Goal(title, **where, limit=speed, at_most=False, quantity='speed', mode=mode))
+            goals.append(Goal(title, speed, **where, quantity='speed', mode=mode))
         title = f'peak memory, train, hydra_vit_base / vit_base, {img_size} px'
-        goals.append(Goal(title, **where, limit=memory, at_most=True, quantity='memory', mode='train'))
-    where = dict(**pair, img_size=224, batch=256, limit=0.8, at_most=False, quantity='speed', compiled=False)
+        goals.append(Goal(title, memory, at_most=True, **where, quantity='memory', mode='train'))
+    where = dict(**pair, img_size=224, batch=256, quantity='speed', compiled=False)
     for mode in ('infer', 'train'):
-        goals.append(Goal(f'images/s, {mode}, eager, hydra_vit_base / vit_base, 224 px', mode=mode, **where))
+        goals.append(Goal(f'images/s, {mode}, eager, hydra_vit_base / vit_base, 224 px', 0.8, mode=mode, **where))
     return goals
 
 
@@ -86,16 +115,17 @@ def _smaller_against_deit() -> list[Goal]:
         pair = {'model': f'hydra_vit_{size}', 'peer': f'deit_{size}_patch16_224', 'img_size': 224, 'batch': 256}
         for mode in ('infer', 'train'):
             title = f'images/s, {mode}, hydra_vit_{size} / deit_{size}, 224 px'
-            goals.append(Goal(title, **pair, limit=0.8, at_most=False, quantity='speed', mode=mode))
+            goals.append(Goal(title, 0.8, **pair, quantity='speed', mode=mode))
     return goals
 
 
 def _linear_in_tokens() -> list[Goal]:
-    where = {'model': 'hydra_vit_base', 'img_size': 2048, 'batch': 4, 'base_size': 224, 'base_batch': 256}
     goals = []
-    for mode in ('infer', 'train'):
-        title = f'time a token, {mode}, hydra_vit_base at 2048 px / at 224 px'
-        goals.append(Goal(title, **where, limit=1.15, at_most=True, quantity='token time', mode=mode))
+    for img_size, batch in ((512, 64), (1024, 16), (2048, 4)):
+        where = {'model': 'hydra_vit_base', 'img_size': img_size, 'batch': batch, 'base_size': 224, 'base_batch': 256}
+        for mode in ('infer', 'train'):
+            title = f'time a token, {mode}, hydra_vit_base at {img_size} px / at 224 px'
+            goals.append(Goal(title, 1.15, at_most=True, **where, quantity='token time', mode=mode))
     return goals
 
 
@@ -116,31 +146,62 @@ GOALS: tuple[Goal, ...] = (
 )
 
 
+OPERATOR_GOALS: tuple[OperatorGoal, ...] = tuple(
+    OperatorGoal(
+        f"quasiseparable_mix, {passes}, better peer's time / ours, B {batch}, L {length}",
+        4.0,
+        batch=batch,
+        length=length,
+        mode=mode,
+    )
+    for batch, length in ((256, 196), (49, 1024))
+    for mode, passes in (('infer', 'forward'), ('train', 'forward+backward'))
+)
+
+
+def goal_cases(device: torch.device) -> list[Case]:
+    """Every row that a goal for this device compares, once."""
+    return list(dict.fromkeys(case for goal in GOALS if goal.device == device.type for case in goal.cases()))
+
+
 def check_goals(results: Sequence[Result], device: torch.device) -> list[Verdict]:
     """Verdicts on the goals whose rows this run has. The Hydra model counts with the backend it runs by default."""
     verdicts = []
+    by_case = {result.case: result for result in results}
     for goal in GOALS:
         if goal.device != device.type:
             continue
-        ours = _find(results, goal, goal.model, goal.img_size, goal.batch)
-        if goal.base_size is None:
-            other = _find(results, goal, goal.peer, goal.img_size, goal.batch)
-        else:
-            other = _find(results, goal, goal.model, goal.base_size, goal.base_batch)
+        ours, other = (by_case.get(case) for case in goal.cases())
         values = [None if result is None else _quantity(result, goal.quantity) for result in (ours, other)]
-        if None not in values:
-            verdicts.append(Verdict(goal, values[0] / values[1]))
+        if None in values:
+            continue
+        together = goal.quantity in ('time', 'speed') and goal.base_size is None
+        rounds = _ratios(ours.timing, other.timing, goal.quantity == 'speed') if together else None
+        verdicts.append(Verdict(goal, values[0] / values[1], *rounds or ()))
     return verdicts
 
 
-def _find(results: Sequence[Result], goal: Goal, model: str, img_size: int, batch: int) -> Optional[Result]:
-    for result in results:
-        case = result.case
-        same_place = (case.model, case.img_size, case.batch) == (model, img_size, batch)
-        same_way = (case.mode, case.compiled, case.dtype) == (goal.mode, goal.compiled, goal.dtype)
-        if same_place and same_way and case.backend in (None, 'auto'):
-            return result
-    return None
+def check_operator_goals(results: Sequence[OperatorResult], device: torch.device) -> list[Verdict]:
+    """Verdicts on the operator's goals whose rows, ours and at least one peer's, this run has."""
+    verdicts = []
+    for goal in OPERATOR_GOALS:
+        timings = {}
+        for result in results:
+            s = result.case.shape
+            same = (s.batch, s.length, s.heads, s.headdim, s.d_state) == (goal.batch, goal.length, 24, 64, 64)
+            if same and result.timing and (result.case.mode, result.case.dtype) == (goal.mode, torch.bfloat16):
+                timings[result.case.backend] = result.timing
+        peers = [timings[name] for name in PEERS if name in timings]
+        if device.type == 'cuda' and 'triton' in timings and peers:
+            ours, peer = timings['triton'], min(peers, key=lambda t: t.median)
+            verdicts.append(Verdict(goal, peer.median / ours.median, *_ratios(ours, peer, True)))
+    return verdicts
+
+
+def _ratios(ours: Timing, other: Timing, speed: bool) -> tuple[float, float]:
+    """Lowest and highest ratio of the times of one round, or of the speeds."""
+    ratios = [b / a if speed else a / b for a, b in zip(ours.seconds, other.seconds)]
+    return min(ratios), max(ratios)
 
 
 def _quantity(result: Result, quantity: str) -> Optional[float]:

@@ -17,9 +17,11 @@ from ..environment import device_name, environment
 from ..ops.dispatch import BACKENDS
 from ..tables import stdout_console
 from .counting import count_model, family_models
-from .goals import check_goals
+from .goals import Verdict, check_goals, check_operator_goals, goal_cases
 from .models import MODES, Case, Result, groups, run_group
-from .operators import ATTENTION, OperatorCase, OperatorResult, Shape, run_shape, usable_backends
+from .operators import ATTENTION, OperatorCase, OperatorResult, Shape, run_shape
+from .peers import PEERS as OPERATOR_PEERS
+from .peers import unusable
 from .plot import plot_results
 from .report import (
     model_ratios,
@@ -29,6 +31,7 @@ from .report import (
     operator_table,
     ratio_table,
     sample_rows,
+    verdict_row,
     verdict_table,
     write_csv,
 )
@@ -73,6 +76,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _MODEL_OPTIONS = ('models', 'img_sizes', 'batch_sizes', 'compile', 'peers')
 _OPERATOR_OPTIONS = ('shapes', 'heads', 'headdim', 'd_state')
+_FIXED_BY_GOALS = ('models', 'batch_sizes', 'compile', 'peers', 'dtype', 'backend')
 
 
 def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision bench') -> int:
@@ -94,6 +98,9 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision bench')
     with _threads(arguments.threads or defaults['threads']):
         if arguments.operator:
             cases: list = _plan_operators(arguments, device, dtype, modes)
+        elif arguments.goals:
+            cases = _plan_goals(arguments, device)
+            dtype = cases[0].dtype
         else:
             cases = _plan_models(arguments, device, dtype, modes)
         facts = environment()
@@ -158,11 +165,7 @@ def _bench_models(
     ratios = model_ratios(results, _peer_of([case.model for case in cases]))
     if ratios:
         console.print(ratio_table(ratios))
-    verdicts = check_goals(results, device)
-    if verdicts:
-        console.print(verdict_table(verdicts))
-        stated, here = ('2 threads', torch.get_num_threads()) if device.type == 'cpu' else ('an H200', run['device'])
-        console.print(f'the goals are stated for {stated}; this run used {here}')
+    _report_goals(check_goals(results, device), device, console, output)
 
 
 def _bench_operators(
@@ -192,17 +195,41 @@ def _bench_operators(
     console.print(operator_table(results))
     console.print(
         f'{ATTENTION}: attention of the transformer as wide as the model around the operator (half the heads), for '
-        'scale. Floors: hydra_vision/bench/operators.py defines both.'
+        'scale. Peers: hydra_vision/bench/peers.py. Floors: hydra_vision/bench/operators.py defines both.'
     )
-    for name, reason in usable_backends(device).items():
+    _report_goals(check_operator_goals(results, device), device, console, output)
+    for name, reason in unusable(device).items():
         if reason is not None:
             console.print(f'not measured: {name} ({reason})')
+
+
+def _report_goals(verdicts: list[Verdict], device: torch.device, console: Console, output: Path) -> None:
+    if not verdicts:
+        return
+    console.print(verdict_table(verdicts))
+    write_csv(output / 'goals.csv', [verdict_row(verdict) for verdict in verdicts])
+    stated, here = ('2 threads', torch.get_num_threads()) if device.type == 'cpu' else ('an H200', device_name(device))
+    console.print(f'the goals are stated for {stated}; this run used {here}')
 
 
 def _write_samples(output: Path, results: 'list[Result] | list[OperatorResult]') -> None:
     rows = sample_rows(results)
     if rows:  # none where nothing fitted into memory
         write_csv(output / 'samples.csv', rows)
+
+
+def _plan_goals(arguments: argparse.Namespace, device: torch.device) -> list[Case]:
+    """The rows that the project's goals compare; --mode and --img-sizes take a part of them."""
+    cases = goal_cases(device)
+    sizes = sorted({case.img_size for case in cases})
+    for size in arguments.img_sizes or ():
+        if size not in sizes:
+            raise UserError(f'--img-sizes: no goal is about {size} px; allowed with --goals: {sizes}')
+    cases = [case for case in cases if case.img_size in (arguments.img_sizes or sizes)]
+    cases = [case for case in cases if case.mode in (arguments.mode or MODES)]
+    if not cases:
+        raise UserError(f'--mode: no goal for {device.type} is about {",".join(arguments.mode)}')
+    return cases
 
 
 def _plan_models(
@@ -220,9 +247,9 @@ def _plan_models(
     batches = _batch_sizes(arguments.batch_sizes, img_sizes, device)
     compiled = {'no': [False], 'only': [True], 'both': [False, True]}[arguments.compile or defaults['compile']]
 
-    usable = usable_backends(device)
+    usable = unusable(device)
     if arguments.backend:
-        _check_backends(arguments.backend, usable)
+        _check_backends(arguments.backend, {name: usable[name] for name in BACKENDS})
         if not any(name in family for name in names):
             raise UserError(f'--backend chooses how a Hydra model computes; none is in {",".join(names)}')
         backends = arguments.backend
@@ -249,7 +276,7 @@ def _plan_operators(
     arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype, modes: list[str]
 ) -> list[OperatorCase]:
     defaults = _DEFAULTS[device.type]
-    usable = usable_backends(device)
+    usable = unusable(device)
     if arguments.backend:
         _check_backends(arguments.backend, usable)
     names = arguments.backend or [name for name, reason in usable.items() if reason is None]
@@ -267,8 +294,8 @@ def _check_backends(names: list[str], usable: dict[str, Optional[str]]) -> None:
     for name in names:
         if name == 'auto':
             continue
-        if name not in BACKENDS:
-            raise UserError(f'--backend: unknown backend {name!r}{nearest(name, BACKENDS)}')
+        if name not in usable:
+            raise UserError(f'--backend: unknown backend {name!r}{nearest(name, usable)}')
         if usable[name] is not None:
             raise UserError(f'--backend: {name} cannot run here: {usable[name]}')
 
@@ -362,6 +389,12 @@ def _threads(count: Optional[int]) -> Iterator[None]:
 
 def _check_combination(arguments: argparse.Namespace) -> None:
     """An option of the other kind of benchmark would do nothing."""
+    if arguments.goals:
+        if arguments.operator:
+            raise UserError('--goals does not go with --operator, which checks its goals by itself')
+        for name in _FIXED_BY_GOALS:
+            if getattr(arguments, name) is not None:
+                raise UserError(f'--goals says what runs: --{name.replace("_", "-")} does not go with it')
     ignored = _MODEL_OPTIONS if arguments.operator else _OPERATOR_OPTIONS
     for name in ignored:
         if getattr(arguments, name) is not None:
@@ -422,7 +455,8 @@ def _parser(prog: str) -> Parser:
         prog=prog,
         description='Time models against their peers, in turns in one process; with --operator the operator alone.',
         epilog='Without options: on the CPU hydra_vit_tiny against deit_tiny (float32, 2 threads), on CUDA '
-        'hydra_vit_base against vit_base (bfloat16 autocast, compiled), with the goals of the project checked.',
+        'hydra_vit_base against vit_base (bfloat16 autocast, compiled), with the goals of the project checked; --goals '
+        'runs all that they are about.',
     )
     add = parser.add_argument
     add('--device', metavar='NAME', help='cpu, cuda or cuda:N; default: cuda where there is one')
@@ -435,7 +469,7 @@ def _parser(prog: str) -> Parser:
         type=comma_list,
         metavar='LIST',
         help=f'of the Hydra operator: auto, {", ".join(BACKENDS)}; default: auto, and mamba_ssm where it runs '
-        '(with --operator: every one that runs)',
+        f'(with --operator: every one that runs, and {", ".join(OPERATOR_PEERS[1:])})',
     )
     add('--threads', type=_positive, metavar='N', help="CPU threads; default: 2 on the CPU, torch's own with a GPU")
     add(
@@ -450,6 +484,12 @@ def _parser(prog: str) -> Parser:
     )
     add('--output', type=Path, metavar='FOLDER', help='for CSV, PNG and JSON; default: output/bench-DEVICE-TIME')
     models = parser.add_argument_group('models')
+    models.add_argument(
+        '--goals',
+        action='store_true',
+        help="every row that the project's goals for this device compare, and the ratios; --mode and --img-sizes take "
+        'a part of them',
+    )
     models.add_argument('--models', type=comma_list, metavar='LIST', help='timm model names')
     models.add_argument('--img-sizes', type=_positive_list, metavar='LIST', help='sides in px')
     models.add_argument(

@@ -74,8 +74,10 @@ def build_step(case: Case, device: torch.device) -> Callable[[], object]:
         images = torch.randn(case.batch, channels, case.img_size, case.img_size)
         target = torch.randint(model.num_classes, (case.batch,))
     model.train(case.mode == 'train')
-    # One graph a case: a dynamic one, shared by the sizes of a run, would be slower for all but the first.
-    run: nn.Module = torch.compile(model, dynamic=False) if case.compiled else model
+    # One graph a case: a dynamic one, shared by the sizes of a run, would be slower for all but the first. Ours is one
+    # graph without a break, or it is an error.
+    whole = case.backend not in (None, 'mamba_ssm')
+    run: nn.Module = torch.compile(model, dynamic=False, fullgraph=whole) if case.compiled else model
 
     def autocast() -> contextlib.AbstractContextManager:
         return torch.autocast(device.type, dtype=case.dtype, enabled=case.dtype != torch.float32)

@@ -1,7 +1,6 @@
-"""Times of the quasiseparable operator alone, by backend, with attention over the same tokens for scale."""
+"""Times of the quasiseparable operator alone: our backends, its peers, attention over the same tokens for scale."""
 
 import gc
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Optional
@@ -10,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import quasiseparable_mix
-from ..ops.dispatch import backend_reasons
 from .memory import allocated, peak_above
 from .models import OUT_OF_MEMORY
+from .peers import PEERS, implementation
 from .roofline import Roofline
 from .timing import Timing, measure
 
@@ -24,7 +22,6 @@ __all__ = [
     'Shape',
     'operator_inputs',
     'run_shape',
-    'usable_backends',
 ]
 
 ATTENTION = 'sdpa'
@@ -56,7 +53,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class OperatorCase:
-    """One implementation, a backend of ``quasiseparable_mix`` or attention, at one shape."""
+    """One implementation at one shape: a backend of ``quasiseparable_mix``, a peer (peers.py) or attention."""
 
     backend: str
     shape: Shape
@@ -116,20 +113,6 @@ class OperatorResult:
     status: str = 'ok'
 
 
-def usable_backends(device: torch.device) -> dict[str, Optional[str]]:
-    """Every backend with None where it computes on ``device``, else the reason why not."""
-    reasons = backend_reasons()
-    for name in ('triton', 'mamba_ssm'):
-        if reasons[name] is None and device.type != 'cuda':
-            reasons[name] = 'it computes on CUDA'
-    if reasons['mamba_ssm'] is None:
-        try:  # installed is not enough: its compiled extensions break with other versions of torch
-            importlib.import_module('mamba_ssm.ops.triton.ssd_combined')
-        except ImportError as error:
-            reasons['mamba_ssm'] = f'mamba_ssm cannot be imported: {error}'
-    return reasons
-
-
 def operator_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """Random arguments as an initialised mixer produces them: dt in [1e-3, 0.1], A = -1, the diagonal per token."""
     s = shape
@@ -159,9 +142,10 @@ def _operator_step(case: OperatorCase, arguments: dict[str, Tensor]) -> Callable
     else:
         arguments = {name: t.clone() for name, t in arguments.items()}  # its own: they count as its memory
         inputs = list(arguments.values())
+        mix = implementation(case.backend)
 
         def forward() -> Tensor:
-            return quasiseparable_mix(**arguments, backend=case.backend)
+            return mix(**arguments)
 
     if not training:
 
@@ -214,6 +198,11 @@ def run_shape(
             steps[case] = step
         except torch.OutOfMemoryError:
             results[case] = OperatorResult(case, status=OUT_OF_MEMORY)
+        except Exception as error:
+            if case.backend not in PEERS:
+                raise
+            # Another project's kernels: what they cannot do here (a compiler they refuse, say) is a row of the table.
+            results[case] = OperatorResult(case, status=f'{type(error).__name__}: {str(error).partition(chr(10))[0]}')
         if case not in steps:
             step = None
             gc.collect()

@@ -10,7 +10,8 @@ from rich.table import Table
 from ..tables import make_table
 from .goals import Verdict
 from .models import Result
-from .operators import OperatorResult
+from .operators import ATTENTION, OperatorResult
+from .peers import PEERS
 from .timing import Timing
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     'operator_table',
     'ratio_table',
     'sample_rows',
+    'verdict_row',
     'verdict_table',
     'write_csv',
 ]
@@ -118,22 +120,22 @@ def model_table(results: Sequence[Result]) -> Table:
 
 
 def operator_table(results: Sequence[OperatorResult]) -> Table:
-    """Every case of a run, with its time relative to the other implementations' best known peer and attention."""
+    """Every case of a run, with its speed relative to the better peer and to attention."""
     rows = []
     for result in results:
-        against = {name: _against(result, results, name) for name in ('mamba_ssm', 'sdpa')}
         rows.append([str(result.case.shape), result.case.passes, result.case.backend, *_measured_cells(result)])
-        rows[-1] += [against['mamba_ssm'], against['sdpa']]
-    columns = ['shape', 'passes', 'operator', *_MEASURED_COLUMNS, 'speed / mamba_ssm', 'speed / sdpa']
+        rows[-1] += [_against(result, results, PEERS), _against(result, results, (ATTENTION,))]
+    columns = ['shape', 'passes', 'operator', *_MEASURED_COLUMNS, 'speed / better peer', f'speed / {ATTENTION}']
     return make_table('quasiseparable_mix', columns, rows, right=range(3, len(columns)))
 
 
-def _against(result: OperatorResult, results: Sequence[OperatorResult], name: str) -> str:
-    for other in results:
-        same = (other.case.shape, other.case.mode) == (result.case.shape, result.case.mode)
-        if same and other.case.backend == name and other.timing and result.timing:
-            return f'{other.timing.median / result.timing.median:.2f}'
-    return ''
+def _against(result: OperatorResult, results: Sequence[OperatorResult], names: Sequence[str]) -> str:
+    """Speed over that of the fastest of ``names`` in the same place."""
+    place = (result.case.shape, result.case.mode)
+    others = [r for r in results if (r.case.shape, r.case.mode) == place and r.case.backend in names and r.timing]
+    if not others or result.timing is None:
+        return ''
+    return f'{min(other.timing.median for other in others) / result.timing.median:.2f}'
 
 
 _MEASURED_COLUMNS = ['median ms', '10 % - 90 %', 'GiB', 'GEMM floor / time', 'memory floor / time']
@@ -206,8 +208,20 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     rows = []
     for verdict in verdicts:
         goal = verdict.goal
+        spread = '' if verdict.lowest is None else f'{verdict.lowest:.3f} - {verdict.highest:.3f}'
         # Three digits more than the limit has: a miss is never rounded into a pass.
-        rows.append(
-            [goal.title, f'{verdict.value:.3f}', f'{goal.sign} {goal.limit:g}', 'PASS' if verdict.met else 'FAIL']
-        )
-    return make_table('goals', ['ratio', 'measured', 'goal', ''], rows, right=(1,))
+        value, limit = f'{verdict.value:.3f}', f'{goal.sign} {goal.limit:g}'
+        rows.append([goal.title, value, spread, limit, 'PASS' if verdict.met else 'FAIL'])
+    return make_table('goals', ['ratio', 'measured', 'by round', 'goal', ''], rows, right=(1, 2))
+
+
+def verdict_row(verdict: Verdict) -> dict[str, Any]:
+    """One row of goals.csv."""
+    return {
+        'ratio': verdict.goal.title,
+        'measured': round(verdict.value, 5),
+        'lowest': None if verdict.lowest is None else round(verdict.lowest, 5),
+        'highest': None if verdict.highest is None else round(verdict.highest, 5),
+        'goal': f'{verdict.goal.sign} {verdict.goal.limit:g}',
+        'met': verdict.met,
+    }

@@ -132,6 +132,16 @@ def test_default_plan_on_the_cpu(monkeypatch, tmp_path, capsys):
     assert {(c.mode, c.compiled, c.dtype) for c in cases} == {('infer', False, torch.float32)}
 
 
+def test_goals_plan_their_rows(monkeypatch, tmp_path, capsys):
+    plans = []
+    monkeypatch.setattr(command, 'measure_roofline', lambda *a: Roofline(1e12, 1e12))
+    monkeypatch.setattr(command, '_bench_models', lambda cases, *a: plans.append(cases))
+    monkeypatch.chdir(tmp_path)
+    assert main(['bench', '--device', 'cpu', '--goals', '--img-sizes', '1024']) == 0
+    assert [(c.model, c.batch) for c in plans[0]] == [('hydra_vit_tiny', 1), ('deit_tiny_patch16_224', 1)]
+    assert 'float32' in capsys.readouterr().out
+
+
 def test_batches_on_cuda_follow_the_tokens():
     sizes = [224, 512, 1024, 2048, 8192]
     assert command._batch_sizes(None, sizes, torch.device('cuda')) == [256, 64, 16, 4, 1]
@@ -154,6 +164,10 @@ def test_batches_on_cuda_follow_the_tokens():
         ('--device meta', 'cuda and cpu'),
         ('--operator --models test_vit', '--models does not go with --operator'),
         ('--heads 4', '--heads needs --operator'),
+        ('--goals --models test_vit', '--models does not go with it'),
+        ('--goals --operator', '--operator'),
+        ('--goals --img-sizes 300', 'no goal is about 300 px'),
+        ('--goals --mode train', 'no goal for cpu is about train'),
         ('--operator --shapes 4', 'BATCHxLENGTH'),
         ('--models test_hydra_vit --img-sizes 32 --output /dev/null/here', '--output'),
         ('--model test_vit', 'unrecognized arguments'),
@@ -204,7 +218,7 @@ def test_cuda_run(tmp_path, capsys):
 @pytest.mark.gpu
 def test_cuda_operator_run(tmp_path, capsys):
     argv = ['bench', '--device', 'cuda', '--operator', '--shapes', '4x196', '--repeats', '3', '--time-limit', '0']
-    assert main([*argv, '--output', str(tmp_path)]) == 0
+    assert main([*argv, '--backend', 'triton,chunked,reference', '--output', str(tmp_path)]) == 0
     rows = rows_of(tmp_path / 'operators.csv')
-    assert {'triton', 'chunked', 'reference', 'sdpa'} <= {r['operator'] for r in rows}
+    assert {r['operator'] for r in rows} == {'triton', 'chunked', 'reference', 'sdpa'}
     assert all(float(r['memory_floor_share']) > 0 for r in rows)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from hydra_vision.bench.goals import GOALS, check_goals
+from hydra_vision.bench.goals import GOALS, OPERATOR_GOALS, check_goals, check_operator_goals, goal_cases
 from hydra_vision.bench.models import Case, Result
+from hydra_vision.bench.operators import OperatorCase, OperatorResult, Shape
 from hydra_vision.bench.report import model_ratios, verdict_table
 from hydra_vision.bench.timing import Timing
 
@@ -71,11 +72,45 @@ def test_linear_in_tokens():
     ]
     (verdict,) = check_goals(rows, torch.device('cuda'))
     assert verdict.value == pytest.approx(1.1)
+    assert verdict.lowest is None  # two groups: no rounds in turns
     assert verdict.met
 
 
+def test_spread_of_a_ratio_is_over_rounds_in_turns():
+    settings = {'compiled': True, 'dtype': torch.bfloat16}
+    ours = Result(Case('hydra_vit_base', 224, 256, backend='auto', **settings), Timing((1.0, 2.0, 4.0)))
+    other = Result(Case('vit_base_patch16_224', 224, 256, **settings), Timing((1.0, 3.0, 2.0)))
+    (verdict,) = check_goals([ours, other], torch.device('cuda'))
+    assert (verdict.value, verdict.lowest, verdict.highest) == (1.0, 0.5, 1.5)
+
+
+def test_rows_that_the_goals_need():
+    cases = goal_cases(torch.device('cuda'))
+    assert len(set(cases)) == len(cases)
+    for img_size, batch in ((224, 256), (512, 64), (1024, 16)):
+        for model in ('hydra_vit_base', 'vit_base_patch16_224'):
+            assert [(c.mode, c.batch) for c in cases if c.compiled and (c.model, c.img_size) == (model, img_size)] == [
+                ('infer', batch),
+                ('train', batch),
+            ]
+    results = [Result(case, Timing((1.0,) * 3), 1) for case in cases]
+    assert len(check_goals(results, torch.device('cuda'))) == sum(goal.device == 'cuda' for goal in GOALS)
+    assert {c.img_size for c in goal_cases(CPU)} == {224, 448, 896, 1024}
+
+
+def test_operator_goals_take_the_better_peer():
+    rows = [
+        OperatorResult(OperatorCase(name, Shape(256, 196, 24, 64, 64), 'infer', torch.bfloat16), Timing((t,) * 3))
+        for name, t in (('triton', 1.0), ('mamba_ssm', 5.0), ('mamba_ssm/64', 3.0), ('simple_gla', 4.0), ('sdpa', 0.1))
+    ]
+    (verdict,) = check_operator_goals(rows, torch.device('cuda'))
+    assert (verdict.value, verdict.met) == (3.0, False)
+    assert check_operator_goals(rows[:1], torch.device('cuda')) == []
+    assert len(OPERATOR_GOALS) == 4
+
+
 def test_titles_are_unique():
-    assert len({goal.title for goal in GOALS}) == len(GOALS)
+    assert len({goal.title for goal in (*GOALS, *OPERATOR_GOALS)}) == len(GOALS) + len(OPERATOR_GOALS)
 
 
 def test_verdicts_are_marked(capsys):
