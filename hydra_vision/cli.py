@@ -163,6 +163,14 @@ def _extract(argv: list[str]) -> int:
     return importlib.import_module('hydra_vision.features.main').main(argv)
 
 
+def _knn(argv: list[str]) -> int:
+    return importlib.import_module('hydra_vision.eval.main').knn_main(argv)
+
+
+def _probe(argv: list[str]) -> int:
+    return importlib.import_module('hydra_vision.eval.main').probe_main(argv)
+
+
 def _tune(argv: list[str]) -> int:
     import torch
 
@@ -185,6 +193,8 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     'bench': (_bench, 'Time models, or the operator alone, against their peers.'),
     'show-matrix': (_show_matrix, 'Draw the mixing matrices of a block on an image, and where one patch looks.'),
     'extract': (_extract, 'Write features of images to .npy, .safetensors or .parquet.'),
+    'knn': (_knn, 'Nearest-neighbour accuracy of features.'),
+    'probe': (_probe, 'Accuracy of a linear classifier on features.'),
     'tune': (_tune, 'Measure a launch table of the Triton kernels for this GPU.'),
 }
 

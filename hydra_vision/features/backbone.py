@@ -238,7 +238,9 @@ def _from_timm(
         if len(data[key]) not in (1, channels):
             data[key] = (sum(data[key]) / len(data[key]),) * channels
     origin = path if weights is not None else 'random' if random_init else 'pretrained'
-    return Backbone(model, name, origin, data, ImageRules('L' if channels == 1 else 'RGB'))
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
+    classes = list(names) if names and not random_init else None
+    return Backbone(model, name, origin, data, ImageRules('L' if channels == 1 else 'RGB'), classes)
 
 
 def _resize(backbone: Backbone, size: tuple[int, int]) -> None:

@@ -1,35 +1,28 @@
 """Extraction: images through a model into a file, row by row, in constant memory, resumable."""
 
-import csv
 import itertools
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..optional import require
-from ..train.checkpoint import write_text
-from ..train.errors import TrainError
 from ..train.images import READ_ERRORS
-from ..version import __version__
 from .backbone import Backbone, Size, load_backbone
 from .errors import FeatureError
-from .files import FORMATS, LOG_FIELDS, Features, card_path, header, load_features, log_path, read_log, to_parquet
+from .files import FORMATS, Features, load_features
 from .pooling import POOLS, check_layers, image_features
 from .sources import Images, open_images
+from .store import RowStore
 
 __all__ = ['default_workers', 'extract', 'feature_batches']
 
 _DTYPES = ('float32', 'float16')
-_TEXT = dict(newline='', encoding='utf-8', errors='surrogateescape')
-_COMMIT_SECONDS = 1.0  # at most this much work is lost in a kill
 
 
 def extract(
@@ -132,166 +125,33 @@ def extract(
         'labelled': source.classes is not None,
     }
     # A card holds what json gives back, so that a resumed extraction can compare it.
-    job = _Job(target, source, json.loads(json.dumps(card)))
-    if job.open(overwrite):
+    store = RowStore(target, source, json.loads(json.dumps(card)))
+    if store.open(overwrite):
         if on_progress is not None:
-            on_progress(job.done, len(source))
+            on_progress(store.done, len(source))
         loader = feature_batches(
             backbone,
             source,
             pool=pool,
             layers=layers,
-            start=job.done,
+            start=store.done,
             batch_size=batch_size,
             workers=workers,
             amp=card['amp'],
         )
-        with job:
+        with store:
             for features, errors in loader:
                 features = features.to(getattr(torch, dtype))
                 if not features.isfinite().all():
-                    where = f'{source.paths[job.done]} or one of the {len(errors) - 1} after it'
+                    where = f'{source.paths[store.done]} or one of the {len(errors) - 1} after it'
                     raise FeatureError(f'the features of {where} are not finite in {dtype} with amp {card["amp"]}')
-                job.add(features.numpy(), errors)
-                if len(job.skipped) > max_unreadable:
-                    raise FeatureError(_too_many(job.skipped, max_unreadable))
+                store.add(features.numpy(), errors)
+                if len(store.skipped) > max_unreadable:
+                    raise FeatureError(_too_many(store.skipped, max_unreadable))
                 if on_progress is not None:
-                    on_progress(job.done, len(source))
-        job.finish()
+                    on_progress(store.done, len(source))
+        store.finish()
     return load_features(target)
-
-
-class _Job:
-    """The files of one extraction. Whatever is in the CSV is in ``out.partial``, in the same order."""
-
-    def __init__(self, target: Path, source: Images, card: dict[str, Any]) -> None:
-        self.target, self.source, self.card = target, source, card
-        self.partial = target.with_name(target.name + '.partial')
-        self.row_bytes = int(np.prod(card['shape'])) * np.dtype(card['dtype']).itemsize
-        self.done = self.rows = 0
-        self.skipped: list[str] = []
-        self.pending: list[tuple[Any, ...]] = []
-
-    def open(self, overwrite: bool) -> bool:
-        """Compare with what is there and get ready; False where the file is finished already."""
-        before = self._card_before()
-        lines = [] if before is None else read_log(self.target)
-        conflict = self._conflict(before, lines)
-        if conflict and not overwrite:
-            raise FeatureError(f'{conflict}: choose another file, or overwrite it')
-        if conflict or before is None:
-            for path in (self.target, self.partial, log_path(self.target), card_path(self.target)):
-                path.unlink(missing_ok=True)
-            self.partial.write_bytes(self._header(len(self.source)))
-            self._write_log([])
-            self._write_card({})
-            return True
-        if self.target.exists():
-            return False
-        self._resume(lines)
-        return True
-
-    def __enter__(self) -> '_Job':
-        self.file = open(self.partial, 'ab')
-        self.log = open(log_path(self.target), 'a', **_TEXT)
-        self.committed = time.monotonic()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._commit()
-        self.file.close()
-        self.log.close()
-
-    def add(self, features: np.ndarray, errors: list[str]) -> None:
-        """Take the rows of the next images; ``errors`` has an entry for each, '' for those that have a row."""
-        self.file.write(np.ascontiguousarray(features).data)
-        for error in errors:
-            path = self.source.paths[self.done]
-            label = '' if self.source.classes is None else self.source.classes[self.done]
-            self.pending.append(('' if error else self.rows, path, label, error))
-            if error:
-                self.skipped.append(f'{path}: {error}')
-            self.rows += not error
-            self.done += 1
-        if time.monotonic() - self.committed > _COMMIT_SECONDS:
-            self._commit()
-
-    def finish(self) -> None:
-        """Put in the number of rows, describe, rename: from then on the file is there, and complete."""
-        if not self.rows:
-            raise FeatureError(f'not one of {len(self.source)} images could be read: {self.skipped[0]}')
-        ready = self.partial
-        if self.target.suffix == '.parquet':
-            ready = self.target.with_name(self.target.name + '.tmp')
-            lines = [line for line in read_log(self.target) if line['row'] != '']
-            to_parquet(self.partial, ready, lines, self.card)
-        with open(ready, 'r+b') as file:
-            file.write(self._header(self.rows))
-            file.flush()
-            os.fsync(file.fileno())
-        self._write_card({'rows': self.rows, 'skipped': self.skipped, 'versions': _versions()})
-        os.replace(ready, self.target)
-        self.partial.unlink(missing_ok=True)
-
-    def _commit(self) -> None:
-        """Rows to the disk first, then the lines that speak of them."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        csv.writer(self.log, lineterminator='\n').writerows(self.pending)
-        self.log.flush()
-        self.pending = []
-        self.committed = time.monotonic()
-
-    def _resume(self, lines: list[dict[str, str]]) -> None:
-        """Cut both files back to what they agree on."""
-        start = len(self._header(0))
-        whole = max(0, self.partial.stat().st_size - start) // self.row_bytes if self.partial.exists() else 0
-        while lines and lines[-1]['row'] != '' and int(lines[-1]['row']) >= whole:
-            lines.pop()
-        self.done, self.rows = len(lines), sum(line['row'] != '' for line in lines)
-        self.skipped = [f'{line["path"]}: {line["error"]}' for line in lines if line['row'] == '']
-        with open(self.partial, 'r+b' if self.partial.exists() else 'w+b') as file:
-            file.write(self._header(len(self.source)))
-            file.truncate(start + self.rows * self.row_bytes)
-        self._write_log(lines)
-
-    def _write_log(self, lines: list[dict[str, str]]) -> None:
-        with open(log_path(self.target), 'w', **_TEXT) as log:
-            writer = csv.DictWriter(log, LOG_FIELDS, lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(lines)
-
-    def _card_before(self) -> Optional[dict[str, Any]]:
-        if not (card_path(self.target).is_file() and log_path(self.target).is_file()):
-            return None
-        try:
-            return json.loads(card_path(self.target).read_text())
-        except ValueError as error:
-            raise FeatureError(f'{card_path(self.target)} is damaged: remove it, or choose another file') from error
-
-    def _conflict(self, before: Optional[dict[str, Any]], lines: list[dict[str, str]]) -> str:
-        """Why what is there cannot be continued; '' where it can, or where nothing is there."""
-        if before is None:
-            return f'{self.target} exists and is not of this extraction' if self.target.exists() else ''
-        differs = {key for key in self.card if before.get(key) != self.card[key]}
-        if 'fingerprint' in differs:
-            differs = {'fingerprint'} if before['model'] == self.card['model'] else {'model'}
-        if differs:
-            parts = [f'{key} {_brief(before.get(key))}, now {_brief(self.card[key])}' for key in sorted(differs)]
-            return f'{self.target} holds features made in another way ({"; ".join(parts)})'
-        for path, line in zip(self.source.paths, lines):
-            if line['path'] != path:
-                return f'{self.target} was begun with other images ({line["path"]} where {path} is now)'
-        return ''
-
-    def _header(self, rows: int) -> bytes:
-        return header(self.target.suffix, rows, self.card['shape'], self.card['dtype'], self.card)
-
-    def _write_card(self, more: dict[str, Any]) -> None:
-        try:
-            write_text(card_path(self.target), json.dumps({**self.card, **more}, indent=2) + '\n')
-        except TrainError as error:
-            raise FeatureError(str(error)) from error
 
 
 def feature_batches(
@@ -402,14 +262,3 @@ def _resolve_amp(amp: str, backbone: Backbone) -> str:
 def _too_many(skipped: Sequence[str], limit: int) -> str:
     shown = '; '.join(itertools.islice(skipped, 5)) + (f' and {len(skipped) - 5} more' if len(skipped) > 5 else '')
     return f'{len(skipped)} unreadable images, max_unreadable = {limit}: {shown}'
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + '...'
-
-
-def _versions() -> dict[str, str]:
-    import timm
-
-    return {'hydra_vision': __version__, 'timm': timm.__version__, 'torch': str(torch.__version__)}

@@ -6,7 +6,7 @@ from typing import Any
 
 from .backbone import Backbone, load_backbone
 
-__all__ = ['add_model_options', 'add_run_options', 'backbone_from', 'img_size', 'integers']
+__all__ = ['add_model_options', 'add_run_options', 'backbone_from', 'img_size', 'integers', 'numbers']
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +21,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         '--model-kwargs', nargs='+', type=_key_value, default=[], metavar='KEY=VALUE', help='for timm.create_model'
     )
     group.add_argument('--img-size', type=img_size, metavar='N|H,W', help="input size; default: the model's")
-    group.add_argument('--mean', type=_numbers, metavar='R,G,B', help="default: the model's")
-    group.add_argument('--std', type=_numbers, metavar='R,G,B', help="default: the model's")
+    group.add_argument('--mean', type=numbers, metavar='R,G,B', help="default: the model's")
+    group.add_argument('--std', type=numbers, metavar='R,G,B', help="default: the model's")
     group.add_argument(
         '--crop-pct', type=float, metavar='X', help="share of the image that is used; default: the model's"
     )
@@ -68,7 +68,8 @@ def integers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f'{text!r}: write whole numbers with commas between them') from None
 
 
-def _numbers(text: str) -> tuple[float, ...]:
+def numbers(text: str) -> tuple[float, ...]:
+    """'0.1,1' -> (0.1, 1.0); an argparse type."""
     try:
         return tuple(float(part) for part in text.split(','))
     except ValueError:

@@ -16,8 +16,16 @@ import timm
 import torch
 from PIL import Image
 
-from hydra_vision.features import FeatureError, extract, image_features, load_backbone, load_features, open_images
-from hydra_vision.features import extraction as module
+from hydra_vision.features import (
+    FeatureError,
+    extract,
+    extraction,
+    image_features,
+    load_backbone,
+    load_features,
+    open_images,
+    store,
+)
 
 
 def by_hand(backbone, folder: Path, paths: list[str]) -> np.ndarray:
@@ -131,7 +139,7 @@ def test_resumes_to_the_same_file(backbone, folder, tmp_path, suffix, damage):
 def test_killed_while_finishing(backbone, folder, tmp_path, monkeypatch):
     kwargs = dict(model=backbone, workers=0)
     with monkeypatch.context() as patch:
-        patch.setattr(module.os, 'replace', lambda *_: (_ for _ in ()).throw(Stop))
+        patch.setattr(store.os, 'replace', lambda *_: (_ for _ in ()).throw(Stop))
         with pytest.raises(Stop):
             extract(folder, tmp_path / 'f.npy', **kwargs)
     assert not (tmp_path / 'f.npy').exists()
@@ -232,7 +240,7 @@ def test_bad_input_before_any_work(backbone, folder, tmp_path, monkeypatch, chan
 
 
 def test_folder_without_permission(backbone, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(module.os, 'access', lambda *_: False)  # root, in a container, may write everywhere
+    monkeypatch.setattr(extraction.os, 'access', lambda *_: False)  # root, in a container, may write everywhere
     with pytest.raises(FeatureError, match=f'no permission in {tmp_path}'):
         extract(folder, tmp_path / 'f.npy', model=backbone)
 

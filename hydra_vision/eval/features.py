@@ -1,0 +1,82 @@
+"""Two sets of labelled features that belong together: what a probe learns from, and what it is judged on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from timm.utils.misc import natural_key
+
+from ..features import FeatureError, Features
+
+__all__ = ['Split', 'paired_splits', 'top_accuracy']
+
+# What has to be the same on both sides for features to be comparable.
+_SAME = ('model', 'fingerprint', 'pool', 'layers', 'data')
+
+
+@dataclass(frozen=True)
+class Split:
+    """Features as arrays.
+
+    Args:
+        x: (rows, D) float32.
+        y: (rows,) class indices.
+        name: What they were made from.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    name: str
+
+
+def paired_splits(train: Features, test: Features) -> tuple[Split, Split, list[str]]:
+    """Both sets as arrays, and the names of the classes that the indices count, those of the training set.
+
+    Raises:
+        FeatureError: Features of different models or settings, more than a vector an image, no classes, a test class
+            that the training set does not have, a single class.
+    """
+    for key in _SAME:
+        if train.card[key] != test.card[key]:
+            raise FeatureError(
+                f'{train.path.name} and {test.path.name} are features of different models or settings: {key} '
+                f'{_brief(train.card[key])} and {_brief(test.card[key])}'
+            )
+    for features in (train, test):
+        if len(features.card['shape']) != 1:
+            raise FeatureError(
+                f'{features.path.name} has {features.card["shape"]} values an image; a probe takes one vector: pool '
+                'avg, max or cls'
+            )
+        if features.classes is None:
+            raise FeatureError(
+                f'{features.card["images"]} has no classes (a folder a class, or a tab and a class a line)'
+            )
+    names = sorted(set(train.classes), key=natural_key)
+    unknown = sorted(set(test.classes) - set(names), key=natural_key)
+    if unknown:
+        shown = ', '.join(unknown[:5]) + (f' and {len(unknown) - 5} more' if len(unknown) > 5 else '')
+        raise FeatureError(
+            f'{len(unknown)} classes of the test images are not in the {len(names)} to train on: {shown}'
+        )
+    if len(names) < 2:
+        raise FeatureError(f'the images to train on have one class, {names[0]}; a probe needs two')
+    index = {name: i for i, name in enumerate(names)}
+
+    def split(features: Features) -> Split:
+        y = np.array([index[name] for name in features.classes])
+        return Split(np.array(features.array, np.float32), y, features.card['images'])
+
+    return split(train), split(test), names
+
+
+def top_accuracy(scores: np.ndarray, y: np.ndarray, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
+    """Top-k accuracies in percent of scores (rows, classes); k is at most the number of classes."""
+    order = np.argsort(-scores, axis=1, kind='stable')
+    return {f'top{k}': 100 * float((order[:, :k] == y[:, None]).any(1).mean()) for k in ks}
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + '...'

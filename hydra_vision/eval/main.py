@@ -1,0 +1,211 @@
+"""The commands `hydra-vision knn` and `hydra-vision probe`."""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from ..command_line import Parser, UserError
+from ..features import Backbone, FeatureError, Features, extract, load_features, open_images
+from ..features.files import FORMATS
+from ..features.main import show_progress
+from ..features.options import add_model_options, add_run_options, backbone_from, integers, numbers
+from ..features.pooling import check_layers
+from ..tables import make_table, stdout_console
+from . import knn, probe
+from .features import Split, paired_splits
+
+__all__ = ['knn_main', 'probe_main']
+
+_MODEL_OPTIONS = ('model', 'checkpoint', 'random_init', 'model_kwargs', 'img_size', 'mean', 'std', 'crop_pct', 'layers')
+
+
+def knn_main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision knn') -> int:
+    """Classify by nearest neighbours.
+
+    Returns:
+        Exit code 0.
+
+    Raises:
+        UserError: Arguments or features that do not fit.
+    """
+    parser = _parser(prog, 'Classify test images by their nearest training images: ' + knn.PROTOCOL + '.')
+    parser.add_argument(
+        '--k', type=integers, default=(20,), metavar='K,...', help='neighbours, e.g. 10,20,100; default 20'
+    )
+    parser.add_argument('--temperature', type=float, default=0.07, metavar='T', help='default 0.07')
+    arguments = parser.parse_args(argv)
+    if min(arguments.k) < 1 or arguments.temperature <= 0:
+        raise UserError('--k and --temperature must be positive')
+
+    def run(train: Split, test: Split, classes: int, device: str) -> list[dict[str, Any]]:
+        return knn.knn_probe(train, test, num_classes=classes, k=arguments.k, temperature=arguments.temperature)
+
+    return _evaluate(arguments, run, f'{knn.PROTOCOL}; T = {arguments.temperature}')
+
+
+def probe_main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision probe') -> int:
+    """Train and judge a linear probe.
+
+    Returns:
+        Exit code 0.
+
+    Raises:
+        UserError: Arguments or features that do not fit.
+    """
+    parser = _parser(prog, 'Train a linear classifier on frozen features and judge it on others.')
+    parser.add_argument(
+        '--head', choices=tuple(probe.PROTOCOLS), default='logistic', help='logistic (scikit-learn), linear (timm)'
+    )
+    parser.add_argument(
+        '--sweep', type=numbers, metavar='X,...', help='C of logistic, learning rates of linear; one: no sweep'
+    )
+    parser.add_argument(
+        '--holdout', type=float, default=0.2, metavar='X', help='share of the training set for the sweep (0.2)'
+    )
+    parser.add_argument('--seed', type=int, default=0, metavar='N')
+    parser.add_argument('--max-iter', type=int, metavar='N', help='of logistic; default 1000')
+    parser.add_argument('--epochs', type=int, metavar='N', help='of linear; default 100')
+    parser.add_argument('--head-batch-size', type=int, metavar='N', help='of linear; default 256')
+    arguments = parser.parse_args(argv)
+    own = {'logistic': {'max_iter': 1000}, 'linear': {'epochs': 100, 'head_batch_size': 256}}
+    for head, options in own.items():
+        for name, default in options.items():
+            value = getattr(arguments, name)
+            if value is not None and head != arguments.head:
+                raise UserError(f'--{name.replace("_", "-")} is for --head {head}')
+            if value is not None and value < 1:
+                raise UserError(f'--{name.replace("_", "-")} = {value}; it must be at least 1')
+            options[name] = default if value is None else value
+    if not 0 < arguments.holdout < 1:
+        raise UserError(f'--holdout = {arguments.holdout}; it must be between 0 and 1')
+    options = {key.removeprefix('head_'): value for key, value in own[arguments.head].items()}
+    options |= {'holdout': arguments.holdout, 'seed': arguments.seed}
+
+    def run(train: Split, test: Split, classes: int, device: str) -> list[dict[str, Any]]:
+        kwargs = {**options, **({'values': arguments.sweep} if arguments.sweep else {})}
+        if arguments.head == 'logistic':
+            return [probe.logistic_probe(train, test, num_classes=classes, **kwargs)]
+        return [probe.linear_probe(train, test, num_classes=classes, device=device, **kwargs)]
+
+    return _evaluate(arguments, run, probe.PROTOCOLS[arguments.head].format(**options))
+
+
+def _parser(prog: str, description: str) -> Parser:
+    parser = Parser(prog=prog, description=description)
+    files = f'{", ".join(FORMATS)} of hydra-vision extract'
+    parser.add_argument('train', help=f'what is learned from: features ({files}) or images, one folder a class')
+    parser.add_argument('test', help='what is judged; the same kinds')
+    parser.add_argument('--pool', default=None, help='of images: avg (default), max or cls')
+    parser.add_argument('--layers', type=integers, metavar='I,J', help='of images: layers, joined, as --layers=-2,-1')
+    parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
+    add_model_options(parser)
+    add_run_options(parser)
+    return parser
+
+
+def _evaluate(arguments: argparse.Namespace, run: Callable[..., list[dict[str, Any]]], protocol: str) -> int:
+    sources = [_open(arguments.train), _open(arguments.test)]
+    backbone = _backbone(arguments, sources)
+    with tempfile.TemporaryDirectory(prefix='hydra-vision-') as scratch:
+        features = [
+            source
+            if isinstance(source, Features)
+            else _extract(source, Path(scratch) / f'{i}.npy', backbone, arguments)
+            for i, source in enumerate(sources)
+        ]
+        train, test, names = paired_splits(*features)
+    device = 'cpu' if backbone is None else str(next(backbone.model.parameters()).device)
+    rows = run(train, test, len(names), device)
+    card = features[0].card
+    result = {
+        'protocol': protocol,
+        'model': card['model'],
+        'weights': card['weights'],
+        'fingerprint': card['fingerprint'],
+        'input_size': card['data']['input_size'],
+        'pool': card['pool'],
+        'layers': card['layers'],
+        'features': card['shape'][0],
+        'classes': len(names),
+        'train': {'images': train.name, 'rows': len(train.y), 'skipped': len(features[0].skipped)},
+        'test': {'images': test.name, 'rows': len(test.y), 'skipped': len(features[1].skipped)},
+        'results': rows,
+    }
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+    else:
+        _print(result)
+    return 0
+
+
+def _open(text: str) -> Any:
+    """Features, or images to extract them from; images without classes fail here."""
+    if Path(text).suffix in FORMATS:
+        return load_features(text)
+    images = open_images(text)
+    if images.classes is None:
+        raise FeatureError(f'{text} has no classes (a folder a class, or a tab and a class a line)')
+    return images
+
+
+def _backbone(arguments: argparse.Namespace, sources: Sequence[Any]) -> Optional[Backbone]:
+    """The model, where there are images; what its options say must then fit the features beside it."""
+    given = [name for name in (*_MODEL_OPTIONS, 'pool') if getattr(arguments, name)]
+    if all(isinstance(source, Features) for source in sources):
+        if given:
+            raise UserError(f'--{given[0].replace("_", "-")}: both sets are features already')
+        if arguments.device not in ('auto', 'cpu'):
+            raise UserError(f'--device {arguments.device}: probes of features run on the CPU')
+        return None
+    backbone = backbone_from(arguments)
+    layers = check_layers(backbone.model, arguments.layers)
+    for source in sources:
+        if isinstance(source, Features) and source.card['fingerprint'] != backbone.fingerprint():
+            raise FeatureError(f'{source.path} holds features of another model ({source.card["model"]}, other weights)')
+        if isinstance(source, Features) and (source.card['pool'], source.card['layers']) != (
+            arguments.pool or 'avg',
+            None if layers is None else list(layers),
+        ):
+            raise FeatureError(f'{source.path} has pool {source.card["pool"]}, layers {source.card["layers"]}')
+    return backbone
+
+
+def _extract(source: Any, out: Path, backbone: Backbone, arguments: argparse.Namespace) -> Features:
+    with show_progress(f'features of {source.name}') as on_progress:
+        return extract(
+            source,
+            out,
+            model=backbone,
+            pool=arguments.pool or 'avg',
+            layers=arguments.layers,
+            batch_size=arguments.batch_size,
+            workers=arguments.workers,
+            amp=arguments.amp,
+            max_unreadable=arguments.max_unreadable,
+            on_progress=on_progress,
+        )
+
+
+def _print(result: dict[str, Any]) -> None:
+    console = stdout_console()
+    columns = [key for key in result['results'][0] if key != 'sweep']
+    rows = [[_cell(row[key]) for key in columns] for row in result['results']]
+    title = f'{result["model"]}, weights {result["weights"]}, {result["features"]} features ({result["pool"]})'
+    console.print(title, soft_wrap=True)
+    console.print(make_table('', columns, rows, right=range(len(columns))))
+    for part in ('train', 'test'):
+        data = result[part]
+        skipped = f', {data["skipped"]} unreadable' if data['skipped'] else ''
+        console.print(f'{part}: {data["rows"]} images of {data["images"]}{skipped}', soft_wrap=True)
+    for row in result['results']:
+        for step in row.get('sweep', []):
+            (name, value), (_, top1) = step.items()
+            console.print(f'held out: {name} {value:g}: top1 {top1:.2f}')
+    console.print(f'protocol: {result["protocol"]}', soft_wrap=True)
+
+
+def _cell(value: Any) -> str:
+    return f'{value:.2f}' if isinstance(value, float) and value >= 0.01 else f'{value}'
