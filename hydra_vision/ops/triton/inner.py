@@ -84,10 +84,13 @@ class InnerArguments:
 
     def parts(self, xbc: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """x (B, L, H, P) and B_f, C_f, B_b, C_b (B, L, G, N), views of (B, L, width)."""
-        x = xbc[..., : self.d_inner].unflatten(-1, (self.H, self.headdim))
-        gn = self.ngroups * self.d_state
-        bc = xbc[..., self.d_inner :].split(gn, dim=-1)
-        bc = tuple(t.unflatten(-1, (self.ngroups, self.d_state)) for t in bc)
+        B, L, _ = xbc.shape
+        by, step, first = xbc.stride(0), xbc.stride(1), xbc.storage_offset()
+        x = xbc.as_strided((B, L, self.H, self.headdim), (by, step, self.headdim, 1), first)
+        G, N = self.ngroups, self.d_state
+        first += self.d_inner
+        count = 2 if self.share_bc else 4
+        bc = tuple(xbc.as_strided((B, L, G, N), (by, step, N, 1), first + k * G * N) for k in range(count))
         return x, bc * 2 if self.share_bc else bc
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
 from typing import Optional
 
 import torch
@@ -37,54 +38,54 @@ class Plan:
     device: torch.device
     launch: Launch
 
-    @property
+    @cached_property
     def T(self) -> int:
         """Tokens a tile."""
         return self.launch.tile
 
-    @property
+    @cached_property
     def QT(self) -> int:
         """Tiles a chunk."""
         return min(self.launch.chunk, -(-self.L // self.T))
 
-    @property
+    @cached_property
     def nC(self) -> int:
         """Chunks a sequence."""
         return -(-self.L // (self.T * self.QT))
 
-    @property
+    @cached_property
     def nT(self) -> int:
         """Tiles a sequence; whole chunks, so that no loop over tiles has a ragged end."""
         return self.nC * self.QT
 
-    @property
+    @cached_property
     def Lp(self) -> int:
         """Tokens including padding."""
         return self.nT * self.T
 
-    @property
+    @cached_property
     def precision(self) -> str:
         """Of float32 operands in matrix products: exact for float32 input; float16's wide ones need more than tf32."""
         if self.dtype == torch.float32:
             return 'ieee'
         return 'tf32x3' if max(self.P, self.N) < 128 else 'tf32'  # for want of shared memory on consumer cards
 
-    @property
+    @cached_property
     def sums(self) -> torch.dtype:
         """Of cumulative decays."""
         return torch.float64 if self.dtype == torch.float32 else torch.float32
 
-    @property
+    @cached_property
     def exact(self) -> bool:
         """Neighbours, whose pair no decay touches, left out of the decays' sums: it matters beyond half precision."""
         return self.dtype == torch.float32
 
-    @property
+    @cached_property
     def wide(self) -> torch.dtype:
         """Of states and of the scores' gradient: bfloat16 has the range for them, float16 has not."""
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
 
-    @property
+    @cached_property
     def keeps_norm(self) -> bool:
         """Whether the gated norm's input can be had back from its output (norm.py): float16 lacks the range."""
         return self.dtype != torch.float16
@@ -127,23 +128,37 @@ def make_plan(B: int, L: int, H: int, P: int, G: int, N: int, like: Tensor, laun
         ValueError: headdim or d_state that has no kernel, or a sequence that is too long.
         TypeError: a dtype that has no kernel.
     """
+    arch = ARCH_WITHOUT_DEVICE
+    if like.device.type == 'cuda':
+        arch = _architecture(like.device)
+    interpreted = os.environ.get('TRITON_INTERPRET') == '1'
+    launch = launch or _forced
+    plan = _plan if launch is None else _plan.__wrapped__  # launches are not hashable
+    return plan(B, L, H, P, G, N, like.dtype, like.device, launch, arch, interpreted)
+
+
+@cache
+def _architecture(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    B: int, L: int, H: int, P: int, G: int, N: int, dtype: torch.dtype, device: torch.device, launch: Optional[Launch],
+    arch: int, interpreted: bool,
+) -> Plan:  # fmt: skip
+    """One plan a problem: a call asks for it several times, and small models are bound by the host."""
     for name, value in (('headdim P', P), ('d_state N', N)):
         if value not in SIZES:
             raise ValueError(f"{name} = {value}; backend 'triton' has kernels for {SIZES}; backend 'chunked' takes any")
-    if like.dtype not in DTYPES:
-        raise TypeError(f"dtype {like.dtype}; backend 'triton' has kernels for {DTYPES}; backend 'chunked' takes any")
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype {dtype}; backend 'triton' has kernels for {DTYPES}; backend 'chunked' takes any")
     if not 1 <= L <= 65536:
         raise ValueError(f"L = {L}; backend 'triton' takes 1 <= L <= 65536")
-    launch = launch or _forced
     if launch is None:
-        arch = ARCH_WITHOUT_DEVICE
-        if like.device.type == 'cuda':
-            major, minor = torch.cuda.get_device_capability(like.device)
-            arch = 10 * major + minor
-        launch = launch_for(arch, L, P, N, str(like.dtype).removeprefix('torch.'))
-        if os.environ.get('TRITON_INTERPRET') == '1':
-            launch = Launch(16, 2)
-    return Plan(B, L, H, P, G, N, like.dtype, like.device, launch)
+        launch = Launch(16, 2) if interpreted else launch_for(arch, L, P, N, str(dtype).removeprefix('torch.'))
+    return Plan(B, L, H, P, G, N, dtype, device, launch)
 
 
 def alignment(t: Tensor, *strides: int) -> int:
