@@ -6,7 +6,16 @@ what a mixer takes. See docs/mixers.md.
 
 from .base import MatrixMixer
 from .hydra import Hydra
-from .registry import arguments, create, needs_grid
+from .registry import arguments, count_parameters, create, match_parameters, needs_grid
 from .registry import list_mixers as list
 
-__all__ = ['Hydra', 'MatrixMixer', 'arguments', 'create', 'list', 'needs_grid']
+__all__ = [
+    'Hydra',
+    'MatrixMixer',
+    'arguments',
+    'count_parameters',
+    'create',
+    'list',
+    'match_parameters',
+    'needs_grid',
+]

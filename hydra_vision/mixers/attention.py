@@ -67,12 +67,13 @@ class VitAttention(TimmAttention):
 
     Args:
         d_model: Width of the tokens.
-        headdim: Width of a head; divides ``d_model``.
+        num_heads: Heads; None for ``d_model / headdim``.
+        headdim: Width of a head.
         qkv_bias: Bias of the first projection, as in ViT.
         proj_bias: Bias of the last projection.
 
     Raises:
-        ValueError: A ``headdim`` that does not divide.
+        ValueError: Without ``num_heads``, a ``headdim`` that does not divide ``d_model``.
     """
 
     takes_grid = False
@@ -81,18 +82,28 @@ class VitAttention(TimmAttention):
         self,
         d_model: int,
         *,
+        num_heads: Optional[int] = None,
         headdim: int = 64,
         qkv_bias: bool = True,
         proj_bias: bool = True,
         device=None,
         dtype=None,
     ) -> None:
-        if headdim < 1 or d_model % headdim:
-            raise ValueError(f'headdim = {headdim} does not divide d_model = {d_model}')
+        if headdim < 1 or (num_heads is None and d_model % headdim):
+            raise ValueError(f'headdim = {headdim} does not divide d_model = {d_model}; give num_heads')
+        num_heads = d_model // headdim if num_heads is None else num_heads
+        if num_heads < 1:
+            raise ValueError(f'num_heads = {num_heads}; it must be at least 1')
         super().__init__(
-            d_model, num_heads=d_model // headdim, qkv_bias=qkv_bias, proj_bias=proj_bias, device=device, dtype=dtype
+            d_model,
+            num_heads=num_heads,
+            attn_head_dim=headdim,
+            qkv_bias=qkv_bias,
+            proj_bias=proj_bias,
+            device=device,
+            dtype=dtype,
         )
-        self.d_model, self.nheads = d_model, d_model // headdim
+        self.d_model, self.nheads, self.headdim = d_model, num_heads, headdim
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:

@@ -47,9 +47,8 @@ class MatrixMixer(nn.Module):
         ValueError: A size that does not fit, a ``grid_size`` that is missing or has no use.
     """
 
-    grid: ClassVar[str] = 'optional'  # are there parameters a token: 'never', 'always', 'optional' (not data_dependent)
+    per_token: ClassVar[str] = 'optional'  # parameters for each token: 'never', 'always', 'optional' (without data)
     silu_extras: ClassVar[bool] = True
-    residual: bool = True
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
@@ -83,7 +82,7 @@ class MatrixMixer(nn.Module):
             raise ValueError(f'headdim = {headdim} does not divide d_inner = expand * d_model = {d_inner}')
         self.d_model, self.d_inner, self.headdim, self.nheads = d_model, d_inner, headdim, d_inner // headdim
         self.data_dependent = data_dependent
-        self.takes_grid = self.grid == 'always' or (self.grid == 'optional' and not data_dependent)
+        self.takes_grid = self.per_token == 'always' or (self.per_token == 'optional' and not data_dependent)
         if self.takes_grid and grid_size is None:
             raise ValueError(
                 f'{type(self).__name__}: a data-independent matrix has parameters for each token; needed is '
@@ -97,13 +96,14 @@ class MatrixMixer(nn.Module):
         self.tokens = TokenGrid(grid_size, num_prefix_tokens, prefix_position) if self.takes_grid else None
         self._projections = dict(d_conv=d_conv, bias=bias, conv_bias=conv_bias, device=device, dtype=dtype)
 
-    def _build(self, conv_extras: int = 0, plain_extras: int = 0) -> None:
+    def _build(self, conv_extras: int = 0, plain_extras: int = 0, v_heads: Optional[int] = None) -> None:
         """Projections, convolution and norm, for so many extra columns with and without convolution."""
         options = self._projections
         del self._projections
         dd = {'device': options['device'], 'dtype': options['dtype']}
         self.conv_extras, self.plain_extras = conv_extras, plain_extras
-        d_conv, conv_dim = options['d_conv'], self.d_inner + conv_extras
+        self.v_heads = self.nheads if v_heads is None else v_heads
+        d_conv, conv_dim = options['d_conv'], self.v_heads * self.headdim + conv_extras
         self.in_proj = nn.Linear(self.d_model, self.d_inner + conv_dim + plain_extras, bias=options['bias'], **dd)
         self.conv1d = nn.Conv1d(
             conv_dim, conv_dim, d_conv, groups=conv_dim, padding=d_conv // 2, bias=options['conv_bias'], **dd
@@ -140,27 +140,26 @@ class MatrixMixer(nn.Module):
 
     def _inner(self, projected: Tensor, grid: Optional[Tuple[int, int]]) -> Tensor:
         """Everything between the two projections."""
-        grid = self._check_grid(projected.shape[1], grid)
+        tokens = self._check_grid(projected.shape[1], grid)
         z, v, extras = self._unpack(projected)
-        y = self.mix(v, extras, grid)
-        if self.residual:
-            y = y + v
+        y = self.add_residual(self.mix(v, extras, tokens), v)
         acc = accumulation_dtype(projected.dtype)
         y = F.rms_norm(y.flatten(-2).to(acc), (self.d_inner,), self.norm.weight.to(acc), self.norm.eps)
         return (y * F.silu(z.to(acc))).to(projected.dtype)
 
     def _unpack(self, projected: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """z (B, L, d_inner), v (B, L, H, P) and extras (B, L, conv_extras + plain_extras), convolution done."""
-        z, vx, plain = projected.split([self.d_inner, self.d_inner + self.conv_extras, self.plain_extras], dim=-1)
+        v_dim = self.v_heads * self.headdim
+        z, vx, plain = projected.split([self.d_inner, v_dim + self.conv_extras, self.plain_extras], dim=-1)
         vx = depthwise_conv(vx, self.conv1d.weight, self.conv1d.bias)
         if self.silu_extras:
             vx = F.silu(vx)
-        v, extras = vx.split([self.d_inner, self.conv_extras], dim=-1)
+        v, extras = vx.split([v_dim, self.conv_extras], dim=-1)
         if not self.silu_extras:
             v = F.silu(v)
         if self.plain_extras:
             extras = torch.cat([extras, plain], dim=-1)
-        return z, v.unflatten(-1, (self.nheads, self.headdim)), extras
+        return z, v.unflatten(-1, (self.v_heads, self.headdim)), extras
 
     def _check_grid(self, L: int, grid: Optional[Tuple[int, int]]) -> Optional[TokenGrid]:
         """The tokens of this input; None for a mixer that does not depend on their number."""
@@ -177,6 +176,10 @@ class MatrixMixer(nn.Module):
     def mix(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
         """M v, as fast as the structure allows. v (B, L, H, P) -> (B, L, H, P)."""
         raise NotImplementedError
+
+    def add_residual(self, y: Tensor, v: Tensor) -> Tensor:
+        """What leaves the mixer: M v and v."""
+        return y + v
 
     def dense(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
         """M itself, (B or 1, H, L, L)."""

@@ -42,6 +42,7 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from timm.models.vision_transformer import global_pool_nlc
 
+from ..mixers.blockdiag import BlockDiagonalMlp
 from ._layer_norm import BlockNorm
 from ._mixer import mixer_factory, resample_mixer_parameter
 from .scan_order import SCAN_ORDERS, block_order, reorder
@@ -68,6 +69,7 @@ class HydraBlock(nn.Module):
         self,
         dim: int,
         mixer_layer: Callable,
+        mlp_layer: Callable = Mlp,
         mlp_ratio: float = 0.0,
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
@@ -85,7 +87,7 @@ class HydraBlock(nn.Module):
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         if mlp_ratio > 0:
             self.norm2 = norm_layer(dim, **dd)
-            self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
+            self.mlp = mlp_layer(dim, hidden_features=int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
             self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         else:
             self.norm2 = self.mlp = self.drop_path2 = None
@@ -135,6 +137,9 @@ class HydraViT(nn.Module):
         backend: str = 'auto',
         mixer: str = 'hydra',
         mixer_kwargs: Optional[Dict[str, Any]] = None,
+        mixer_params: Optional[Union[int, str]] = None,
+        mlp: Literal['dense', 'blockdiag'] = 'dense',
+        mlp_blocks: int = 4,
         pos_embed: Literal['none', 'learn'] = 'none',
         class_token: bool = False,
         class_token_position: Literal['first', 'middle', 'last'] = 'first',
@@ -178,6 +183,10 @@ class HydraViT(nn.Module):
             mixer: Name of the mixer, one of `hydra_vision.mixers.list()`. The options above go to it as far as it has
                 them; one that it does not have must keep its default.
             mixer_kwargs: Further arguments of the mixer, see `hydra_vision.mixers.arguments(mixer)`.
+            mixer_params: Parameters that one mixer shall have, by the width of its heads: a number, or the name of a
+                mixer, for as many as that one has with the options above; None leaves the heads as they are.
+            mlp: 'dense', or 'blockdiag' for the block-diagonal MLP of Monarch Mixer (with mlp_ratio).
+            mlp_blocks: Blocks of its layers.
             pos_embed: Type of position embedding: 'none' (the paper) or 'learn'.
             class_token: Use class token.
             class_token_position: Where in the sequence the class token stands while the blocks run. Outputs always
@@ -208,6 +217,11 @@ class HydraViT(nn.Module):
             raise ValueError(f'depth = {depth}, embed_dim = {embed_dim}; both must be at least 1')
         if mlp_ratio < 0:
             raise ValueError(f'mlp_ratio = {mlp_ratio}; it must be 0 (no MLP) or positive')
+        _check_choice('mlp', mlp, ('dense', 'blockdiag'))
+        if mlp == 'blockdiag' and mlp_ratio == 0:
+            raise ValueError("mlp = 'blockdiag' needs an mlp_ratio above 0")
+        if mlp == 'dense' and mlp_blocks != 4:
+            raise ValueError(f"mlp_blocks = {mlp_blocks} needs mlp = 'blockdiag'")
         norm_layer = get_norm_layer(norm_layer) or LayerNorm
         block_norm_layer = partial(BlockNorm, backend=backend) if norm_layer is LayerNorm else norm_layer
         act_layer = get_act_layer(act_layer) or nn.GELU
@@ -280,7 +294,9 @@ class HydraViT(nn.Module):
                 backend=backend,
             ),
             mixer_kwargs,
+            mixer_params,
             model=HydraViT,
+            d_model=embed_dim,
             grid_size=padded_grid,
             num_prefix_tokens=self.num_prefix_tokens,
             prefix_position=class_token_position,
@@ -291,6 +307,7 @@ class HydraViT(nn.Module):
                 HydraBlock(
                     dim=embed_dim,
                     mixer_layer=mixer_layer,
+                    mlp_layer=Mlp if mlp == 'dense' else partial(BlockDiagonalMlp, blocks=mlp_blocks),
                     mlp_ratio=mlp_ratio,
                     proj_drop=proj_drop_rate,
                     drop_path=dpr[i],
