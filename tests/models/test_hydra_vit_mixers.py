@@ -23,7 +23,15 @@ def family() -> list:
         for kwargs in [{'data_dependent': True}, {'data_dependent': False}] if both else [{}]:
             tag = '' if not both else '-dd' if kwargs['data_dependent'] else '-di'
             cases.append(pytest.param(name, kwargs, id=name + tag))
+    cases += [
+        pytest.param('semiseparable', dict(variant=v, share_bc=share), id=f'{v}-{share}')
+        for v, share in (('causal', False), ('mult', False), ('concat', True), ('add_diag', True), ('add_shift', False))
+    ]
     return cases
+
+
+# parameters for each token that cannot be carried to another grid
+REFUSE = [('vandermonde', {'data_dependent': False})]
 
 
 def create(name: str, kwargs: dict, **model):
@@ -106,6 +114,12 @@ def test_other_resolutions(name, kwargs):
     x = images(H=96, W=80)
     fixed, dynamic = create(name, kwargs), create(name, kwargs, dynamic_img_size=True)
     dynamic.load_state_dict(fixed.state_dict())
+    if (name, kwargs) in REFUSE:
+        with pytest.raises(ValueError, match='cannot be carried to'):
+            fixed.set_input_size(img_size=(96, 80))
+        with pytest.raises(ValueError, match='cannot be carried to'):
+            dynamic(x)
+        return
     with torch.no_grad():
         torch.testing.assert_close(dynamic(images()), fixed(images()))
         fixed.set_input_size(img_size=(96, 80))
@@ -119,14 +133,12 @@ def test_checkpoint_of_another_resolution(tmp_path, name, kwargs):
     source = create(name, kwargs)
     save_file(source.state_dict(), tmp_path / 'model.safetensors')
     overlay = dict(file=str(tmp_path / 'model.safetensors'), num_classes=5, input_size=(3, 64, 64))
-    model = timm.create_model(
-        'test_hydra_vit',
-        pretrained=True,
-        pretrained_cfg_overlay=overlay,
-        mixer=name,
-        mixer_kwargs=kwargs,
-        **{**SMALL, 'img_size': 96},
-    ).eval()
+    pretrained = dict(pretrained=True, pretrained_cfg_overlay=overlay, img_size=96)
+    if (name, kwargs) in REFUSE:
+        with pytest.raises(ValueError, match='cannot be carried to'):
+            create(name, kwargs, **pretrained)
+        return
+    model = create(name, kwargs, **pretrained)
     source.set_input_size(img_size=(96, 96))
     with torch.no_grad():
         torch.testing.assert_close(model(images(H=96, W=96)), source(images(H=96, W=96)))
@@ -134,11 +146,16 @@ def test_checkpoint_of_another_resolution(tmp_path, name, kwargs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('name', 'kwargs'), family())
-def test_compile_without_graph_breaks(name, kwargs):
+def test_no_graph_breaks(name, kwargs):
+    """Every mixer is traced whole; the FFT, the custom gradient and the operator also compile with their backward."""
+    torch.compiler.reset()
     model = create(name, kwargs, depth=1)
-    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
-    torch.testing.assert_close(compiled(images()), model(images()))
-    model.zero_grad()
+    whole = name in ('cauchy', 'm2', 'semiseparable') and kwargs in ({}, {'data_dependent': True})
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager' if whole else 'eager')
+    if not whole:
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(images()), model(images()))
+        return
     compiled(images()).sum().backward()
     got = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -218,3 +235,47 @@ def test_class_token_keeps_its_parameters_at_another_resolution():
     assert model(images()).shape == (2, 5)
     with pytest.raises(ValueError, match='class token'):
         model(images(H=96))
+
+
+def test_block_diagonal_mlp():
+    dense, sparse = create('m2', {}, mlp_ratio=4.0), create('m2', {}, mlp='blockdiag', mlp_ratio=4.0, mlp_blocks=4)
+    for layer in ('fc1', 'fc2'):
+        a, b = (getattr(model.blocks[0].mlp, layer) for model in (dense, sparse))
+        assert b.weight.numel() * 4 == a.weight.numel()
+        blocks = torch.block_diag(*b.weight.detach()).T  # as nn.Linear has it
+        x = torch.randn(3, 7, blocks.shape[1])
+        torch.testing.assert_close(b(x), torch.nn.functional.linear(x, blocks, b.bias))
+        assert b.weight.std().item() == pytest.approx(2 * a.weight.std().item(), rel=0.1)
+    assert sparse(images()).shape == (2, 5)
+    for kwargs, message in (
+        (dict(mlp='blockdiag'), 'needs an mlp_ratio'),
+        (dict(mlp='blockdiag', mlp_ratio=4.0, mlp_blocks=3), 'blocks = 3; it must divide the widths 64 and 256'),
+        (dict(mlp_blocks=2), "needs mlp = 'blockdiag'"),
+        (dict(mlp='monarch'), "mlp = 'monarch'; allowed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            create('m2', {}, **kwargs)
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), family())
+def test_equal_parameters(name, kwargs):
+    """The whole family at the parameter count of Hydra, at the sizes of the ablation's models."""
+
+    def count(**model) -> int:
+        made = timm.create_model('hydra_vit_nano', img_size=32, patch_size=4, device='meta', depth=2, **model)
+        return sum(p.numel() for p in made.blocks.parameters())
+
+    assert count(mixer=name, mixer_kwargs=kwargs, mixer_params='hydra') == pytest.approx(count(), rel=0.012)
+    assert count(mixer=name, mixer_kwargs=kwargs, mixer_params=100_000) == pytest.approx(2 * 100_256, rel=0.012)
+
+
+def test_parameters_that_cannot_be_matched():
+    with pytest.raises(ValueError, match="'dense' cannot have 100000 parameters at d_model = 128"):
+        timm.create_model('hydra_vit_nano', device='meta', mixer='dense', mixer_params=100_000)
+    with pytest.raises(ValueError, match="did you mean 'hydra'"):
+        timm.create_model('hydra_vit_nano', device='meta', mixer='dense', mixer_params='hidra')
+    # options of the mixer that is the measure need not be the mixer's own
+    model = timm.create_model('hydra_vit_nano', device='meta', mixer='toeplitz', mixer_params='hydra', d_state=16)
+    hydra = timm.create_model('hydra_vit_nano', device='meta', d_state=16)
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (model, hydra)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.012)
