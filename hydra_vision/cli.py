@@ -185,6 +185,12 @@ def _tune(argv: list[str]) -> int:
     return importlib.import_module('hydra_vision.ops.triton.tune').main(argv, prog=f'{PROG} tune')
 
 
+def _segment(argv: list[str]) -> int:
+    from .downstream.segment import main as segment
+
+    return segment(argv, prog=f'{PROG} segment')
+
+
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     'env': (_env, 'Versions, devices, backends and the default that runs on each device.'),
     'models': (_models, 'The registered Hydra models: parameters, GMACs, input size, weights.'),
@@ -195,6 +201,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     'extract': (_extract, 'Write features of images to .npy, .safetensors or .parquet.'),
     'knn': (_knn, 'Nearest-neighbour accuracy of features.'),
     'probe': (_probe, 'Accuracy of a linear classifier on features.'),
+    'segment': (_segment, 'Train a semantic segmenter on a folder of images and masks.'),
     'tune': (_tune, 'Measure a launch table of the Triton kernels for this GPU.'),
 }
 

@@ -1,0 +1,154 @@
+"""The segmenter: metrics against numpy, a run that learns drawn shapes, errors before work."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from hydra_vision import cli
+from hydra_vision.command_line import UserError
+
+pytest.importorskip('segmentation_models_pytorch')
+from hydra_vision.downstream.segmentation import build_segmenter, evaluate, measure_speed, predict
+from hydra_vision.downstream.segmentation_data import SegmentationFolder, read_classes, train_transform
+
+RUN = ['--model', 'test_hydra_vit', '--crop', '64', '64', '--workers', '0', '--device', 'cpu', '--batch-size', '4']
+
+
+class _Fixed(nn.Module):
+    """Predicts the class that is the first channel of the image."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.shape[-2] % 32 == x.shape[-1] % 32 == 0
+        return nn.functional.one_hot(x[:, 0].long(), 4).movedim(-1, 1).float()
+
+
+def test_scores_against_numpy():
+    rng = np.random.default_rng(0)
+    predicted, truth = rng.integers(0, 3, (2, 5, 23, 30))
+    truth[:, :4] = 9
+    batches = [
+        (torch.tensor(p[None, None].repeat(3, 1)).float(), torch.tensor(t[None])) for p, t in zip(predicted, truth)
+    ]
+    scores = evaluate(_Fixed(), batches, num_classes=4, ignore_index=9, device=torch.device('cpu'))
+    p, t = predicted[truth != 9], truth[truth != 9]
+    expected = [((p == c) & (t == c)).sum() / ((p == c) | (t == c)).sum() for c in range(3)]
+    assert scores.iou[:3] == pytest.approx(expected)
+    assert math.isnan(scores.iou[3])  # neither there nor predicted
+    assert scores.miou == pytest.approx(np.mean(expected))
+    assert scores.accuracy == pytest.approx((p == t).mean())
+
+
+@pytest.mark.parametrize(
+    ('name', 'decoder'), [('test_hydra_vit', 'DPT'), ('test_vit', 'DPT'), ('test_hydra_vit', 'FPN')]
+)
+def test_any_size(name, decoder):
+    model = build_segmenter(name, decoder, 3, img_size=(64, 64)).eval()
+    assert predict(model, torch.randn(1, 3, 50, 77)).shape == (1, 3, 50, 77)
+
+
+def test_training_pairs_stay_aligned(drawn_folder):
+    data = SegmentationFolder(
+        drawn_folder, 'train', num_classes=3, ignore_index=255, transform=train_transform((64, 96), 255)
+    )
+    torch.manual_seed(0)
+    for i in range(8):
+        image, mask = data[i]
+        assert image.shape == (3, 64, 96)
+        assert mask.shape == (64, 96)
+        red, blue = image[0] - image[2], image[2] - image[0]
+        for label, colour in ((1, red), (2, blue)):
+            if (mask == label).sum() > 50:
+                assert colour[mask == label].mean() > colour[mask == 0].mean() + 0.5
+
+
+@pytest.mark.slow
+def test_a_run_learns_and_reports(drawn_folder, tmp_path, capsys):
+    out = tmp_path / 'run'
+    arguments = ['segment', '--data-dir', str(drawn_folder), *RUN, '--decoder', 'FPN', '--output', str(out)]
+    assert cli.main([*arguments, '--epochs', '16', '--lr', '2e-3', '--eval-every', '8', '--drop-path', '0']) == 0
+    summary = json.loads((out / 'summary.json').read_text())
+    assert summary['classes'] == ['ground', 'rectangle', 'disc']
+    assert summary['test']['miou'] > 0.6  # chance, all ground, is below 0.3
+    rows = list(csv.DictReader((out / 'curve.csv').open()))
+    assert len(rows) == 16
+    assert float(rows[-1]['loss']) < 0.7 * float(rows[0]['loss'])
+    with Image.open(out / 'predictions.png') as picture:
+        assert min(picture.size) > 200
+    assert len(list((out / 'predictions').iterdir())) == 4
+    assert 'test mIoU' in capsys.readouterr().out
+
+    # the weights are those of the summary
+    from safetensors.torch import load_file
+
+    model = build_segmenter('test_hydra_vit', 'FPN', 3, img_size=(64, 64))
+    model.load_state_dict(load_file(out / 'model.safetensors'))
+    data = SegmentationFolder(drawn_folder, 'test', num_classes=3, ignore_index=255)
+    batches = []
+    for image, mask in data:
+        x = (image / 255 - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[
+            :, None, None
+        ]
+        batches.append((x[None], mask[None]))
+    scores = evaluate(model, batches, num_classes=3, ignore_index=255, device=torch.device('cpu'))
+    assert scores.miou == pytest.approx(summary['test']['miou'], abs=1e-3)
+
+    assert cli.main(['segment', '--compare', str(out), str(out), '--output', str(tmp_path / 'both')]) == 0
+    assert (tmp_path / 'both' / 'predictions.png').is_file()
+    assert cli.main(arguments) == 2  # the folder is not empty
+
+
+def test_speed():
+    model = build_segmenter('test_hydra_vit', 'FPN', 3, img_size=(64, 64))
+    speed = measure_speed(model, size=(64, 64), batch_size=2, num_classes=3, device=torch.device('cpu'), calls=1)
+    assert set(speed) == {'train_images_per_second', 'inference_images_per_second'}
+    assert min(speed.values()) > 0
+
+
+def test_bad_input(drawn_folder, tmp_path, capsys):
+    data = ['segment', '--data-dir', str(drawn_folder), '--output', str(tmp_path / 'out'), *RUN]
+    for match, arguments in [
+        ('nearest valid name', [*data, '--model', 'test_hydra_vti']),
+        ('UPerNet', [*data, '--decoder', 'Unett']),
+        ('multiples of 32', [*data, '--crop', '60', '64']),
+        ('at least 1', [*data, '--epochs', '0']),
+        ('names 3', [*data, '--num-classes', '4']),
+        ('no folder', ['segment', '--data-dir', str(tmp_path / 'none'), '--num-classes', '3', *RUN]),
+        ('classes.txt', ['segment', '--data-dir', str(tmp_path), *RUN]),
+        ('not available', [*data, '--device', 'nonsense']),
+        ('summary.json', ['segment', '--compare', str(tmp_path), '--output', str(tmp_path / 'c')]),
+        ('not an empty folder', [*data, '--output', str(drawn_folder)]),
+    ]:
+        assert cli.main(arguments) == 2, arguments
+        assert match in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
+
+    two = SegmentationFolder(drawn_folder, 'train', num_classes=2, ignore_index=255)
+    with pytest.raises(UserError, match='holds the class 2'):
+        list(two)
+    assert read_classes(tmp_path, 2) == ['class 0', 'class 1']
+
+
+def test_folder_errors(tmp_path):
+    for name in ('images', 'masks'):
+        (tmp_path / 'train' / name).mkdir(parents=True)
+
+    def read():
+        return SegmentationFolder(tmp_path, 'train', num_classes=2, ignore_index=255)
+
+    with pytest.raises(UserError, match='holds no image'):
+        read()
+    Image.new('RGB', (8, 8)).save(tmp_path / 'train/images/a.png')
+    with pytest.raises(UserError, match='has no mask'):
+        read()
+    Image.new('L', (8, 9)).save(tmp_path / 'train/masks/a.png')
+    with pytest.raises(UserError, match='8 x 9'):
+        read()
+    Image.new('RGB', (8, 8)).save(tmp_path / 'train/masks/a.png')
+    with pytest.raises(UserError, match='mode RGB'):
+        read()
