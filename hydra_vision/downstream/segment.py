@@ -120,7 +120,10 @@ def _check(arguments: argparse.Namespace) -> None:
 def _build(arguments: argparse.Namespace, num_classes: int, device: torch.device) -> torch.nn.Module:
     from .segmentation import build_segmenter
 
-    kwargs = {'drop_path_rate': arguments.drop_path} if arguments.drop_path else {}
+    # One known size where the model is timed: a ViT resamples its position embedding on every call otherwise.
+    kwargs: dict[str, Any] = {'dynamic_img_size': not arguments.measure}
+    if arguments.drop_path:
+        kwargs['drop_path_rate'] = arguments.drop_path
     model = build_segmenter(
         arguments.model,
         arguments.decoder,

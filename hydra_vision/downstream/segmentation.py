@@ -55,7 +55,7 @@ def build_segmenter(
         model_name: an isotropic timm model.
         decoder: 'DPT', which takes its maps as they are, or any other smp architecture, through a feature pyramid.
         num_classes: channels of the output.
-        img_size: height and width that training uses (others work too).
+        img_size: height and width that training uses; others work too, unless dynamic_img_size=False.
         pretrained: load the backbone's weights.
         **kwargs: of the backbone.
 
@@ -67,7 +67,7 @@ def build_segmenter(
     known = sorted(cls.__name__ for cls in smp.MODEL_ARCHITECTURES_MAPPING.values())
     if decoder not in known:
         raise UserError(f'decoder {decoder!r}; allowed: {", ".join(known)}')
-    kwargs = dict(dynamic_img_size=True, img_size=img_size, **kwargs)
+    kwargs = {'dynamic_img_size': True, 'img_size': img_size, **kwargs}
     try:
         if decoder == 'DPT':
             register_smp_encoder(model_name, **kwargs)  # checks name and arguments
