@@ -153,6 +153,12 @@ def _bench(argv: list[str]) -> int:
     return bench(argv, prog=f'{PROG} bench')
 
 
+def _ablation(argv: list[str]) -> int:
+    from .bench.ablation.main import main as ablation
+
+    return ablation(argv, prog=f'{PROG} ablation')
+
+
 def _show_matrix(argv: list[str]) -> int:
     from .visualize.show_matrix import main as show_matrix
 
@@ -197,6 +203,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     'train': (_train, 'Train, resume or validate; without arguments on a small built-in data set.'),
     'compare-runs': (_compare_runs, 'Put finished training runs side by side: table and curves.'),
     'bench': (_bench, 'Time models, or the operator alone, against their peers.'),
+    'ablation': (_ablation, "Train a family of mixers at equal parameters: the paper's tables for images."),
     'show-matrix': (_show_matrix, 'Draw the mixing matrices of a block on an image, and where one patch looks.'),
     'extract': (_extract, 'Write features of images to .npy, .safetensors or .parquet.'),
     'knn': (_knn, 'Nearest-neighbour accuracy of features.'),

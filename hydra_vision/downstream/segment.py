@@ -37,7 +37,10 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision segment
     arguments = _parser(prog).parse_args(argv)
     if arguments.compare:
         return _compare([Path(run) for run in arguments.compare], _folder(arguments.output))
-    require('segmentation_models_pytorch', 'seg')
+    try:
+        require('segmentation_models_pytorch', 'seg')
+    except ImportError as error:
+        raise UserError(str(error)) from error
     if arguments.measure:
         return _measure(arguments)
     if arguments.data_dir is None:

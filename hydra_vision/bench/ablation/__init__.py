@@ -1,0 +1,1 @@
+"""The mixer ablation: one recipe, one number of parameters, many mixers."""

@@ -1,0 +1,155 @@
+"""The mixer ablation: families, equal parameters, runs that continue, tables."""
+
+import csv
+
+import pytest
+import timm
+
+from hydra_vision.bench.ablation.family import Family, Row, fit_rows, read_family
+from hydra_vision.bench.ablation.main import main
+from hydra_vision.bench.ablation.report import COLUMNS, markdown, plot, table_rows
+from hydra_vision.command_line import UserError
+from hydra_vision.train.config import merge
+from hydra_vision.train.recipes import read_recipe
+
+DIGITS = """
+model: {name: hydra_vit_nano, num_classes: 10, in_chans: 1, kwargs: {patch_size: 2, embed_dim: 32, depth: 1}}
+data: {name: sklearn/digits, img_size: 8, batch_size: 128, workers: 0, mean: [0.3], std: [0.38]}
+schedule: {epochs: 1}
+run: {device: cpu, threads: 1}
+"""
+
+
+@pytest.fixture
+def digits(tmp_path):
+    path = tmp_path / 'digits.yaml'
+    path.write_text(DIGITS)
+    return str(path)
+
+
+@pytest.mark.parametrize(('name', 'count'), [('table2', 17), ('table3', 7)])
+def test_packaged_families(name, count):
+    family = read_family(name)
+    assert len({row.name for row in family.rows}) == len(family.rows) == count
+    assert {row.mixer for row in family.rows} <= set(__import__('hydra_vision').mixers.list())
+
+
+def test_rows_get_the_parameters_of_the_reference():
+    recipe = read_recipe('ablation/cifar10')
+    for family in (read_family('table2'), read_family('table3')):
+        reference = next(row for row in family.rows if row.name == family.reference)
+        wanted = ('dense', 'attention-dd', 'm2', 'vit', 'concat', 'causal', family.reference)
+        rows = tuple(row for row in family.rows if row.name in wanted)
+        fitted = fit_rows(rows, reference, recipe)
+        target = next(row.parameters for row in fitted if row.row == reference)
+        for row in fitted:
+            assert abs(row.parameters / target - 1) < 0.05, row
+            kwargs = merge(recipe['model']['kwargs'], row.model_kwargs)
+            model = timm.create_model('hydra_vit_nano', img_size=32, num_classes=10, device='meta', **kwargs)
+            assert row.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_family_files_are_checked(tmp_path):
+    def read(text):
+        (tmp_path / 'mine.yaml').write_text(text)
+        return read_family(str(tmp_path / 'mine.yaml'))
+
+    good = read(
+        '{title: t, reference: a, kwargs: {x: 1}, rows: {a: {label: A, mixer: hydra, kwargs: {x: null, y: 2}}}}'
+    )
+    assert good.rows == (Row('a', 'A', 'hydra', kwargs={'y': 2}),)
+    for text, message in [
+        ('{title: t, reference: b, rows: {a: {label: A, mixer: hydra}}}', "reference 'b' is none"),
+        ('{title: t, reference: a, rows: {a: {label: A, mixer: hydra, expnad: 2}}}', 'expnad'),
+        ('{title: t, reference: a, rows: {a: {label: A, mixer: hydra, adjust: depth}}}', "adjust = 'depth'"),
+        ('- a', 'not a family'),
+    ]:
+        with pytest.raises(UserError, match=message):
+            read(text)
+    with pytest.raises(UserError, match='table2, table3'):
+        read_family('table4')
+
+
+def test_runs_are_trained_kept_and_reported(digits, tmp_path, capsys):
+    output = tmp_path / 'ablation'
+    argv = ['--config', digits, '--family', 'table2', '--output', str(output), '--time-limit', '0']
+    assert main([*argv, '--rows', 'toeplitz-di']) == 0
+    out = capsys.readouterr().out
+    assert '[1/1] toeplitz-di-seed0: top-1' in out
+    with (output / 'results.csv').open(newline='') as file:
+        (line,) = csv.DictReader(file)
+    with (output / 'runs' / 'toeplitz-di-seed0' / 'summary.csv').open(newline='') as file:
+        (epoch,) = csv.DictReader(file)
+    assert float(line['top1']) == float(epoch['val_top1'])
+    with (output / 'speed.csv').open(newline='') as file:
+        speeds = {(line['row'], line['mode']): float(line['images_per_s']) for line in csv.DictReader(file)}
+    assert speeds['toeplitz-di', 'infer'] > speeds['toeplitz-di', 'train'] > 0
+    table = (output / 'tables.md').read_text()
+    assert f'| {float(line["top1"]):.2f} | 1 |' in table
+    assert (output / 'ablation.png').stat().st_size > 1000
+
+    before = (output / 'runs' / 'toeplitz-di-seed0' / 'last.pt').stat().st_mtime_ns
+    assert main([*argv, '--rows', 'toeplitz-di', '--steps', 'train']) == 0
+    assert '1 of 1 runs are finished already' in capsys.readouterr().out
+    assert (output / 'runs' / 'toeplitz-di-seed0' / 'last.pt').stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r'holds a run with schedule.epochs = 1, this one has 2'):
+        main([*argv, '--rows', 'toeplitz-di', '--epochs', '2'])
+
+
+def test_a_failed_run_is_told_and_the_others_go_on(tmp_path, capsys):
+    (tmp_path / 'bad.yaml').write_text(DIGITS.replace('sklearn/digits', 'torch/nothing'))
+    argv = ['--config', str(tmp_path / 'bad.yaml'), '--family', 'table3', '--rows', 'add', '--steps', 'train']
+    assert main([*argv, '--output', str(tmp_path / 'out')]) == 1
+    out = capsys.readouterr().out
+    assert 'add-seed0: FAILED with exit code 1' in out
+    assert 'not finished' in out
+    assert 'torch/nothing' in (tmp_path / 'out' / 'logs' / 'add-seed0.log').read_text()
+
+
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
+        (['--rows', 'add,nothing'], "no row 'nothing'"),
+        (['--family', 'table9'], 'table9'),
+        (['--config', 'nothing'], "no recipe 'nothing'"),
+        (['--set', 'model.nmae=x'], 'model.nmae'),
+        (['--set', 'data.img_size=null'], 'must say data.img_size'),
+        (['--set', 'model.kwargs.patch_size=x', '--rows', 'add'], 'row quasiseparable-dd: cannot build'),
+    ],
+)
+def test_wrong_arguments(argv, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        main([*argv, '--plan', '--output', str(tmp_path / 'out')])
+    assert not (tmp_path / 'out').exists()
+
+
+def test_plan_trains_nothing(digits, tmp_path, capsys):
+    argv = ['--config', digits, '--rows', 'add,dense', '--seeds', '3', '4', '--output', str(tmp_path / 'out')]
+    assert main([*argv, '--plan']) == 0
+    out = capsys.readouterr().out
+    assert '4 runs' in out
+    assert '3 4' in out
+    assert not (tmp_path / 'out').exists()
+
+
+def test_table_and_picture(tmp_path):
+    rows = (Row('a', 'A', 'dense', data='independent', paper=74.7), Row('b', 'B', 'hydra'), Row('c', 'C', 'm2'))
+    family = Family('mine', 'A title', 'b', rows)
+    results = [
+        {'row': 'a', 'parameters': 1_700_000, 'top1': 60.0},
+        {'row': 'b', 'parameters': 1_750_000, 'top1': 70.0},
+        {'row': 'b', 'parameters': 1_750_000, 'top1': 71.0},
+    ]
+    speed = [
+        {'row': 'b', 'mode': 'train', 'images_per_s': '1000.4', 'peak_memory_gib': '1.25', 'status': 'ok'},
+        {'row': 'a', 'mode': 'infer', 'images_per_s': '', 'peak_memory_gib': '', 'status': 'out of memory'},
+    ]
+    lines = table_rows(family, results, speed)
+    assert lines[0] == ['A', 'parameters', '1.700', '60.00', '1', '', 'out of memory', '', '74.7']
+    assert lines[1] == ['B', 'tokens', '1.750', '70.50 (70.00 to 71.00)', '2', '1000', '', '1.25', '']
+    assert lines[2][3] == 'not finished'
+    text = markdown(family.title, lines)
+    assert text.count('\n') == 2 + 2 + 3
+    assert all(column in text for column in COLUMNS)
+    plot([family, family], results, tmp_path / 'a.png', 'title')
+    assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
