@@ -37,10 +37,7 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision segment
     arguments = _parser(prog).parse_args(argv)
     if arguments.compare:
         return _compare([Path(run) for run in arguments.compare], _folder(arguments.output))
-    try:
-        require('segmentation_models_pytorch', 'seg')
-    except ImportError as error:
-        raise UserError(str(error)) from error
+    require('segmentation_models_pytorch', 'seg')
     if arguments.measure:
         return _measure(arguments)
     if arguments.data_dir is None:

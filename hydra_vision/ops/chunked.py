@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import accumulation_dtype, scale, shift_tokens
+from .reference import accumulation_dtype, add, scale, shift_tokens
 
 __all__ = ['mix_chunked']
 
@@ -106,7 +106,7 @@ def mix_chunked(
             entering = _scan(
                 states.unflatten(0, (batch, chunks)), total[:, 0].unflatten(0, (batch, chunks)), start, from_left
             ).flatten(0, 1)
-            y.add_(scale(_by_token(Ct @ entering, P), read.to(acc).exp().unsqueeze(-1)))
+            y = add(y, scale(_by_token(Ct @ entering, P), read.to(acc).exp().unsqueeze(-1)))
 
     y = y.reshape(batch, chunks * Q, H, P)
     if padding:
@@ -178,7 +178,11 @@ def _mix_tiles(
     if D is None:
         between.zero_()
     else:
-        between.copy_(per_head(D))
+        diagonal = per_head(D)
+        try:
+            between.copy_(diagonal)
+        except RuntimeError:  # in torch.func.vmap, where the mapped dimension may be the diagonal's alone
+            tile = torch.diagonal_scatter(tile, diagonal, dim1=-2, dim2=-1)
     y = tile @ per_head(x)  # (Bc, tiles, H, q, P)
     return y.transpose(2, 3).reshape(Bc, Q, H, P)
 

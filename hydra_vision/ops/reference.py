@@ -47,7 +47,18 @@ def scale(t: Tensor, factor: Tensor) -> Tensor:
     """
     if torch.jit.is_tracing() or (torch.is_grad_enabled() and (t.requires_grad or factor.requires_grad)):
         return t * factor
-    return t.mul_(factor)
+    try:
+        return t.mul_(factor)
+    except RuntimeError:  # in torch.func.vmap, where the mapped dimension may be the factor's alone
+        return t * factor
+
+
+def add(t: Tensor, other: Tensor) -> Tensor:
+    """t + other for a temporary t, in its own memory."""
+    try:
+        return t.add_(other)
+    except RuntimeError:  # as above
+        return t + other
 
 
 def _interval_sums(a: Tensor) -> Tensor:

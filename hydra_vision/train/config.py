@@ -49,7 +49,8 @@ class DataConfig:
     """Where images come from and how they are read."""
 
     name: str = _field(
-        "", "'' (folder or .tar), hfds/..., hfids/..., tfds/..., wds/..., torch/..., sklearn/digits, synthetic (noise)"
+        "",
+        "'' (folder or .tar), parquet, hfds/..., hfids/..., tfds/..., wds/, torch/..., sklearn/digits, synthetic",
     )
     dir: str | None = _field(None, "folder of the data set; holds train/ and val/ (or train.tar and val.tar)")
     train_split: str = _field("train", "name of the training split")
@@ -263,16 +264,17 @@ class Config:
         prefix = data.name.split("/")[0].lower()
         streamed, folder, digits = prefix in ("hfids", "tfds", "wds"), prefix == "", data.name == "sklearn/digits"
         synthetic = data.name == "synthetic"
-        if prefix not in ("", "hfds", "hfids", "tfds", "wds", "torch", "sklearn") and not synthetic:
+        if prefix not in ("", "parquet", "hfds", "hfids", "tfds", "wds", "torch", "sklearn") and not synthetic:
             refuse(  # timm would read data.dir as a folder, whatever the name
-                f"data.name={data.name!r} is not valid; allowed: '' (folder or .tar), hfds/..., hfids/..., tfds/..., "
-                "wds/..., torch/..., sklearn/digits, synthetic"
+                f"data.name={data.name!r} is not valid; allowed: '' (folder or .tar), parquet, hfds/..., hfids/..., "
+                "tfds/..., wds/, torch/..., sklearn/digits, synthetic"
             )
         ignored = []
         ignored += ["dir"] if (digits or synthetic) and data.dir is not None else []
         ignored += ["class_map"] if (digits or synthetic or prefix == "torch") and data.class_map is not None else []
         ignored += ["cache"] if data.cache != "none" and (streamed or synthetic) else []
-        ignored += ["download"] if data.download and (folder or digits or synthetic) else []
+        local = folder or digits or synthetic or prefix in ("parquet", "wds")
+        ignored += ["download"] if data.download and local else []
         for key in ("train_samples", "val_samples"):
             ignored += [key] if getattr(data, key) is not None and not (streamed or synthetic) else []
         for key in ("input_key", "target_key"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -24,10 +25,12 @@ from hydra_vision.train.images import ImageRules
 from hydra_vision.train.randomness import seed_from, seeded
 from hydra_vision.train.readable import ReadableDataset
 from hydra_vision.train.sampling import EvalSampler, TrainSampler
+from hydra_vision.train.stream import ReadableStream
 from hydra_vision.train.synthetic import SYNTHETIC, SyntheticImages, SyntheticLoader, synthetic_length
 
 _SYNONYMS = (("train", "training"), ("val", "validation", "valid", "eval", "test"))
 DIGITS = "sklearn/digits"
+PARQUET = "parquet"
 _ALONE = World()
 
 
@@ -352,9 +355,15 @@ def _loader_kwargs(config: Config, device: torch.device) -> dict[str, Any]:
 
 
 def _guard(config: Config, split: Split, num_classes: int, is_training: bool) -> Dataset:
-    """Streamed sets skip unreadable images on their own; the others get our counted, limited skipping."""
+    """The set with counted, limited skipping of unreadable images."""
     if isinstance(split.dataset, IterableDataset):
-        return split.dataset
+        return ReadableStream(
+            split.dataset,
+            split=split.name,
+            max_unreadable=config.data.max_unreadable,
+            num_classes=num_classes,
+            rules=image_rules(config),
+        )
     dataset = ReadableDataset(
         split.dataset,
         split=split.name,
@@ -395,17 +404,21 @@ def _open(config: Config, split: str, is_training: bool, world: World) -> Split:
         add_img_extensions((*IMG_EXTENSIONS, ".gif"))  # timm alone looks for .jpg, .jpeg and .png only
     else:
         root, name = data.dir, f"{data.name} ({split})"
-    streamed = data.name.split("/")[0].lower() in ("hfids", "tfds", "wds")
+    prefix = data.name.split("/")[0].lower()
+    _check_package(data.name, prefix)
+    reader = f"hfds/{_parquet_folder(data.dir)}" if data.name == PARQUET else data.name
+    root = None if data.name == PARQUET else root
+    streamed = prefix in ("hfids", "tfds", "wds")
     kwargs = {"input_key": data.input_key, "target_key": data.target_key}
     if not data.name.lower().startswith("torch/"):
-        kwargs["input_img_mode"] = mode
+        kwargs["input_img_mode"] = "" if prefix in ("hfids", "wds") else mode  # ReadableStream converts these
     if streamed:
         kwargs["num_samples"] = data.train_samples if is_training else data.val_samples
         kwargs["seed"] = config.run.seed
         kwargs["batch_size"] = batch_size
     try:
         dataset = create_dataset(
-            data.name,
+            reader,
             root=None if root is None else str(root),
             split=split,
             search_split=data.name != "",
@@ -417,6 +430,8 @@ def _open(config: Config, split: str, is_training: bool, world: World) -> Split:
     except ImportError as error:
         raise DataError(f"data.name={data.name!r} needs a package that is not installed: {error}") from error
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
+        if "trust_remote_code" in str(error):  # an argument that datasets 4 dropped
+            raise DataError(f"cannot open {name}: this timm needs datasets < 4, or take timm >= 1.0.31") from error
         raise DataError(f"cannot open {name}: {type(error).__name__}: {error}") from error
     if streamed and not is_training:  # see val_loader
         dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
@@ -424,6 +439,21 @@ def _open(config: Config, split: str, is_training: bool, world: World) -> Split:
     if data.name == "" and root.is_dir():
         _check_folder(root, dataset.reader.samples)
     return Split(dataset, name, classes)
+
+
+def _check_package(name: str, prefix: str) -> None:
+    """Refuses a reader whose package is missing, before timm prints or raises something of its own."""
+    package = {"hfds": "datasets", "hfids": "datasets", PARQUET: "datasets", "wds": "webdataset"}.get(prefix)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise DataError(f"data.name={name!r} needs the package {package}: pip install 'hydra-vision[data]'")
+
+
+def _parquet_folder(folder: str | None) -> Path:
+    """The folder of parquet files, absolute, so that it is never taken for a name on the Hugging Face Hub."""
+    root = Path("" if folder is None else folder).expanduser().resolve()
+    if folder is None or not root.is_dir() or not any(root.rglob("*.parquet")):
+        raise DataError(f"data.dir={folder!r} is not a folder with .parquet files")
+    return root
 
 
 def _split_root(folder: str | None, split: str) -> Path:

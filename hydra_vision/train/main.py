@@ -14,7 +14,7 @@ from rich.console import Console
 from hydra_vision.train.arguments import parse_arguments
 from hydra_vision.train.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, write_atomically, write_text
 from hydra_vision.train.config import Config, check_values, merge, parse_override
-from hydra_vision.train.errors import CheckpointError, ConfigError, TrainError
+from hydra_vision.train.errors import CheckpointError, ConfigError, TrainError, loader_death
 from hydra_vision.train.recipes import read_recipe, recipe_names
 
 DEMO = "hydra_vit_nano_digits"
@@ -35,6 +35,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "train_imagenet.py") -> 
     errors = Console(stderr=True, highlight=False, markup=False)
     try:
         return _run(parse_arguments(argv, prog), Console(highlight=False, markup=False))
+    except RuntimeError as error:
+        death = loader_death(error)
+        if death is None:
+            raise
+        errors.print(f"error: {death}", soft_wrap=True)
+        return death.exit_code
     except TrainError as error:
         errors.print(f"error: {_one_line(error)}", soft_wrap=True)
         return error.exit_code

@@ -186,3 +186,22 @@ def test_integer_input_is_refused():
     tensors['zxbcdt'] = tensors['zxbcdt'].long()
     with pytest.raises(TypeError, match='zxbcdt has dtype'):
         hydra_inner(**tensors, **options)
+
+
+@pytest.mark.parametrize('gradients', [False, True])
+@pytest.mark.parametrize('backend', ['chunked', 'reference'])
+@pytest.mark.parametrize('L', [17, 70])
+def test_vmap_over_one_tensor_alone(L, backend, gradients):
+    tensors, options = make_inner_inputs(B=1, L=L, init_states=True)
+    if gradients:
+        tensors = {name: t.requires_grad_() for name, t in tensors.items()}
+    for name in tensors:
+        several = torch.stack([tensors[name], 1.1 * tensors[name]])
+        others = {other: t for other, t in tensors.items() if other != name}
+
+        def one(t):
+            return hydra_inner(**{name: t}, **others, **options, backend=backend)  # noqa: B023
+
+        with torch.set_grad_enabled(gradients):
+            found = torch.func.vmap(one)(several)
+            torch.testing.assert_close(found, torch.stack([one(t) for t in several]), msg=lambda m: f'{name}: {m}')  # noqa: B023

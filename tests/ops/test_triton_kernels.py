@@ -7,10 +7,7 @@ import torch
 from triton_checks import check_inner, check_mix, inner_arguments, mix_arguments, value_and_grads
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason='needs a CUDA device, or TRITON_INTERPRET=1 (test_triton_interpreter.py runs these tests so)',
-)
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 DEVICE = 'cpu' if INTERPRETED else 'cuda'
 SEEDS = 1 if INTERPRETED else 8
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]

@@ -8,10 +8,7 @@ import torch.nn.functional as F
 from triton_checks import value_and_grads
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason='needs a CUDA device, or TRITON_INTERPRET=1 (test_triton_interpreter.py runs these tests so)',
-)
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 DEVICE = 'cpu' if INTERPRETED else 'cuda'
 HALF = torch.float16 if INTERPRETED else torch.bfloat16
 SHAPES = [(3, 5, 16), (2, 9, 24), (1, 1, 64), (5, 7, 192), (0, 3, 8)]

@@ -1,0 +1,40 @@
+"""The simple feature pyramid: strides, widths, what it refuses."""
+
+import pytest
+import torch
+
+from hydra_vision.downstream import SimpleFeaturePyramid
+from hydra_vision.downstream.pyramid import isotropic_backbone, last_map
+
+
+@pytest.mark.parametrize(('in_stride', 'strides'), [(16, (4, 8, 16, 32)), (8, (2, 4, 8, 16, 32)), (32, (4, 64))])
+def test_strides(in_stride, strides):
+    pyramid = SimpleFeaturePyramid(64, in_stride, strides=strides, out_channels=24, pool=True)
+    side = 128
+    x = torch.randn(2, 64, side // in_stride, 2 * side // in_stride)
+    *maps, pooled = pyramid(x)
+    assert [tuple(m.shape) for m in maps] == [(2, 24, side // s, 2 * side // s) for s in strides]
+    assert torch.equal(pooled, maps[-1][..., ::2, ::2])
+
+
+def test_every_level_reaches_the_backbone():
+    model = isotropic_backbone('test_hydra_vit', depth=1)
+    pyramid = SimpleFeaturePyramid(64)
+    for level in range(4):
+        model.zero_grad()
+        pyramid(last_map(model, torch.randn(1, 3, 64, 96)))[level].square().mean().backward()
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_class_token_stays_out_of_the_map():
+    model = isotropic_backbone('test_hydra_vit', depth=1, class_token=True)
+    assert last_map(model, torch.randn(1, 3, 64, 96)).shape == (1, 64, 4, 6)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match='power of two'):
+        SimpleFeaturePyramid(64, 16, strides=(12,))
+    with pytest.raises(ValueError, match='power of two'):
+        SimpleFeaturePyramid(64, 14)
+    with pytest.raises(ValueError, match='one entry a stride'):
+        SimpleFeaturePyramid(64, 16, out_channels=(8, 8))

@@ -1,0 +1,45 @@
+"""Every configuration that the launch table ships, run on the GPU at hand, whatever architecture its row is for."""
+
+import importlib.util
+
+import pytest
+import torch
+from triton_checks import check_inner, check_mix
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='the package triton is not installed'),
+]
+
+
+def rows():
+    """Distinct (launch, P, N, dtype) of the table, each with the longest bucket that uses it."""
+    if importlib.util.find_spec('triton') is None:
+        return []
+    from hydra_vision.ops.triton.table import shipped
+
+    found = {}
+    for (arch, limit, P, N, dtype), launch in sorted(shipped().items(), key=lambda item: item[0][:2]):
+        label = f'sm_{arch}, L to {limit}, P {P}, N {N}, {dtype}'
+        found[repr(launch), P, N, dtype] = pytest.param(launch, limit, P, N, getattr(torch, dtype), id=label)
+    return list(found.values())
+
+
+@pytest.mark.parametrize(('launch', 'limit', 'P', 'N', 'dtype'), rows())
+def test_row(launch, limit, P, N, dtype):
+    """24 heads, as the base model: heads a program are compile-time constants. Two tiles and a bit of a third."""
+    from hydra_vision.ops.triton.plan import forced_launch
+
+    with forced_launch(launch):
+        check_mix(1, min(limit, 2 * launch.tile * launch.chunk + 2), 24, P, 1, N, dtype, 'cuda', seeds=2)
+
+
+@pytest.mark.parametrize('arch', [80, 89, 90])
+@pytest.mark.parametrize('L', [49, 196])
+def test_base_model(arch, L):
+    """All kernels of the base model with every architecture's parameters."""
+    from hydra_vision.ops.triton.plan import forced_launch
+    from hydra_vision.ops.triton.table import launch_for
+
+    with forced_launch(launch_for(arch, L, 64, 64, 'bfloat16')):
+        check_inner(1, L, 24, 64, 1, 64, torch.bfloat16, 'cuda', seeds=2)
