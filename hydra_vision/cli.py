@@ -177,6 +177,10 @@ def _probe(argv: list[str]) -> int:
     return importlib.import_module('hydra_vision.eval.main').probe_main(argv)
 
 
+def _visualize(argv: list[str]) -> int:
+    return importlib.import_module('hydra_vision.visualize.main').main(argv)
+
+
 def _tune(argv: list[str]) -> int:
     import torch
 
@@ -209,6 +213,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     'knn': (_knn, 'Nearest-neighbour accuracy of features.'),
     'probe': (_probe, 'Accuracy of a linear classifier on features.'),
     'segment': (_segment, 'Train a semantic segmenter on a folder of images and masks.'),
+    'visualize': (_visualize, 'Pictures of features, receptive fields, class maps, mixing matrices.'),
     'tune': (_tune, 'Measure a launch table of the Triton kernels for this GPU.'),
 }
 

@@ -1,9 +1,10 @@
 """A model with weights and the preprocessing that belongs to it, from a name, a file or a training run."""
 
+import dataclasses
 import hashlib
 import pickle
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -23,7 +24,7 @@ __all__ = ['Backbone', 'load_backbone', 'pick_device']
 Size = Union[int, tuple[int, int]]
 
 
-@dataclass
+@dataclasses.dataclass
 class Backbone:
     """A model in eval mode on its device.
 
@@ -34,6 +35,7 @@ class Backbone:
         data: timm's data config: input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode.
         rules: What becomes of grey, 16-bit, rotated images; by default what the trainer does by default.
         classes: Names of the classes of its head, where they are known.
+        build: Makes the same model without weights.
     """
 
     model: nn.Module
@@ -42,6 +44,7 @@ class Backbone:
     data: dict[str, Any]
     rules: ImageRules
     classes: Optional[list[str]] = None
+    build: Optional[Callable[[], nn.Module]] = None
 
     @property
     def img_size(self) -> tuple[int, int]:
@@ -56,6 +59,22 @@ class Backbone:
         """
         data = {**self.data, 'crop_pct': 1.0, 'crop_mode': 'squash'} if whole else self.data
         return create_transform(**data, is_training=False)
+
+    def untrained(self, seed: int = 0) -> 'Backbone':
+        """The same model with the weights that training starts from.
+
+        Raises:
+            FeatureError: It is not known how the model was built.
+        """
+        if self.build is None:
+            raise FeatureError(f'{self.name} was not loaded by name: there is no untrained model to compare it with')
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = self.build()
+        other = dataclasses.replace(self, model=model, weights='random', data=dict(self.data))
+        _resize(other, self.img_size)
+        model.eval().requires_grad_(False).to(next(self.model.parameters()).device)
+        return other
 
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes and values of all weights: two models agree in it only if they are the same."""
@@ -191,11 +210,11 @@ def _from_run(
         averaged = None
     try:
         config = Config.from_dict(state['config'], source=path)
-        model = create_model(config, state['num_classes'], load_weights=False)
+        build = partial(create_model, config, state['num_classes'], load_weights=False)
+        model = build()
         model.load_state_dict(averaged or state['state_dict'])
-        return Backbone(
-            model, state['arch'], path, resolve_input(config, model), image_rules(config), state.get('classes')
-        )
+        data, rules = resolve_input(config, model), image_rules(config)
+        return Backbone(model, state['arch'], path, data, rules, state.get('classes'), build)
     except (TrainError, RuntimeError) as error:
         raise FeatureError(f'the model of {path} cannot be built: {error}') from error
 
@@ -226,7 +245,8 @@ def _from_timm(
             torch.manual_seed(seed)
             model = timm.create_model(name, pretrained=not random_init, **kwargs)
             if size is not None and cfg is not None and cfg.fixed_input_size and not hasattr(model, 'set_input_size'):
-                model = timm.create_model(name, pretrained=not random_init, img_size=size, **kwargs)
+                kwargs['img_size'] = size
+                model = timm.create_model(name, pretrained=not random_init, **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
         given = f' (weights: {path})' if weights is not None else ''
         raise FeatureError(f'cannot build {name}{given}: {str(error).strip()}') from error
@@ -240,7 +260,9 @@ def _from_timm(
     origin = path if weights is not None else 'random' if random_init else 'pretrained'
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
     classes = list(names) if names and not random_init else None
-    return Backbone(model, name, origin, data, ImageRules('L' if channels == 1 else 'RGB'), classes)
+    kwargs.pop('pretrained_cfg_overlay', None)
+    build = partial(timm.create_model, name, **kwargs)
+    return Backbone(model, name, origin, data, ImageRules('L' if channels == 1 else 'RGB'), classes, build)
 
 
 def _resize(backbone: Backbone, size: tuple[int, int]) -> None:

@@ -1,0 +1,184 @@
+"""The command `hydra-vision visualize`: one kind of picture, or all of them as a gallery."""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Optional
+
+import torch
+
+from ..command_line import Parser, UserError, nearest
+from ..features import Backbone, FeatureError, Images, image_features, open_images
+from ..features.options import add_model_options, backbone_from, integers
+from ..features.pooling import check_layers
+from ..optional import require
+from ..tables import make_table, stdout_console
+from .features import plot_pca, plot_similarity
+from .figures import caption, check_picture, load_pictures, save_figure
+from .gradcam import grad_cam, plot_grad_cam
+from .matrix import mixing_matrices, plot_block
+from .receptive_field import effective_receptive_field, plot_receptive_fields
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ['main']
+
+
+def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision visualize') -> int:
+    """Draw pictures.
+
+    Returns:
+        Exit code 0.
+
+    Raises:
+        UserError: Arguments that do not fit.
+    """
+    arguments = _parser(prog).parse_args(argv)
+    _check_options(arguments)
+    kinds = [kind for kind in KINDS if kind != 'gallery'] if arguments.kind == 'gallery' else [arguments.kind]
+    paths = _outputs(arguments, kinds)
+    if 'gradcam' in kinds:
+        require('pytorch_grad_cam', 'explain')
+    images = open_images(arguments.images)
+    backbone = backbone_from(arguments)
+    drawn, rows = {}, []
+    for kind in kinds:
+        start = time.perf_counter()
+        try:
+            drawn[kind] = KINDS[kind][0](backbone, images, arguments)
+        except (ValueError, AssertionError, NotImplementedError) as error:
+            raise error if isinstance(error, UserError) else UserError(str(error)) from error
+        save_figure(drawn[kind], paths[kind], arguments.dpi)
+        rows.append(
+            [str(paths[kind]), f'{time.perf_counter() - start:.1f}', f'{paths[kind].stat().st_size / 1024:.0f}']
+        )
+    stdout_console().print(make_table(_title(backbone), ['picture', 'seconds', 'KiB'], rows, right=(1, 2)))
+    return 0
+
+
+def _pca(backbone: Backbone, images: Images, arguments: argparse.Namespace) -> 'Figure':
+    x, pictures = load_pictures(backbone, images, arguments.index)
+    return plot_pca(
+        pictures, _maps(backbone, x, arguments), _captions(images, arguments), _title(backbone, arguments.layer)
+    )
+
+
+def _similarity(backbone: Backbone, images: Images, arguments: argparse.Namespace) -> 'Figure':
+    x, pictures = load_pictures(backbone, images, arguments.index)
+    maps = _maps(backbone, x, arguments)
+    patch = _patch(arguments, maps.shape[2:])
+    return plot_similarity(pictures, maps, patch, _captions(images, arguments), _title(backbone, arguments.layer))
+
+
+def _receptive_field(backbone: Backbone, images: Images, arguments: argparse.Namespace) -> 'Figure':
+    x, _ = load_pictures(backbone, images, arguments.index)
+    layers = None if arguments.layer is None else [arguments.layer]
+    fields = [(f'weights {backbone.weights}', effective_receptive_field(backbone.model, x, layers=layers))]
+    if backbone.weights != 'random':
+        before = effective_receptive_field(backbone.untrained().model, x, layers=layers)
+        fields = [('before training', before), ('after training', fields[0][1])]
+    what = f'effective receptive field of the middle patch, mean of {len(x)} images'
+    return plot_receptive_fields(fields, f'{_title(backbone, arguments.layer)}\n{what}')
+
+
+def _gradcam(backbone: Backbone, images: Images, arguments: argparse.Namespace) -> 'Figure':
+    x, pictures = load_pictures(backbone, images, arguments.index)
+    classes = None if arguments.target is None else [_class(backbone, arguments.target)] * len(x)
+    maps, classes = grad_cam(backbone.model, x, classes=classes, block=arguments.layer)
+    names = [str(int(c)) if backbone.classes is None else backbone.classes[int(c)] for c in classes]
+    title = f'{_title(backbone, arguments.layer)}\nGrad-CAM'
+    return plot_grad_cam(pictures, maps, names, _captions(images, arguments), title)
+
+
+def _matrix(backbone: Backbone, images: Images, arguments: argparse.Namespace) -> 'Figure':
+    x, pictures = load_pictures(backbone, images, arguments.index[:1])
+    block = -1 if arguments.layer is None else arguments.layer
+    (matrices,) = mixing_matrices(backbone.model, x, blocks=[block], heads=arguments.heads)
+    patch = _patch(arguments, matrices.grid)
+    title = f'{_title(backbone)}: {matrices.name} on image {arguments.index[0]}'
+    return plot_block(matrices, pictures[0], patch, heads=arguments.heads, title=title)
+
+
+KINDS: dict[str, tuple[Optional[Callable[..., 'Figure']], str, tuple[str, ...]]] = {
+    'pca': (_pca, 'principal components of patch features as colours, all images on one basis', ('layer',)),
+    'similarity': (_similarity, 'similarity of all patches to one', ('layer', 'patch')),
+    'receptive-field': (_receptive_field, 'effective receptive field, before and after training', ('layer',)),
+    'gradcam': (_gradcam, 'which patches speak for a class', ('layer', 'target')),
+    'matrix': (_matrix, "mixing matrices of a block's heads, one patch's row on the grid", ('layer', 'patch', 'heads')),
+    'gallery': (None, 'all of them, into a folder', ('patch',)),
+}
+
+
+def _parser(prog: str) -> Parser:
+    parser = Parser(
+        prog=prog,
+        description='Draw what a model computes.',
+        epilog='kinds: ' + '; '.join(f'{name} = {text}' for name, (_, text, _) in KINDS.items()),
+    )
+    add = parser.add_argument
+    add('kind', metavar='KIND', help=', '.join(KINDS) + ' (see below)')
+    add('images', help='folder, .tar, .txt list, an image, or sklearn/digits/test')
+    add('--index', type=integers, default=(0, 1, 2, 3), metavar='I,J', help='which images of them; default 0,1,2,3')
+    add('--output', type=Path, metavar='PATH', help='KIND.png; for gallery a folder, which must exist')
+    add('--overwrite', action='store_true', help='replace pictures')
+    add('--dpi', type=int, default=80, metavar='N', help='default 80')
+    add('--layer', type=int, metavar='N', help='block, negative from the end; default: the final features')
+    add('--patch', type=integers, metavar='ROW,COLUMN', help='similarity, matrix: default the middle one')
+    add('--target', metavar='CLASS', help='gradcam: name or number; default: the predicted class')
+    add('--heads', type=integers, metavar='I,J', help='matrix: default all')
+    add_model_options(parser)
+    return parser
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    if arguments.kind not in KINDS:
+        raise UserError(f'kind {arguments.kind!r}{nearest(arguments.kind, KINDS)}; allowed: {", ".join(KINDS)}')
+    for option in ('layer', 'patch', 'target', 'heads'):
+        if getattr(arguments, option) is not None and option not in KINDS[arguments.kind][2]:
+            kinds = [kind for kind, (_, _, options) in KINDS.items() if option in options]
+            raise UserError(f'--{option} is for {", ".join(kinds)}')
+    if arguments.patch is not None and len(arguments.patch) != 2:
+        raise UserError(f'--patch {arguments.patch}: write ROW,COLUMN')
+    if arguments.dpi < 10:
+        raise UserError(f'--dpi {arguments.dpi}; it must be at least 10')
+
+
+def _outputs(arguments: argparse.Namespace, kinds: Sequence[str]) -> dict[str, Path]:
+    output = arguments.output
+    if arguments.kind == 'gallery':
+        folder = Path('.') if output is None else output.expanduser()
+        if not folder.is_dir():
+            raise FeatureError(f'output = {str(folder)!r} is no folder; a gallery needs one')
+        return {kind: check_picture(folder / f'{kind}.png', arguments.overwrite) for kind in kinds}
+    return {kind: check_picture(output or f'{kind}.png', arguments.overwrite) for kind in kinds}
+
+
+@torch.inference_mode()
+def _maps(backbone: Backbone, x: torch.Tensor, arguments: argparse.Namespace) -> torch.Tensor:
+    layers = check_layers(backbone.model, None if arguments.layer is None else [arguments.layer])
+    return image_features(backbone.model, x, pool='none', layers=layers).float().cpu()
+
+
+def _captions(images: Images, arguments: argparse.Namespace) -> list[str]:
+    return [caption(images, index) for index in arguments.index]
+
+
+def _patch(arguments: argparse.Namespace, grid: Sequence[int]) -> tuple[int, int]:
+    return (grid[0] // 2, grid[1] // 2) if arguments.patch is None else tuple(arguments.patch)
+
+
+def _class(backbone: Backbone, target: str) -> int:
+    if backbone.classes is not None and target in backbone.classes:
+        return backbone.classes.index(target)
+    if not target.isdecimal():
+        known = f'{nearest(target, backbone.classes)}' if backbone.classes else '; the model has no class names'
+        raise FeatureError(f'target = {target!r} is no class of {backbone.name}{known}')
+    return int(target)
+
+
+def _title(backbone: Backbone, layer: Optional[int] = None) -> str:
+    name = Path(backbone.name.partition(':')[2]).name or backbone.name
+    weights = ', random weights' if backbone.weights == 'random' else ''
+    return f'{name}{weights}' + ('' if layer is None else f', layer {layer}')

@@ -1,0 +1,260 @@
+"""Pictures show what they say: against scikit-learn, closed forms, and hooks inside the models."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import hydra_vision  # noqa: F401
+from hydra_vision.cli import main
+from hydra_vision.features import FeatureError, image_features, load_backbone
+from hydra_vision.models.scan_order import SCAN_ORDERS
+from hydra_vision.visualize import effective_receptive_field, grad_cam, pca_rgb, reshape_transform, similarity_map
+from hydra_vision.visualize.receptive_field import field_side
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINT = f'local-dir:{ROOT / "weights" / "hydra_vit_nano_digits"}'
+RANDOM = ['--model', 'test_hydra_vit', '--random-init', '--img-size', '32,64', '--device', 'cpu']
+
+
+def small(name: str = 'test_hydra_vit', **kwargs) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, img_size=(32, 64), num_classes=5, **kwargs).eval()
+
+
+def test_pca_is_scikit_learns_on_one_basis():
+    from sklearn.decomposition import PCA
+
+    torch.manual_seed(0)
+    features = torch.randn(3, 8, 4, 6) * torch.arange(1, 9).reshape(8, 1, 1)
+    colours, share = pca_rgb(features)
+    tokens = features.permute(0, 2, 3, 1).reshape(-1, 8).double().numpy()
+    pca = PCA(3).fit(tokens)
+    np.testing.assert_allclose(share, pca.explained_variance_ratio_, rtol=1e-5)
+    expected = pca.transform(tokens)
+    for i in range(3):
+        ours = colours[..., i].flatten().numpy()
+        inside = (ours > 0) & (ours < 1)
+        assert abs(np.corrcoef(ours[inside], expected[inside, i])[0, 1]) > 0.99999
+    again, _ = pca_rgb(torch.cat([features, features[:1]]))
+    torch.testing.assert_close(again[0], again[3])  # the same patch has the same colour in every image
+    with pytest.raises(FeatureError, match='no three principal components'):
+        pca_rgb(torch.randn(1, 2, 5, 5))
+
+
+def test_similarity():
+    features = torch.randn(2, 8, 4, 6)
+    maps = similarity_map(features, (3, 5))
+    assert maps.shape == (2, 4, 6)
+    assert maps[0, 3, 5] == pytest.approx(1)
+    expected = torch.cosine_similarity(features[1, :, 2, 1], features[0, :, 3, 5], dim=0)
+    torch.testing.assert_close(maps[1, 2, 1], expected)
+    with pytest.raises(FeatureError, match=r'patch = \(4, 0\) is outside of the grid; allowed: rows 0 to 3'):
+        similarity_map(features, (4, 0))
+
+
+def test_receptive_field_of_a_model_that_does_not_mix_is_its_patch():
+    model = small()
+    x = torch.randn(2, 3, 32, 64)
+    field = effective_receptive_field(model, x)
+    assert field.shape == (32, 64)
+    assert (field > 0).float().mean() > 0.9  # untrained, every token still sees every other one
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.mixer.out_proj.weight)
+    field = effective_receptive_field(model, x)
+    inside = torch.zeros(32, 64, dtype=torch.bool)
+    inside[16:32, 32:48] = True
+    assert field.max() == 1
+    assert (field[inside] > 0).all()
+    assert not field[~inside].any()
+
+
+def test_field_side():
+    assert field_side(torch.ones(40, 40), 0.25) == pytest.approx(0.5, abs=0.03)
+    assert field_side(torch.ones(20, 80), 1.0) == 1
+    point = torch.zeros(41, 41)
+    point[20, 20] = 1
+    assert field_side(point) == pytest.approx(1 / 41)
+
+
+TOKENS = [dict(), *(dict(class_token=True, class_token_position=position) for position in ('first', 'middle', 'last'))]
+
+
+@pytest.mark.parametrize('order', SCAN_ORDERS)
+@pytest.mark.parametrize('token', TOKENS, ids=lambda token: token.get('class_token_position', 'none'))
+def test_reshape_transform_undoes_scan_orders(order, token):
+    model = small(scan_order=order, **token)
+    x, seen = torch.randn(1, 3, 32, 64), {}
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda _, __, y, i=i: seen.update({i: y}))
+    with torch.inference_mode():
+        maps = model.forward_intermediates(x, intermediates_only=True, output_fmt='NCHW')
+        for i, expected in enumerate(maps):
+            torch.testing.assert_close(reshape_transform(model, (32, 64), block=i)(seen[i]), expected)
+
+
+def test_reshape_transform_of_a_vit_and_bad_input():
+    vit = small('test_vit')
+    tokens = vit.forward_features(torch.randn(2, 3, 32, 64))
+    expected = tokens[:, 1:].transpose(1, 2).reshape(2, -1, 2, 4)
+    torch.testing.assert_close(reshape_transform(vit, (32, 64))(tokens), expected)
+    with pytest.raises(FeatureError, match='9 of them fit images'):
+        reshape_transform(vit, (32, 64))(tokens[:, 1:])
+    with pytest.raises(FeatureError, match='block = 4 is out of range'):
+        reshape_transform(small(), (32, 64), block=4)
+    with pytest.raises(FeatureError, match='ResNet has no tokens'):
+        reshape_transform(timm.create_model('test_resnet'), (32, 64))
+
+
+def test_grad_cam_at_the_norm_splits_the_logit():
+    image = pytest.importorskip('pytorch_grad_cam').utils.image
+    model, x = small(), torch.randn(2, 3, 32, 64)
+    maps, classes = grad_cam(model, x)
+    assert maps.shape == (2, 32, 64)
+    with torch.inference_mode():
+        assert classes.tolist() == model(x).argmax(1).tolist()
+        patches = image_features(model, x, pool='none')
+        for i, chosen in enumerate(classes):
+            values = torch.einsum('dhw,d->hw', patches[i], model.head.weight[chosen] / 8).clamp_min(0)
+            expected = image.scale_cam_image(values[None].numpy(), (64, 32))
+            expected = image.scale_cam_image(expected)[0]  # the library scales each layer, then all layers together
+            np.testing.assert_allclose(maps[i], expected, atol=1e-4)
+
+
+POOLED = dict(class_token=True, class_token_position='middle', global_pool='token')
+
+
+@pytest.mark.parametrize(
+    ('build', 'kwargs'),
+    [
+        *(({}, kwargs) for kwargs in (dict(), dict(block=0), dict(block=-1))),
+        *((POOLED, kwargs) for kwargs in (dict(), dict(block=0))),  # behind the last mixer, patches have no gradient
+    ],
+)
+def test_grad_cam_of_a_class(build, kwargs):
+    pytest.importorskip('pytorch_grad_cam')
+    model, x = small(scan_order='alternate', **build), torch.randn(2, 3, 32, 64)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    maps, classes = grad_cam(model, x, classes=[3, 0], **kwargs)
+    assert classes.tolist() == [3, 0]
+    assert maps.isfinite().all()
+    assert maps.flatten(1).std(1).min() > 0
+    other, _ = grad_cam(model, x, classes=[1, 1], **kwargs)
+    assert not torch.allclose(maps, other)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    for bad in ([5, 0], [1]):
+        with pytest.raises(FeatureError, match='allowed: one each, 0 to 4'):
+            grad_cam(model, x, classes=bad)
+
+
+def test_grad_cam_without_a_head():
+    pytest.importorskip('pytorch_grad_cam')
+    model = small()
+    model.reset_classifier(0)
+    with pytest.raises(FeatureError, match='no classification head'):
+        grad_cam(model, torch.randn(1, 3, 32, 64))
+
+
+def test_untrained_twin():
+    backbone = load_backbone(CHECKPOINT)
+    twin = backbone.untrained()
+    assert twin.weights == 'random'
+    assert twin.fingerprint() == backbone.untrained().fingerprint() != backbone.fingerprint()
+    assert {k: v.shape for k, v in twin.model.state_dict().items()} == {
+        k: v.shape for k, v in backbone.model.state_dict().items()
+    }
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    path = tmp_path / 'photo.png'
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ('kind', 'options'),
+    [
+        ('pca', ['--layer', '1']),
+        ('similarity', ['--patch', '1,3']),
+        ('receptive-field', []),
+        ('gradcam', ['--target', '7']),
+        ('matrix', ['--layer', '2', '--heads', '0', '--patch', '0,0']),
+    ],
+)
+def test_command_draws_each_kind(kind, options, photo, tmp_path, capsys):
+    if kind == 'gradcam':
+        pytest.importorskip('pytorch_grad_cam')
+    out = tmp_path / 'out.png'
+    assert main(['visualize', kind, str(photo), '--index', '0', '--output', str(out), *options, *RANDOM]) == 0
+    assert 'test_hydra_vit, random weights' in capsys.readouterr().out
+    with Image.open(out) as picture:
+        assert min(picture.size) > 200
+        assert len(picture.convert('RGB').getcolors(1_000_000)) > 100
+
+
+def test_gallery_is_what_the_page_shows(tmp_path, capsys):
+    """The command on the page makes the pictures on the page, each small."""
+    pytest.importorskip('pytorch_grad_cam')
+    page = (ROOT / 'docs' / 'gallery.md').read_text()
+    (command,) = [line for line in page.splitlines() if line.startswith('hydra-vision visualize gallery')]
+    words = command.split()[1:]
+    words[words.index('--model') + 1] = CHECKPOINT
+    words[words.index('--output') + 1] = str(tmp_path)
+    assert main([word for word in words if word != '--overwrite']) == 0
+    made = {path.name for path in tmp_path.iterdir()}
+    kept = {path.name: path.stat().st_size for path in (ROOT / 'docs' / 'gallery').iterdir()}
+    assert made == set(kept)
+    assert max(kept.values()) < 150_000
+    assert all(f'](gallery/{name})' in page for name in made)
+
+
+@pytest.mark.parametrize(
+    ('argv', 'match'),
+    [
+        (['pcaa', 'photo.png', *RANDOM], "nearest valid name is 'pca'"),
+        (['pca', 'photo.png', '--target', '3', *RANDOM], '--target is for gradcam'),
+        (['pca', 'photo.png', '--index', '1', *RANDOM], 'image 1 is out of range'),
+        (['pca', 'photo.png', '--index', '0', '--output', 'p.jpg', *RANDOM], 'pictures are .png'),
+        (['pca', 'photo.png', '--index', '0', '--output', 'no/p.png', *RANDOM], "there is no folder 'no'"),
+        (['pca', 'photo.png', '--index', '0', '--output', 'photo.png', *RANDOM], 'photo.png exists'),
+        (['pca', 'photo.png', '--index', '0', '--layer', '4', *RANDOM], 'layer 4 is out of range'),
+        (['matrix', 'photo.png', '--index', '0', '--layer', '4', *RANDOM], 'block = 4'),
+        (['matrix', 'photo.png', '--index', '0', '--patch', '2,0', *RANDOM], 'outside of the grid'),
+        (['gradcam', 'photo.png', '--index', '0', '--target', 'cat', *RANDOM], 'no class names'),
+        (['gradcam', 'photo.png', '--index', '0', '--target', '1000', *RANDOM], '0 to 999'),
+        (['gallery', 'photo.png', '--output', 'photo.png', *RANDOM], 'a gallery needs one'),
+        (['pca', 'photo.png'], 'no model'),
+    ],
+)
+def test_command_says_what_is_wrong(argv, match, photo, tmp_path, monkeypatch, capsys):
+    if argv[0] == 'gradcam':
+        pytest.importorskip('pytorch_grad_cam')
+    monkeypatch.chdir(tmp_path)
+    before = photo.read_bytes()
+    assert main(['visualize', *argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ''
+    assert match in captured.err
+    assert [path.name for path in tmp_path.iterdir()] == ['photo.png']
+    assert photo.read_bytes() == before
+
+
+def test_a_missing_extra_is_named(photo, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(__import__('sys').modules, 'pytorch_grad_cam', None)
+    assert main(['visualize', 'gradcam', str(photo), '--output', str(tmp_path / 'o.png'), *RANDOM]) == 2
+    assert "pip install 'hydra-vision[explain]'" in capsys.readouterr().err
+
+
+def test_captum_attributes_through_the_mixers():
+    attr = pytest.importorskip('captum.attr')
+    model, x = small(), torch.randn(1, 3, 32, 64)
+    values, gap = attr.IntegratedGradients(model).attribute(x, target=2, n_steps=32, return_convergence_delta=True)
+    assert values.shape == x.shape
+    with torch.inference_mode():
+        difference = model(x)[0, 2] - model(torch.zeros_like(x))[0, 2]
+    assert float(values.sum()) == pytest.approx(float(difference), abs=0.02)
+    assert abs(float(gap)) < 0.02
