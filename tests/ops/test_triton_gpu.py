@@ -1,6 +1,10 @@
 """The Triton kernels on a CUDA device: every gradient against float64, and what a training run relies on."""
 
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +15,16 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device'),
     pytest.mark.skipif(os.environ.get('TRITON_INTERPRET') == '1', reason='the interpreter runs on the CPU'),
 ]
-LENGTHS = [1, 2, 7, 16, 49, 63, 64, 65, 127, 196, 197, 256, 400, 576, 784, 1024, 1025]
+LENGTHS = [1, 2, 7, 16, 49, 63, 64, 65, 127, 196, 197, 256, 400, 576, 784, 1024, 1025, 4096]
 HALVES = [torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize('L', LENGTHS)
 def test_inner(L):
-    check_inner(3, L, 4, 64, 1, 64, torch.bfloat16, 'cuda')
+    if L == 4096:  # the reference is quadratic
+        check_inner(1, L, 2, 64, 1, 64, torch.bfloat16, 'cuda', seeds=2)
+    else:
+        check_inner(3, L, 4, 64, 1, 64, torch.bfloat16, 'cuda')
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
@@ -103,6 +110,29 @@ def test_every_output_element_is_written_and_nothing_beyond():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which('compute-sanitizer') is None, reason='compute-sanitizer is not on the PATH')
+def test_no_access_out_of_bounds():
+    """By the tool that sees every access; kernels are compiled before, so that it watches their runs only."""
+    script = Path(__file__).with_name('sanitizer_case.py')
+    environment = {**os.environ, 'PYTORCH_NO_CUDA_MEMORY_CACHING': '1'}
+    subprocess.run([sys.executable, str(script)], env=environment, check=True, timeout=300)
+    tool = [
+        'compute-sanitizer',
+        '--tool',
+        'memcheck',
+        '--error-exitcode',
+        '9',
+        '--target-processes',
+        'application-only',
+    ]
+    command = [*tool, sys.executable, str(script)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert 'ERROR SUMMARY: 0 errors' in result.stdout + result.stderr
+    assert 'done' in result.stdout
+
+
+@pytest.mark.slow
 def test_more_than_two_to_the_31_elements():
     from hydra_vision.ops.triton import hydra_inner
 
@@ -146,6 +176,38 @@ def test_compiled_with_cuda_graphs():
         for _ in range(4):
             found = compiled(u).clone()
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_training_with_cuda_graphs():
+    """Forward and backward captured and replayed; the gradients are those of eager mode."""
+    mixer = _model()
+    compiled = torch.compile(mixer, fullgraph=True, mode='reduce-overhead')
+    for seed in range(4):
+        u = torch.randn(2, 50, 128, device='cuda', generator=torch.Generator('cuda').manual_seed(seed))
+        found = []
+        for run in (mixer, compiled):
+            torch.compiler.cudagraph_mark_step_begin()
+            run(u).square().mean().backward()
+            found.append([p.grad.clone() for p in mixer.parameters()])
+            mixer.zero_grad()
+        for a, b in zip(*found):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_no_recompilation_from_batch_to_batch():
+    """One static graph, then one for every other batch: with Inductor, forward and backward."""
+    torch._dynamo.reset()
+    mixer = _model()
+    compiled = torch.compile(mixer, fullgraph=True)
+    graphs = []
+    for batch in (2, 3, 5, 8):
+        u = torch.randn(batch, 50, 128, device='cuda')
+        y = compiled(u)
+        y.square().mean().backward()
+        torch.testing.assert_close(y, mixer(u), rtol=1e-3, atol=1e-3)
+        graphs.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
+    assert graphs[1] <= graphs[0] + 1
+    assert graphs[1] == graphs[2] == graphs[3]
 
 
 def test_activation_checkpointing():

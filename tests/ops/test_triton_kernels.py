@@ -1,6 +1,7 @@
 """The Triton kernels at small sizes: on the GPU, or in Triton's interpreter (see test_triton_interpreter.py)."""
 
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -160,3 +161,43 @@ def test_export():
     program = torch.export.export(mixer, (u,), dynamic_shapes={'u': {0: torch.export.Dim('batch', max=64)}})
     v = torch.randn(3, 20, 16, device=DEVICE)
     assert torch.equal(program.module()(v), mixer(v))
+
+
+def test_tuning_reports_what_runs_and_what_does_not(monkeypatch, capsys):
+    """The measuring loop; times mean nothing here. A candidate with wrong results is named as such."""
+    from hydra_vision.ops.triton import plan, quasiseparable_mix, tune
+    from hydra_vision.ops.triton.table import Launch
+
+    def arguments(*sizes):
+        tensors = mix_arguments(*sizes[:4], 1, sizes[4])[:9]
+        return [t.to(DEVICE).requires_grad_() for t in tensors]
+
+    def time(function, repeats):
+        function()
+        times.append(repeats)
+        return 1.0 / len(times)
+
+    def mix(*given):
+        return quasiseparable_mix(*given) * (2.0 if forced[-1].chunk == 3 else 1.0)
+
+    @contextmanager
+    def forced_launch(launch):
+        forced.append(launch)
+        with plan.forced_launch(launch):
+            yield
+
+    times, forced = [], []
+    monkeypatch.setattr(tune, '_arguments', arguments)
+    monkeypatch.setattr(tune, '_time', time)
+    monkeypatch.setattr(tune, 'quasiseparable_mix', mix)
+    monkeypatch.setattr(tune, 'forced_launch', forced_launch)
+    monkeypatch.setattr(tune, 'candidates', lambda start, L: [Launch(16, 1), Launch(16, 2), Launch(16, 3)])
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda *a: (9, 0))
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda *a: 'a GPU')
+    options = '--length 20 --batch 1 --heads 2 --headdim 16 --d-state 16 --dtype float32 --repeats 2'
+    assert tune.main(options.split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [' not usable: its results are wrong ' in line for line in lines[:3]] == [False, False, True]
+    assert lines[-1].startswith("(90, 64, 16, 16, 'float32'): Launch(tile=16, chunk=2")
+    assert times == [2] * 4

@@ -1,4 +1,7 @@
-"""Measure launch parameters on the GPU at hand and print a better row of the table. Nothing is changed on disk."""
+"""Measure launch parameters on the GPU at hand and print a better row of the table. Nothing is changed on disk.
+
+A candidate whose results are not those of plain PyTorch is not used: compilers have got some of them wrong.
+"""
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
@@ -8,8 +11,9 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
+from ..chunked import mix_chunked
 from . import quasiseparable_mix
 from .plan import forced_launch
 from .table import DTYPES, Launch, bucket, launch_for
@@ -19,7 +23,7 @@ __all__ = ['Measured', 'candidates', 'main', 'tune']
 
 @dataclass(frozen=True)
 class Measured:
-    """Times of one candidate in milliseconds; None where it could not be launched."""
+    """Times of one candidate in milliseconds; None, with the reason, where it does not run or is not right."""
 
     launch: Launch
     forward: Optional[float]
@@ -68,6 +72,16 @@ def _time(function: Callable[[], object], repeats: int) -> float:
     return median(times)
 
 
+def _wrong(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether a result is further from what it should be than rounding explains."""
+    tolerance = 1e-3 if dtype == torch.float32 else 16 * torch.finfo(dtype).eps
+    for a, b in zip(found, expected):
+        distance = float((a.float() - b.float()).norm())
+        if not distance <= tolerance * float(b.float().norm()):  # not <=: NaN is wrong
+            return True
+    return False
+
+
 def tune(
     L: int = 196,
     *,
@@ -100,23 +114,35 @@ def tune(
     start = launch_for(10 * major + minor, L, headdim, d_state, str(dtype).removeprefix('torch.'))
     arguments = _arguments(batch, L, heads, headdim, d_state, dtype)
     gradient = torch.randn_like(arguments[0])
+
+    def both(mix: Callable[..., Tensor] = quasiseparable_mix) -> tuple[Tensor, ...]:
+        y = mix(*arguments)
+        return y.detach(), *torch.autograd.grad(y, arguments, gradient)
+
+    expected = both(mix_chunked)
     found: list[Measured] = []
     for launch in candidates(start, L):
         with forced_launch(launch):
             try:
+                if _wrong(both(), expected, dtype):
+                    raise TritonError('its results are wrong')
                 with torch.no_grad():
                     forward = _time(lambda: quasiseparable_mix(*arguments), repeats)
-                both = _time(lambda: torch.autograd.grad(quasiseparable_mix(*arguments), arguments, gradient), repeats)
-                found.append(Measured(launch, forward, both))
-                report(f'{forward:8.3f} ms forward  {both:8.3f} ms forward+backward  {launch}')
-            except (RuntimeError, OutOfResources) as error:  # more shared memory than the GPU has
-                found.append(Measured(launch, None, None, str(error)))
-                report(f'{"-":>8} cannot be launched: {error}  {launch}')
+                found.append(Measured(launch, forward, _time(both, repeats)))
+                report(f'{forward:8.3f} ms forward  {found[-1].both:8.3f} ms forward+backward  {launch}')
+            except (RuntimeError, TritonError) as error:  # more shared memory or registers than there are, say
+                reason = str(error).partition('\n')[0]
+                found.append(Measured(launch, None, None, reason))
+                report(f'{"-":>8} not usable: {reason}  {launch}')
     return sorted(found, key=lambda m: float('inf') if m.both is None else m.both)
 
 
 def main(arguments: Optional[Sequence[str]] = None, prog: Optional[str] = None) -> int:
-    """Command line of ``tune``: prints every candidate, then the fastest row and the key it belongs under."""
+    """Command line of ``tune``: prints every candidate, then the fastest row and the key it belongs under.
+
+    Returns:
+        0, or 1 where no configuration runs.
+    """
     parser = argparse.ArgumentParser(prog=prog, description='Measure launch parameters of the Triton kernels.')
     parser.add_argument('--length', type=int, default=196, help='tokens L (default: %(default)s)')
     parser.add_argument('--batch', type=int, default=64, help='batch size (default: %(default)s)')
@@ -136,6 +162,9 @@ def main(arguments: Optional[Sequence[str]] = None, prog: Optional[str] = None) 
         repeats=options.repeats,
     )
     best = found[0]
+    if best.both is None:
+        print(f'no configuration runs here: {best.reason}')
+        return 1
     major, minor = torch.cuda.get_device_capability()
     key = (10 * major + minor, bucket(options.length), options.headdim, options.d_state, options.dtype)
     print(f'\n{torch.cuda.get_device_name()}, torch {torch.__version__}; fastest forward + backward:')
