@@ -127,7 +127,14 @@ class ImplicitFilter(nn.Module):
                 nn.init.uniform_(bias, -bound, bound)
 
     def forward(self, L: int) -> Tensor:
-        """Coefficients of offsets -(L-1) ... L-1, (channels, 2L-1), in float32 or wider."""
+        """Coefficients of offsets -(L-1) ... L-1, (channels, 2L-1), in float32 or wider whatever autocast says."""
+        device = self.frequency.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self._coefficients(L)
+        return self._coefficients(L)
+
+    def _coefficients(self, L: int) -> Tensor:
         acc = accumulation_dtype(self.frequency.dtype)
         device = self.frequency.device
         t = torch.arange(L, device=device, dtype=acc)[:, None] / L  # (L, 1)

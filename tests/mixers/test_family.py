@@ -1,0 +1,196 @@
+"""Every mixer of the family against its definition: output, gradient, matrix, structure, length."""
+
+import pytest
+import torch
+from matrix_definitions import SS_VARIANTS, cases, entries, make, output, unpack
+
+from hydra_vision import Hydra, mixers
+
+CASES = cases()
+all_cases = pytest.mark.parametrize('case', CASES)
+
+
+def tokens(L: int, B: int = 2, d_model: int = 8) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(B, L, d_model, dtype=torch.float64, generator=generator)
+
+
+def test_no_mixer_is_forgotten():
+    covered = {name for name, _ in CASES.values()}
+    assert set(mixers.list()) - covered == {'hydra', 'quasiseparable', 'vit_attention'}  # below
+
+
+@all_cases
+@pytest.mark.parametrize('grid', [(3, 4), (5, 1), (1, 1), (1, 2)])
+def test_output_and_gradient_are_those_of_the_dense_matrix(case, grid):
+    name, kwargs = CASES[case]
+    mixer = make(name, kwargs, grid)
+    gradients = []
+    for compute in (mixer, lambda u: output(mixer, name, u)):
+        u = tokens(grid[0] * grid[1]).requires_grad_()
+        mixer.zero_grad()
+        y = compute(u)
+        (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+        named = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in mixer.named_parameters()}
+        gradients.append({'y': y.detach(), 'u': u.grad, **named})
+    for n, expected in gradients[1].items():
+        torch.testing.assert_close(gradients[0][n], expected, rtol=1e-7, atol=1e-9, msg=lambda m, n=n: f'{n}: {m}')
+
+
+@all_cases
+def test_matrix_is_the_definition(case):
+    name, kwargs = CASES[case]
+    mixer = make(name, kwargs, (3, 4))
+    _, v, extras = unpack(mixer, tokens(12), name)
+    M = mixer.matrix(tokens(12))
+    assert M.shape == (2, mixer.d_inner // mixer.headdim * (2 if 'mult' in case else 1), 12, 12)
+    torch.testing.assert_close(M, entries(mixer, name, v, extras).expand_as(M), rtol=1e-9, atol=1e-11)
+
+
+@all_cases
+def test_length(case):
+    """Data-dependent matrices take any L, data-independent ones their own (grids: test_grid.py)."""
+    name, kwargs = CASES[case]
+    mixer = make(name, kwargs, (3, 4))
+    if not mixer.takes_grid:
+        for L in (1, 13, 49, 65):
+            assert torch.isfinite(mixer(tokens(L))).all()
+        torch.testing.assert_close(mixer(tokens(17)), output(mixer, name, tokens(17)), rtol=1e-7, atol=1e-9)
+        with pytest.raises(ValueError, match='takes any length and no grid'):
+            mixer(tokens(12), (3, 4))
+        return
+    with pytest.raises(ValueError, match=r'L = 13 tokens; 3 x 4 patches are 12 \(for another size, pass grid'):
+        mixer(tokens(13))
+    with pytest.raises(ValueError, match='L = 13 tokens; 3 x 5 patches are 15'):
+        mixer(tokens(13), (3, 5))
+
+
+def block_ranks(M: torch.Tensor, rows: slice, columns: slice) -> int:
+    return int(torch.linalg.matrix_rank(M[..., rows, columns], rtol=1e-9).max())
+
+
+@pytest.mark.parametrize('dd', [True, False])
+def test_semiseparable_structure(dd):
+    N, L = 2, 12
+    for variant in SS_VARIANTS:
+        mixer = make('semiseparable', dict(variant=variant, d_state=N, data_dependent=dd), (3, 4))
+        M = mixer.matrix(tokens(L)).detach()
+        lower, upper = M, M
+        if variant in ('mult', 'concat'):
+            lower, upper = M.chunk(2, dim=1)
+        if variant in ('mult', 'concat', 'causal'):
+            assert not torch.triu(lower, 1).any()
+        if variant in ('mult', 'concat'):
+            assert not torch.tril(upper, -1).any()
+        for m in range(1, L):
+            # strictly below and above the diagonal; the semiseparable matrix's blocks may touch it
+            assert block_ranks(lower, slice(m, L), slice(0, m)) <= N
+            if variant != 'causal':
+                assert block_ranks(upper, slice(0, m), slice(m, L)) <= N
+            if variant in ('causal', 'mult', 'concat'):
+                assert block_ranks(lower, slice(m, L), slice(0, m + 1)) <= N
+        assert block_ranks(lower, slice(6, L), slice(0, 6)) == N
+        diagonal = torch.diagonal(M, dim1=-2, dim2=-1)
+        if variant == 'add_shift':
+            assert not diagonal.any()
+        if variant == 'quasiseparable':  # free: whatever the off-diagonal entries, it is fc_D(v) + D
+            moved = make('semiseparable', dict(variant=variant, d_state=N, data_dependent=dd), (3, 4))
+            with torch.no_grad():
+                moved.D.add_(1.0)
+            shift = moved.matrix(tokens(L)) - M
+            torch.testing.assert_close(shift, torch.eye(L, dtype=M.dtype).expand_as(M))
+
+
+@pytest.mark.parametrize('dd', [True, False])
+def test_toeplitz_low_rank_cauchy_structure(dd):
+    M = make('toeplitz', dict(data_dependent=dd), (3, 4)).matrix(tokens(12))
+    assert torch.equal(M[..., 1:, 1:], M[..., :-1, :-1])
+    M = make('low_rank', dict(data_dependent=dd, qk_dim=3), (3, 4)).matrix(tokens(12)).detach()
+    assert block_ranks(M, slice(None), slice(None)) == 3
+    # with d = 1 a Cauchy matrix: displacement D_q M + M D_k has rank one
+    mixer = make('cauchy', dict(data_dependent=dd, qk_dim=1), (3, 4))
+    M = 1 / mixer.matrix(tokens(12)).detach()  # a sum of a row's and a column's term
+    assert block_ranks(M, slice(None), slice(None)) == 2
+    M = make('attention', dict(data_dependent=dd, qk_dim=3), (3, 4)).matrix(tokens(12))
+    torch.testing.assert_close(M.sum(-1), torch.ones_like(M[..., 0]))
+
+
+def test_fourier_structure():
+    M = make('dft', {}).matrix(tokens(12)).detach()
+    assert block_ranks(M, slice(None), slice(None)) == 7  # L // 2 + 1: the cosine alone
+    M = make('dft', dict(kernel='hartley')).matrix(tokens(12))
+    torch.testing.assert_close(M @ M.mT, torch.eye(12, dtype=M.dtype).expand_as(M))
+    with pytest.raises(ValueError, match="kernel = 'sine'; allowed"):
+        mixers.create('dft', 64, kernel='sine')
+
+
+def test_monarch_structure():
+    """M = P^T C P R with block-diagonal R and C, at the grid that a 224 px image has."""
+    mixer = make('monarch', {}, (14, 14))
+    M = mixer.matrix(tokens(196, B=1))[0].detach()
+    order = torch.arange(196).view(14, 14).T.flatten()
+    P = torch.eye(196, dtype=M.dtype)[order]
+    for h in range(4):
+        R, C = (torch.block_diag(*factor[h].detach()) for factor in (mixer.rows, mixer.columns))
+        torch.testing.assert_close(M[h], P.T @ C @ P @ R)
+    # the block that takes row c of the grid to column b has rank one
+    blocks = M.view(4, 14, 14, 14, 14).permute(0, 2, 3, 1, 4)
+    assert block_ranks(blocks, slice(None), slice(None)) == 1
+    with pytest.raises(ValueError, match='num_prefix_tokens = 1'):
+        mixers.create('monarch', 64, grid_size=(4, 4), num_prefix_tokens=1)
+
+
+@pytest.mark.parametrize('share_bc', [False, True])
+def test_quasiseparable_is_hydra(share_bc):
+    hydra = Hydra(16, d_state=8, headdim=8, share_bc=share_bc).double()
+    u = tokens(33, d_model=16)
+    for mixer in (
+        mixers.create('quasiseparable', 16, d_state=8, headdim=8, share_bc=share_bc, dtype=torch.float64),
+        mixers.create('semiseparable', 16, variant='quasiseparable', d_state=8, headdim=8, share_bc=share_bc).double(),
+    ):
+        mixer.load_state_dict(hydra.state_dict(), strict=True)
+        torch.testing.assert_close(mixer(u), hydra(u), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(mixer.matrix(u), hydra.matrix(u), rtol=1e-9, atol=1e-11)
+    assert 'variant' not in mixers.arguments('quasiseparable')
+
+
+def test_vit_attention():
+    mixer = mixers.create('vit_attention', 16, headdim=8, dtype=torch.float64)
+    u = tokens(13, d_model=16)
+    v = torch.nn.functional.linear(u, mixer.qkv.weight, mixer.qkv.bias)[..., 32:].unflatten(-1, (2, 8))
+    y = torch.einsum('bhij,bjhp->bihp', mixer.matrix(u), v).flatten(-2)
+    torch.testing.assert_close(mixer(u), mixer.proj(y))
+    with pytest.raises(ValueError, match='headdim = 5 does not divide d_model = 16'):
+        mixers.create('vit_attention', 16, headdim=5)
+    assert mixers.create('vit_attention', 16, num_heads=3, headdim=8).qkv.weight.shape == (72, 16)
+
+
+@all_cases
+def test_half_precision_is_that_of_rounding_the_tokens(case):
+    """bfloat16 through FFT, exponentials, cosines and decays: all of them in float32."""
+    name, kwargs = CASES[case]
+    mixer = make(name, kwargs, (8, 8), d_model=32)
+    u = tokens(64, d_model=32)
+    expected = mixer(u)
+    narrow = mixer.float()
+    with torch.autocast('cpu', torch.bfloat16):
+        y = narrow(u.float())
+    assert y.dtype == torch.bfloat16
+    assert (y.double() - expected).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), [('cauchy', {}), ('vandermonde', {})])
+def test_the_sum_over_d_is_never_materialised(name, kwargs):
+    """What autograd keeps for the backward pass is some (B, H, L, L), not d of them."""
+    L, d = 128, 32
+    mixer = mixers.create(name, 16, qk_dim=d, headdim=16, expand=1, **kwargs)
+    kept = []
+
+    def pack(t):
+        kept.append(t.numel())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        mixer(torch.randn(1, L, 16))
+    assert max(kept) <= L * L
+    assert sum(n for n in kept if n == L * L) < d * L * L / 4
