@@ -4,14 +4,36 @@
 what a mixer takes. See docs/mixers.md.
 """
 
+from .attention import Attention, VitAttention
 from .base import MatrixMixer
+from .blockdiag import BlockDiagonalLinear, BlockDiagonalMlp
+from .dense import Dense, Fourier
 from .hydra import Hydra
+from .monarch import LongConv, Monarch
+from .pairwise import Cauchy, Vandermonde
+from .query_key import LowRank
 from .registry import arguments, count_parameters, create, match_parameters, needs_grid
 from .registry import list_mixers as list
+from .semiseparable import Quasiseparable, Semiseparable
+from .toeplitz import Toeplitz
 
 __all__ = [
+    'Attention',
+    'BlockDiagonalLinear',
+    'BlockDiagonalMlp',
+    'Cauchy',
+    'Dense',
+    'Fourier',
     'Hydra',
+    'LongConv',
+    'LowRank',
     'MatrixMixer',
+    'Monarch',
+    'Quasiseparable',
+    'Semiseparable',
+    'Toeplitz',
+    'Vandermonde',
+    'VitAttention',
     'arguments',
     'count_parameters',
     'create',

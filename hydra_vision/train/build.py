@@ -17,6 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from hydra_vision import Hydra  # importing the package registers the Hydra-ViT family with timm
+from hydra_vision.mixers import Semiseparable
 from hydra_vision.ops.dispatch import choose_backend
 from hydra_vision.train.config import Config, nearest
 from hydra_vision.train.errors import CheckpointError, ConfigError, first_line
@@ -176,7 +177,7 @@ def check_backend(model: nn.Module, device: torch.device) -> None:
         ConfigError: says what is missing.
     """
     for module in model.modules():
-        if isinstance(module, Hydra):
+        if isinstance(module, (Hydra, Semiseparable)):
             try:
                 choose_backend(module.backend, device)
             except (ValueError, RuntimeError) as error:

@@ -1,5 +1,7 @@
 """Every mixer of the family against its definition: output, gradient, matrix, structure, length."""
 
+import copy
+
 import pytest
 import torch
 from matrix_definitions import SS_VARIANTS, cases, entries, make, output, unpack
@@ -194,3 +196,38 @@ def test_the_sum_over_d_is_never_materialised(name, kwargs):
         mixer(torch.randn(1, L, 16))
     assert max(kept) <= L * L
     assert sum(n for n in kept if n == L * L) < d * L * L / 4
+
+
+@pytest.mark.gpu
+@all_cases
+@pytest.mark.parametrize('grid', [(5, 13), (14, 14)])
+def test_on_the_gpu(case, grid):
+    """Forward and backward with the default backend there, against float64 on the CPU; also under bf16 autocast."""
+    name, kwargs = CASES[case]
+    if 'd_state' in kwargs:
+        kwargs = dict(kwargs, d_state=16)
+    mixer = make(name, kwargs, grid, d_model=64)
+    u = tokens(grid[0] * grid[1], d_model=64)
+    expected = mixer(u)
+    expected.square().mean().backward()
+    gradients = {n: p.grad for n, p in mixer.named_parameters() if p.grad is not None}
+    device = copy.deepcopy(mixer).float().cuda()
+    device.zero_grad()
+    y = device(u.float().cuda())
+    y.square().mean().backward()
+    assert (y.cpu() - expected).norm() < 2e-3 * expected.norm()
+    for n, p in device.named_parameters():
+        if n in gradients:
+            assert (p.grad.cpu() - gradients[n]).norm() < 1e-2 * gradients[n].norm() + 1e-6, n
+    with torch.autocast('cuda', torch.bfloat16):
+        y = device(u.float().cuda())
+    assert (y.cpu() - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.gpu
+def test_head_widths_without_a_kernel_are_filled_up():
+    mixer = mixers.create('semiseparable', 64, variant='add', headdim=20, expand=1.25, d_state=12).cuda()
+    u = torch.randn(2, 65, 64, device='cuda')
+    y = mixer(u)
+    mixer.backend = 'chunked'
+    torch.testing.assert_close(y, mixer(u), rtol=1e-2, atol=1e-3)

@@ -7,8 +7,8 @@ from hydra_vision import mixers
 
 
 def test_the_family():
-    names = 'hydra quasiseparable semiseparable attention vit_attention low_rank cauchy vandermonde toeplitz dense dft m2'
-    assert mixers.list() == sorted([*names.split(), 'monarch'])
+    names = 'hydra quasiseparable semiseparable attention vit_attention low_rank cauchy vandermonde toeplitz dense m2'
+    assert mixers.list() == sorted([*names.split(), 'dft', 'monarch'])
     for name in mixers.list():
         allowed = mixers.arguments(name)
         assert not {'d_model', 'device', 'dtype', 'wrapper', 'kwargs', 'self'} & set(allowed)
