@@ -20,6 +20,7 @@ from hydra_vision import Hydra  # importing the package registers the Hydra-ViT 
 from hydra_vision.mixers import Semiseparable
 from hydra_vision.ops.dispatch import choose_backend
 from hydra_vision.train.config import Config, nearest
+from hydra_vision.train.distributed import World
 from hydra_vision.train.errors import CheckpointError, ConfigError, first_line
 
 
@@ -133,10 +134,28 @@ def create_schedule(
 def create_loss(config: Config) -> nn.Module:
     """Training loss: soft targets where batches are mixed (the mixing smooths them), else smoothed or plain labels."""
     if config.mixes:
-        return SoftTargetCrossEntropy()
-    if config.augment.smoothing:
-        return LabelSmoothingCrossEntropy(config.augment.smoothing)
-    return nn.CrossEntropyLoss()
+        loss: nn.Module = SoftTargetCrossEntropy()
+    elif config.augment.smoothing:
+        loss = LabelSmoothingCrossEntropy(config.augment.smoothing)
+    else:
+        loss = nn.CrossEntropyLoss()
+    return ZLoss(loss, config.optim.z_loss) if config.optim.z_loss else loss
+
+
+class ZLoss(nn.Module):
+    """Adds `weight * mean(logsumexp(logits) ** 2)` to a loss: keeps logits from drifting (PaLM, arXiv 2204.02311).
+
+    Args:
+        loss: of logits (B, classes) and targets.
+        weight: of the addition; 1e-4 in PaLM.
+    """
+
+    def __init__(self, loss: nn.Module, weight: float):
+        super().__init__()
+        self.loss, self.weight = loss, weight
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.loss(logits, targets) + self.weight * logits.float().logsumexp(dim=-1).square().mean()
 
 
 def create_task(config: Config, model: nn.Module, device: torch.device) -> TrainingTask:
@@ -151,8 +170,8 @@ def create_ema(config: Config, model: nn.Module) -> ModelEmaV3 | None:
     return ModelEmaV3(model, decay=config.ema.decay, use_warmup=config.ema.warmup)
 
 
-def pick_device(config: Config) -> torch.device:
-    """The device that run.device names.
+def pick_device(config: Config, world: World | None = None) -> torch.device:
+    """The device that run.device names; with several processes on CUDA, each takes the one of its local rank.
 
     Raises:
         ConfigError: no such device here.
@@ -160,9 +179,20 @@ def pick_device(config: Config) -> torch.device:
     name = config.run.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if world is not None and world.size > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise ConfigError(f"run.device={name!r} is one device for {world.size} processes; allowed: auto, cuda, cpu")
+        if world.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {world.local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}; start "
+                f"torchrun with --nproc-per-node {torch.cuda.device_count()}"
+            )
+        name = f"cuda:{world.local_rank}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+        if world is not None and world.size > 1 and device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"run.device={name!r} is not available: {first_line(error)}; allowed: auto, cpu, cuda, ..."

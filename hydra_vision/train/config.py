@@ -62,10 +62,10 @@ class DataConfig:
     input_key: str | None = _field(None, "column of the image, for readers that have columns (null: their default)")
     target_key: str | None = _field(None, "column of the label, for readers that have columns (null: their default)")
     img_size: int | tuple[int, int] | None = _field(None, "pixels, or [height, width]; null: the model's own", low=1)
-    batch_size: int = _field(128, "images a step of the training loop (an update is accum_steps of them)", low=1)
-    val_batch_size: int | None = _field(None, "null: batch_size", low=1)
+    batch_size: int = _field(128, "images a step, over all processes (an update is accum_steps of them)", low=1)
+    val_batch_size: int | None = _field(None, "images of one process; null: its share of batch_size", low=1)
     workers: int | None = _field(None, "loader processes; null: one a CPU core, 16 at most", low=0)
-    max_unreadable: int = _field(10, "unreadable images of a split that are skipped before the run ends", low=0)
+    max_unreadable: int = _field(10, "unreadable images of a split that a process skips before the run ends", low=0)
     unusual_images: Literal["convert", "unreadable"] = _field(
         "convert", "CMYK, 16-bit, palette, transparent, animated (first frame): convert, or count as unreadable"
     )
@@ -119,6 +119,10 @@ class OptimConfig:
     clip_grad: float | None = _field(None, "gradient clipping, null = off", above=0)
     clip_mode: Literal["norm", "value", "agc"] = _field("norm", "what clip_grad limits")
     accum_steps: int = _field(1, "batches an update", low=1)
+    z_loss: float = _field(0.0, "weight of the mean squared logsumexp of the logits in the loss", low=0)
+    skip_nonfinite: int = _field(
+        0, "steps with a NaN or infinite gradient that are left out before the run stops; waits for the device", low=0
+    )
     kwargs: dict[str, Any] = dataclasses.field(
         default_factory=dict, metadata=_about("further arguments of the optimizer, e.g. {momentum: 0.9}")
     )
@@ -166,6 +170,32 @@ class RunConfig:
 
 
 @dataclasses.dataclass
+class CheckpointConfig:
+    """When checkpoints are written beside those at the end of every epoch, and how many are kept."""
+
+    every_steps: int | None = _field(None, "updates between checkpoints inside an epoch; null: none", low=1)
+    every_minutes: float | None = _field(None, "minutes between checkpoints inside an epoch; null: none", above=0)
+    keep_last: int = _field(2, "newest checkpoints that are kept", low=1)
+    keep_best: int = _field(1, "checkpoints of the best epochs that are kept as well", low=1)
+
+
+@dataclasses.dataclass
+class LogConfig:
+    """Numbers inside an epoch: steps.csv and mixers.csv."""
+
+    every: int = _field(50, "updates between rows; 0: none", low=0)
+    mixers: bool = _field(True, "step sizes and decays of every Hydra layer")
+    mixer_images: int = _field(16, "images that these are measured on, in one more forward pass", low=1)
+
+
+@dataclasses.dataclass
+class DistributedConfig:
+    """Several processes, started by torchrun."""
+
+    strategy: Literal["ddp", "fsdp"] = _field("ddp", "ddp: each has the whole model; fsdp: a share of it (FSDP2)")
+
+
+@dataclasses.dataclass
 class Config:
     """A whole recipe."""
 
@@ -176,6 +206,9 @@ class Config:
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     ema: EmaConfig = dataclasses.field(default_factory=EmaConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "recipe") -> "Config":
@@ -253,6 +286,8 @@ class Config:
                 refuse(f"data.{key} has {len(value)} values; allowed: 1, or model.in_chans={self.model.in_chans}")
         if self.model.pretrained and self.model.checkpoint:
             refuse("model.pretrained and model.checkpoint both name the initial weights; set one of them")
+        if self.distributed.strategy == "fsdp" and optim.clip_grad is not None and optim.clip_mode == "agc":
+            refuse("optim.clip_mode='agc' needs whole weights; distributed.strategy='fsdp' shards them")
         if self.ema.warmup and self.ema.decay is None:
             refuse("ema.warmup=true needs ema.decay")
         if self.run.compile_mode is not None and not self.run.torch_compile:

@@ -171,7 +171,7 @@ def val_loader(
         None if streamed else EvalSampler(len(dataset), rank=world.rank, world=world.size),
         rank=world.rank,
         input_size=inputs["input_size"],
-        batch_size=config.data.val_batch_size or config.data.batch_size,
+        batch_size=config.data.val_batch_size or local_batch(config, world),
         is_training=False,
         interpolation=inputs["interpolation"],
         mean=inputs["mean"],
@@ -182,6 +182,11 @@ def val_loader(
     )
 
 
+def is_streamed(loader: Iterable) -> bool:
+    """Whether a loader reads from a set without random access."""
+    return isinstance(loader.dataset, IterableDataset)
+
+
 def shared_batches(loader: Iterable, world: World, lockstep: bool) -> Iterable[tuple]:
     """What this process evaluates of a validation loader.
 
@@ -190,7 +195,7 @@ def shared_batches(loader: Iterable, world: World, lockstep: bool) -> Iterable[t
         world: the processes.
         lockstep: every process must run every batch (sharded models); those of others are not counted.
     """
-    if world.size == 1 or not isinstance(loader.dataset, IterableDataset):
+    if world.size == 1 or not is_streamed(loader):
         return loader
     if not lockstep:
         return itertools.islice(loader, world.rank, None, world.size)
@@ -388,7 +393,7 @@ def image_rules(config: Config) -> ImageRules:
 
 def _open(config: Config, split: str, is_training: bool, world: World) -> Split:
     data = config.data
-    batch_size = local_batch(config, world) if is_training else data.val_batch_size or data.batch_size
+    batch_size = local_batch(config, world) if is_training else data.val_batch_size or local_batch(config, world)
     if data.name == SYNTHETIC:
         samples = synthetic_length(data.train_samples if is_training else data.val_samples, data.batch_size)
         return Split(SyntheticImages(samples), SYNTHETIC, None)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hydra_vision.train.errors import ConfigError, TrainError, first_line
+from hydra_vision.train.errors import ConfigError, Stopped, TrainError, first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +81,8 @@ class World:
         for rank, found in enumerate(errors):
             if found is not None:
                 kind, text = found
-                alone = sum(other is not None for other in errors) == 1 and self.size > 1
-                raise kind(f"{text} (rank {rank})" if alone else text) from error
+                alone = rank > 0 and sum(other is not None for other in errors) == 1
+                raise kind(f"{text} (rank {rank})" if alone else text).of_all() from error
 
 
 def world_from_environment() -> World:
@@ -108,7 +108,7 @@ def world_from_environment() -> World:
 
 
 @contextlib.contextmanager
-def connected(world: World, device: torch.device) -> Iterator[None]:
+def connected(world: World) -> Iterator[None]:
     """Connects the processes of a run for the length of a block.
 
     Raises:
@@ -117,20 +117,21 @@ def connected(world: World, device: torch.device) -> Iterator[None]:
     if world.size == 1:
         yield
         return
-    cuda = device.type == "cuda"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            rank=world.rank,
-            world_size=world.size,
-            device_id=device if cuda else None,
-        )
+        dist.init_process_group(backend, rank=world.rank, world_size=world.size)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"cannot connect {world.size} processes: {first_line(error)}") from error
     try:
         yield
-    finally:
+    except Stopped:
         dist.destroy_process_group()
+        raise
+    except TrainError as error:
+        if error.shared:  # else the others are in the middle of something, and torchrun ends them
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 class Flags:

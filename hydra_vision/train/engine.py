@@ -14,22 +14,27 @@ from torch import nn
 
 from hydra_vision.eval.classification import Result, evaluate
 from hydra_vision.train import build, data, report
-from hydra_vision.train.checkpoint import BEST, LAST, save_checkpoint, write_text
+from hydra_vision.train.checkpoint import BEST, KEPT, LAST, save_checkpoint, write_text
 from hydra_vision.train.config import Config
 from hydra_vision.train.cost import measure_cost
 from hydra_vision.train.device import configure_torch, peak_memory, place_model
+from hydra_vision.train.distributed import Flags, World
 from hydra_vision.train.errors import (
     CheckpointError,
     ConfigError,
     DataError,
     NonFiniteError,
+    Stopped,
     TrainError,
     first_line,
 )
 from hydra_vision.train.learner import Learner
-from hydra_vision.train.log import Sink
+from hydra_vision.train.log import MIXERS, STEPS, CsvLog, Sink, across_layers
+from hydra_vision.train.progress import Progress
 from hydra_vision.train.provenance import RUN
-from hydra_vision.train.randomness import random_state, set_random_state
+from hydra_vision.train.randomness import random_state, seed_generators, set_random_state
+from hydra_vision.train.signals import StopSignals
+from hydra_vision.train.stats import mixer_statistics
 from hydra_vision.version import __version__
 
 _CHECK_EVERY = {"cuda": 50}  # batches between looks at the loss, 1 elsewhere: each look waits for the device
@@ -37,51 +42,86 @@ _DRAW_EVERY = 30.0  # seconds between drawings of the curve while the run goes o
 
 
 class Trainer:
-    """One training run in one process.
+    """One training run, in one process or as one of several.
 
     Args:
         config: the recipe.
         folder: existing folder that receives checkpoints and reports.
-        console: where progress is shown.
+        console: where progress is shown; a quiet one on all processes but the first.
         state: a loaded checkpoint to continue from.
+        world: the processes of the run.
+
+    Attributes:
+        epoch: epochs done.
+        progress: of the epoch that is being trained.
+        history: rows of the epochs done.
+        best: result of the best weights so far.
+        sinks: rank 0: everything that wants the numbers.
 
     Raises:
         ConfigError, DataError, CheckpointError: before any training, where something does not fit.
     """
 
-    def __init__(self, config: Config, folder: Path, console: Console, state: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        console: Console,
+        state: dict[str, Any] | None = None,
+        world: World | None = None,
+    ):
         self.config, self.folder, self.console = config, folder, console
-        run = config.run
-        self.device = build.pick_device(config)
-        self.amp = build.amp_dtype(config, self.device)
-        configure_torch(config, self.device)
-        random_seed(run.seed, rank=0)
-
-        train_split, val_split = data.open_splits(config)
-        self.classes = train_split.classes
-        self.num_classes = data.count_classes(config, train_split)
-        self.model = place_model(build.create_model(config, self.num_classes, state is None), config, self.device)
-        build.check_backend(self.model, self.device)
-        if run.grad_checkpointing:
-            if not hasattr(self.model, "set_grad_checkpointing"):
-                raise ConfigError(f"run.grad_checkpointing: {config.model.name} does not support it")
-            self.model.set_grad_checkpointing(True)
-        self.train_loader = data.train_loader(config, train_split, self.num_classes, self.model, self.device)
-        self.val_loader = data.val_loader(config, val_split, self.num_classes, self.model, self.device)
-        self.mixup = data.create_mixup(config, self.num_classes)
+        self.world = world or World()
+        with self.world.together():
+            self._build(state)
         updates = build.updates_in(len(self.train_loader), config.optim.accum_steps)
-        self.learner = Learner(config, self.model, self.device, self.amp, updates)
+        self.learner = Learner(
+            *(config, self.model, self.device, self.amp, updates, self.world, state),
+            epochs_done=0 if state is None else state["epoch"],
+        )
         self.epochs = self.learner.epochs
-        self.input_size = tuple(data.resolve_input(config, self.model)["input_size"])
-        self.cost = measure_cost(config, self.model, self.input_size, self.device)
-        self.sinks: list[Sink] = []  # rank 0: everything that wants the numbers
-
-        self.epoch = 0  # epochs done
+        self.sinks: list[Sink] = []
+        self.epoch, self.progress = 0, Progress()
         self.history: list[report.Row] = []
         self.best: dict[str, Any] | None = None
         if state is not None:
             self._restore(state)
-        self.learner.compile()
+        elif self.world.rank > 0:  # the same weights everywhere, but not the same dropout
+            seed_generators((config.run.seed, self.world.rank), self.device)
+        self.signals = StopSignals()
+        self.flags = Flags(self.world, 2)
+        self.saved = time.monotonic()
+        self.saved_at = (self.epoch, self.learner.updates if self.progress.batches else 0)
+
+    def _build(self, state: dict[str, Any] | None) -> None:
+        """What each process builds by itself."""
+        config, world = self.config, self.world
+        self.device = build.pick_device(config, world)
+        self.amp = build.amp_dtype(config, self.device)
+        configure_torch(config, self.device)
+        data.local_batch(config, world)
+        if config.distributed.strategy == "fsdp" and world.size == 1:
+            raise ConfigError("distributed.strategy='fsdp' needs several processes (torchrun); allowed with one: ddp")
+        random_seed(config.run.seed, rank=0)
+        train_split, val_split = data.open_splits(config, world=world)
+        self.classes = train_split.classes
+        self.num_classes = data.count_classes(config, train_split)
+        self.model = place_model(build.create_model(config, self.num_classes, state is None), config, self.device)
+        build.check_backend(self.model, self.device)
+        if config.run.grad_checkpointing:
+            if not hasattr(self.model, "set_grad_checkpointing"):
+                raise ConfigError(f"run.grad_checkpointing: {config.model.name} does not support it")
+            self.model.set_grad_checkpointing(True)
+        self.train_loader = data.train_loader(config, train_split, self.num_classes, self.model, self.device, world)
+        self.val_loader = data.val_loader(config, val_split, self.num_classes, self.model, self.device, world)
+        self.mixup = data.create_mixup(config, self.num_classes)
+        self.input_size = tuple(data.resolve_input(config, self.model)["input_size"])
+        self.cost = measure_cost(config, self.model, self.input_size, self.device, world.size)
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.world.size
 
     def facts(self) -> dict[str, Any]:
         """What run.json tells about the run."""
@@ -96,16 +136,24 @@ class Trainer:
         }
 
     def run(self) -> dict[str, Result]:
-        """Trains to the last epoch of the recipe and returns the results of the last weights and of the best ones."""
+        """Trains to the last epoch of the recipe and returns the results of the last weights and of the best ones.
+
+        Raises:
+            Stopped: a signal asked for it; everything is saved.
+            NonFiniteError: the loss or a weight is NaN or infinite.
+        """
         self._announce()
         drawn = time.monotonic()
+        if self.world.primary and self.config.log.every:
+            self.sinks.insert(0, CsvLog(self.folder, self.learner.updates))
         meter = report.Meter(self.console, self.epochs, len(self.train_loader), self.epoch)
         try:
-            with meter.bar:
+            with meter.bar, self.signals:
                 while self.epoch < self.epochs:
                     row = self._train_epoch(meter)
-                    if self.epoch % self.config.run.validate_every == 0 or self.epoch == self.epochs:
+                    if row["epoch"] % self.config.run.validate_every == 0 or row["epoch"] == self.epochs:
                         self._validate_epoch(meter, row)
+                    self.epoch, self.progress = self.epoch + 1, Progress()
                     self.history.append(row)
                     self._save()
                     meter.line(row)
@@ -130,44 +178,92 @@ class Trainer:
         return self._results()
 
     def _train_epoch(self, meter: report.Meter) -> report.Row:
-        """One pass over the training set."""
-        config, loader = self.config, self.train_loader
+        """One pass over the training set, or what is left of it."""
+        config, loader, progress = self.config, self.train_loader, self.progress
         if self.mixup is not None and config.augment.mix_off_epoch is not None:
             self.mixup.mixup_enabled = self.epoch < config.augment.mix_off_epoch
         check_every = _CHECK_EVERY.get(self.device.type, 1)
         accum, total = config.optim.accum_steps, len(loader)
-        losses: list[torch.Tensor] = []
-        checked, loss_sum, pending = 0, 0.0, False
+        pending = False
+        self.logged = (time.monotonic(), self.learner.updates)
         self.learner.task.train()
         self.learner.optimizer.zero_grad(set_to_none=True)
         with meter.phase(self.epoch, "train", total) as phase:
-            for batch, (images, targets) in enumerate(phase.read(data.epoch_batches(config, loader, self.epoch))):
+            phase.go_on(progress.batches, progress.images, progress.seconds, progress.waited)
+            batches = data.epoch_batches(config, loader, self.epoch, progress.batches)
+            for batch, (images, targets) in enumerate(phase.read(batches), start=progress.batches):
                 left = total - batch // accum * accum  # a streamed set may hold more batches than it told
                 group = left if 0 < left < accum else accum  # batches of this update; fewer in the last one
-                losses.append(self._backward(images, targets, group))
                 pending = (batch + 1) % accum != 0 and batch + 1 != total
+                progress.losses.append(self._backward(images, targets, group, not pending))
+                progress.batches = batch + 1
+                phase.advance(len(images) * self.world.size, progress.mean_loss())
                 if not pending:
-                    self.learner.update()
-                if len(losses) == check_every:
-                    checked, loss_sum = self._check_losses(losses, checked, loss_sum)
-                phase.advance(len(images), loss_sum / checked if checked else None)
+                    self._update(phase, images)
+                elif len(progress.losses) >= check_every:
+                    self._check_losses()
             if pending:  # ... or fewer
-                self.learner.update()
-            checked, loss_sum = self._check_losses(losses, checked, loss_sum)
+                self._update(phase, images)
+            self._check_losses()
             rate, seconds, waiting = phase.rate(), phase.seconds(), phase.waiting()
-        if checked == 0:
+            progress.images, progress.seconds, progress.waited = phase.images, seconds, phase.waited
+        if progress.checked == 0 and self.learner.skipped == 0:
             raise DataError("the training loader gave no batch")
         self._check_weights()
         lr = self.learner.lr
-        self.epoch += 1
-        self.learner.end_epoch(self.epoch)
+        self.learner.end_epoch(self.epoch + 1)
+        self.learner.share_statistics()
         return {
-            **{"epoch": self.epoch, "updates": self.learner.updates, "lr": lr, "train_loss": loss_sum / checked},
+            **{"epoch": self.epoch + 1, "updates": self.learner.updates, "lr": lr, "train_loss": progress.mean_loss()},
             **{"images_per_second": rate, "seconds": seconds, "data_wait": waiting, "mfu": self.cost.mfu(rate)},
             "peak_memory_gib": peak_memory(self.device),
         }
 
-    def _backward(self, images: torch.Tensor, targets: torch.Tensor, group: int) -> torch.Tensor:
+    def _update(self, phase: report.Phase, images: torch.Tensor) -> None:
+        """One optimizer step, then what is due after it: a look at the losses, a log row, a checkpoint, the end."""
+        log_every, checkpoint = self.config.log.every, self.config.checkpoint
+        step = self.learner.updates + 1
+        log_due = log_every > 0 and step % log_every == 0
+        self.learner.update(measure=log_due)
+        minutes = (time.monotonic() - self.saved) / 60
+        time_due = checkpoint.every_minutes is not None and minutes >= checkpoint.every_minutes
+        stop, save_due = self.flags.exchange(self.signals.received > 0, time_due)
+        save_due |= checkpoint.every_steps is not None and step % checkpoint.every_steps == 0
+        self._check_skipped()
+        if log_due or len(self.progress.losses) >= _CHECK_EVERY.get(self.device.type, 1):
+            self._check_losses()
+        if log_due:
+            self._log(images)
+        if stop or save_due:
+            self._save_midway(phase)
+        if stop:
+            self._end_by_signal()
+
+    def _log(self, images: torch.Tensor) -> None:
+        """Tells the sinks where training is."""
+        now, (before, updates_before) = time.monotonic(), self.logged
+        images_an_update = self.config.data.batch_size * self.config.optim.accum_steps
+        layers = {}
+        if self.config.log.mixers and (self.world.primary or self.learner.sharded):
+            layers = mixer_statistics(self.model, images[: self.config.log.mixer_images], self.amp)
+        param_norm = self.learner.param_norm()
+        values = {
+            "updates": self.learner.updates,
+            "epoch": self.epoch + self.progress.batches / len(self.train_loader),
+            "lr": self.learner.lr,
+            "loss": self.progress.last_loss,
+            "grad_norm": self.learner.grad_norm,
+            "param_norm": param_norm,
+            "images_per_second": (self.learner.updates - updates_before) * images_an_update / max(now - before, 1e-9),
+            "skipped": self.learner.skipped,
+            "loss_scale": self.learner.scaler.get_scale() if self.learner.scaler.is_enabled() else None,
+            **across_layers(layers),
+        }
+        for sink in self.sinks:
+            sink.step(self.learner.updates, values, layers)
+        self.logged = (time.monotonic(), self.learner.updates)
+
+    def _backward(self, images: torch.Tensor, targets: torch.Tensor, group: int, last: bool = True) -> torch.Tensor:
         """Adds the gradient of one batch; returns its loss."""
         if images.is_cuda:
             # The prefetcher allocated these on its own stream: keep it from reusing the memory while we read it.
@@ -177,56 +273,96 @@ class Trainer:
             images, targets = self.mixup(images, targets)
         if self.config.run.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        return self.learner.backward(images, targets, group)
+        return self.learner.backward(images, targets, group, last)
 
-    def _check_losses(self, losses: list[torch.Tensor], checked: int, total: float) -> tuple[int, float]:
-        """Stops at the first loss that is NaN or infinite; empties the list.
+    def _check_losses(self) -> None:
+        """Takes the latest losses into account, averaged over the processes; stops at one that is NaN or infinite.
 
-        Args:
-            losses: of the latest batches.
-            checked: batches of this epoch before them, all fine.
-            total: sum of their losses.
-
-        Returns:
-            `checked` and `total` with the latest batches.
+        Where optim.skip_nonfinite allows it, such a batch is left out of the mean: its update was skipped as well.
         """
-        for value in torch.stack(losses).tolist() if losses else ():
-            if not math.isfinite(value):
+        progress = self.progress
+        if not progress.losses:
+            return
+        losses = self.world.sum(torch.stack(progress.losses)) / self.world.size
+        first = progress.batches - len(progress.losses)
+        progress.losses.clear()
+        for number, value in enumerate(losses.tolist(), start=first + 1):
+            if math.isfinite(value):
+                progress.checked += 1
+                progress.loss_sum += value
+                progress.last_loss = value
+            elif not self.config.optim.skip_nonfinite:
                 accum = self.config.optim.accum_steps
-                step = self.epoch * build.updates_in(len(self.train_loader), accum) + checked // accum + 1
-                self._stop(f"the loss became {value} at step {step} (epoch {self.epoch + 1}, batch {checked + 1})")
-            checked, total = checked + 1, total + value
-        losses.clear()
-        return checked, total
+                step = self.epoch * build.updates_in(len(self.train_loader), accum) + (number - 1) // accum + 1
+                self._stop(f"the loss became {value} at step {step} (epoch {self.epoch + 1}, batch {number})")
+            elif self.learner.scaler.is_enabled():
+                self.learner.skipped += 1
+        self._check_skipped()
+
+    def _check_skipped(self) -> None:
+        """Stops where more bad steps were skipped than the recipe allows, or fp16's scale shows that all are bad."""
+        learner, limit = self.learner, self.config.optim.skip_nonfinite
+        if learner.skipped > limit > 0:
+            self._stop(
+                f"{learner.skipped} steps had a loss or a gradient that is NaN or infinite, the latest at step "
+                f"{learner.updates} (optim.skip_nonfinite={limit})"
+            )
+        if learner.scaler.is_enabled() and learner.updates % 50 == 0 and learner.scaler.get_scale() < 1:
+            self._stop(f"the loss scale of fp16 fell below 1 at step {learner.updates}: every gradient is infinite")
 
     def _check_weights(self) -> None:
-        """Stops where the last step of an epoch broke the weights, which no loss has shown yet."""
+        """Stops where the last step broke the weights, which no loss has shown yet."""
         if self.learner.broken_weights():
             self._stop(f"a weight is no longer finite after step {self.learner.updates} (epoch {self.epoch + 1})")
 
     def _stop(self, what: str) -> None:
         last = self.folder / LAST
-        good = f"the last good checkpoint is {last} (epoch {self.epoch})"
+        where = f"epoch {self.epoch}" if self.saved_at == (self.epoch, 0) else f"step {self.saved_at[1]}"
+        good = f"the last good checkpoint is {last} ({where})"
         if not last.is_file():
             good = "the checkpoint that it was resumed from is good" if self.epoch else "no epoch was finished yet"
-        raise NonFiniteError(f"stopped: {what}; {good}. A smaller optim.lr or optim.clip_grad may help.")
+        raise NonFiniteError(f"stopped: {what}; {good}. A smaller optim.lr or optim.clip_grad may help.").of_all()
 
     def _validate_epoch(self, meter: report.Meter, row: report.Row) -> None:
         """Validates raw and averaged weights and notes the better one."""
         models = {"val": self.learner.forward}
         if self.learner.forward_ema is not None:
             models["ema"] = self.learner.forward_ema
-        with meter.phase(self.epoch - 1, "validate", len(self.val_loader)) as phase:
+        with meter.phase(self.epoch, "validate", len(self.val_loader)) as phase:
             results = self._evaluate(models, phase)
         for name, result in results.items():
             row |= {f"{name}_{key}": result[key] for key in ("loss", "top1", "top5")}
             if self.best is None or result["top1"] > self.best["top1"]:
                 label = "raw" if name == "val" else "EMA"
-                self.best = {**result, "epoch": self.epoch, "weights": label}
+                self.best = {**result, "epoch": row["epoch"], "weights": label}
 
     def _evaluate(self, models: dict[str, nn.Module], phase: report.Phase) -> dict[str, Result]:
+        """Evaluates models over all processes; ends where a signal asks for it, the epoch's training being saved."""
+        polled = self.world.size == 1 or not data.is_streamed(self.val_loader)  # processes must ask equally often
+
+        def on_batch(images: int) -> None:
+            phase.advance(images * self.world.size)
+            if polled and self.flags.exchange(self.signals.received > 0, False)[0]:
+                self._save_midway(None)
+                self._end_by_signal()
+
+        batches = data.shared_batches(self.val_loader, self.world, lockstep=self.learner.sharded)
         last = self.config.run.channels_last
-        return evaluate(models, self.val_loader, self.device, self.amp, last, on_batch=phase.advance)
+        return evaluate(models, batches, self.device, self.amp, last, on_batch, self.world.sum)
+
+    def _save_midway(self, phase: report.Phase | None) -> None:
+        """A checkpoint inside an epoch; None: its training is done, its validation is not."""
+        if phase is not None:
+            self._check_losses()
+            self._check_weights()
+            progress = self.progress
+            progress.images, progress.seconds, progress.waited = phase.images, phase.seconds(), phase.waited
+        self._save()
+
+    def _end_by_signal(self) -> None:
+        self.world.barrier()  # rank 0 has written
+        number = max(self.world.gather(self.signals.received))
+        raise Stopped(number, self.folder / LAST, self.epoch, self.learner.updates)
 
     def _save(self) -> None:
         """Checkpoint first, then the summary: what the summary tells can be resumed from."""
@@ -236,20 +372,65 @@ class Trainer:
             "num_classes": self.num_classes,
             "classes": self.classes,
             "epoch": self.epoch,
+            "progress": self.progress.to_dict(),
             "best": self.best,
             "history": self.history,
             **self.learner.state(),
-            "random": random_state(self.device),
+            "random": self.world.gather(random_state(self.device)),
             "versions": {"hydra_vision": __version__, "timm": timm.__version__, "torch": str(torch.__version__)},
         }
-        save_checkpoint(self.folder, state, is_best=self.best is not None and self.best["epoch"] == self.epoch)
-        report.write_summary(self.folder, self.history)
+        error = None
+        if self.world.primary:
+            try:
+                is_best = self.best is not None and self.best["epoch"] == self.epoch and not self.progress.batches
+                checkpoint = self.config.checkpoint
+                save_checkpoint(self.folder, state, is_best, checkpoint.keep_last, self._best_steps())
+                report.write_summary(self.folder, self.history)
+            except CheckpointError as raised:
+                error = str(raised)
+        error = self.world.broadcast(error)
+        if error is not None:
+            raise CheckpointError(error).of_all()
+        self.saved = time.monotonic()
+        self.saved_at = (self.epoch, self.learner.updates if self.progress.batches else 0)
+
+    def _best_steps(self) -> set[int]:
+        """Optimizer steps of the best epochs so far, as many as checkpoints of them are to be kept."""
+        scores = [
+            (max(row[key] for key in ("val_top1", "ema_top1") if row.get(key) is not None), row["updates"])
+            for row in self.history
+            if row.get("val_top1") is not None
+        ]
+        return {updates for _, updates in sorted(scores, reverse=True)[: self.config.checkpoint.keep_best]}
 
     def _restore(self, state: dict[str, Any]) -> None:
-        """Takes over everything that a checkpoint holds."""
-        self.learner.load_state(state, state["epoch"])
+        """Takes over everything that a checkpoint holds beside what learns."""
         self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
-        set_random_state(state["random"], self.device)
+        self.progress = Progress(**state["progress"])
+        if self.progress.batches:
+            before = state["config"]
+            for key, now in (
+                ("data.batch_size", self.config.data.batch_size),
+                ("optim.accum_steps", self.config.optim.accum_steps),
+            ):
+                section, name = key.split(".")
+                if before[section][name] != now:
+                    raise ConfigError(
+                        f"{key}: {before[section][name]} -> {now} is not possible in the middle of epoch "
+                        f"{self.epoch + 1}, where the checkpoint was written; resume with {before[section][name]}, or "
+                        f"from the checkpoint of an epoch's end"
+                    )
+        if self.world.rank < len(state["random"]):
+            set_random_state(state["random"][self.world.rank], self.device)
+        else:
+            seed_generators((self.config.run.seed, self.world.rank, self.learner.updates), self.device)
+        if len(state["random"]) != self.world.size:
+            self.console.print(
+                f"resuming with {self.world.size} instead of {len(state['random'])} processes: the images of every "
+                f"step stay the same, dropout and mixing draw other numbers",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def _announce(self) -> None:
         """What is about to happen, in a few lines."""
@@ -258,24 +439,31 @@ class Trainer:
         amp = "float32" if self.amp is None else str(self.amp).removeprefix("torch.")
         images = [f"{len(loader.dataset):,}" for loader in (self.train_loader, self.val_loader)]
         start = f", from epoch {self.epoch}" if self.epoch else ""
+        start += f" and {self.progress.batches} steps" if self.progress.batches else ""
+        if self.epoch >= self.epochs:
+            start = f": nothing to train, the checkpoint has {self.epoch} epochs already"
+        batch, accum = self.config.data.batch_size, self.config.optim.accum_steps
+        share = f"{batch // self.world.size} x {self.world.size} processes" if self.world.size > 1 else f"{batch}"
+        share += f" x {accum} steps" if accum > 1 else ""
         for line in (
             f"model   {self.config.model.name}, {parameters / 1e6:.2f} M parameters, input {size}",
             f"data    {images[0]} training and {images[1]} validation images, {self.num_classes} classes",
             f"run     {self.epochs} epochs{start} on {self.device}, {amp}",
+            f"update  {batch * accum} images ({share}), learning rate up to {build.scaled_lr(self.config):.3g}",
             f"cost    {self.cost.describe(self.device)}",
             f"output  {self.folder}",
         ):
             self.console.print(line, highlight=False, soft_wrap=True)
 
     def _draw(self) -> None:
-        if self.history:
+        if self.history and self.world.primary:
             report.write_curve(self.folder, self.history, self.config.model.name)
 
     def _results(self) -> dict[str, Result]:
         """Prints and writes the final table."""
         results = {}
         for name, key in (("raw", "val"), ("EMA", "ema")):
-            last = {metric: self.history[-1].get(f"{key}_{metric}") for metric in ("top1", "top5", "loss")}
+            last = {metric: (self.history or [{}])[-1].get(f"{key}_{metric}") for metric in ("top1", "top5", "loss")}
             if last["top1"] is not None:
                 results[f"{name}, last epoch"] = {**last, "images": self.best["images"]}
         if self.best is not None:
@@ -283,12 +471,16 @@ class Trainer:
             results[label] = {key: self.best[key] for key in ("top1", "top5", "loss", "images")}
         rows = report.result_rows(results)
         for loader in (self.train_loader, self.val_loader):
+            if hasattr(loader.dataset, "add_up"):
+                loader.dataset.add_up(self.world.sum)
             if getattr(loader.dataset, "unreadable", list)():
                 self.console.print(f"warning: skipped {loader.dataset.report()}", highlight=False, soft_wrap=True)
         report.print_table(self.console, f"{self.config.model.name}, validation", report.RESULT_HEADER, rows)
         self.console.print(report.speed_line(self.history), highlight=False, soft_wrap=True)
+        if not self.world.primary:
+            return results
         write_text(self.folder / "results.md", report.markdown_table(report.RESULT_HEADER, rows))
-        files = ("curve.png", BEST, LAST, "summary.csv", "results.md", "config.yaml", RUN)
-        files = ", ".join(file for file in files if (self.folder / file).is_file())
+        files = ("curve.png", BEST, LAST, KEPT, "summary.csv", STEPS, MIXERS, "results.md", "config.yaml", RUN)
+        files = ", ".join(file for file in files if (self.folder / file).exists())
         self.console.print(f"{self.folder}: {files}", highlight=False, soft_wrap=True)
         return results

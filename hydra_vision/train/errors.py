@@ -1,10 +1,18 @@
 """Errors that end a run with a message for the user instead of a traceback."""
 
+from pathlib import Path
+
 
 class TrainError(Exception):
     """Anything the user can mend: its text is the whole message."""
 
     exit_code = 1
+    shared = False  # whether every process of the run ends with it: then one of them tells it
+
+    def of_all(self) -> "TrainError":
+        """The error, marked as one that every process ends with."""
+        self.shared = True
+        return self
 
 
 class ConfigError(TrainError):
@@ -23,6 +31,21 @@ class CheckpointError(TrainError):
 
 class NonFiniteError(TrainError):
     """The loss, or a weight, became NaN or infinite."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to end, and everything is saved: no error.
+
+    Args:
+        signal: its number.
+        path: the checkpoint to go on from.
+        epoch: epochs done.
+        updates: optimizer steps done.
+    """
+
+    def __init__(self, signal: int, path: Path, epoch: int, updates: int):
+        super().__init__(signal, path, epoch, updates)
+        self.signal, self.path, self.epoch, self.updates = signal, path, epoch, updates
 
 
 def first_line(error: BaseException) -> str:

@@ -1,6 +1,21 @@
 """Where the numbers of a run go, beside the terminal."""
 
+import csv
+import io
+from pathlib import Path
 from typing import Any, Protocol
+
+from hydra_vision.train.checkpoint import write_text
+
+STEPS, MIXERS = "steps.csv", "mixers.csv"
+STEP_COLUMNS = (
+    *("updates", "epoch", "lr", "loss", "grad_norm", "param_norm", "images_per_second", "skipped", "loss_scale"),
+    *("dt_mean", "dt_max", "decay_q05", "decay_q50", "decay_q95"),
+)
+MIXER_COLUMNS = ("updates", "layer", "dt_mean", "dt_max", "decay_q05", "decay_q50", "decay_q95")
+_COLUMNS = {STEPS: STEP_COLUMNS, MIXERS: MIXER_COLUMNS}
+
+Layers = dict[str, dict[str, float]]
 
 
 class Sink(Protocol):
@@ -10,11 +25,74 @@ class Sink(Protocol):
     checkpoint: what a sink holds of later updates is to be replaced.
     """
 
-    def step(self, updates: int, values: dict[str, float]) -> None:
-        """Numbers at one update, every `log.every` updates: 'loss', 'lr', 'grad_norm', ... and per-layer ones."""
+    def step(self, updates: int, values: dict[str, float | None], layers: Layers) -> None:
+        """Numbers at one update, every `log.every` updates.
+
+        Args:
+            updates: optimizer steps done.
+            values: the columns of steps.csv; over the layers, the worst (`dt_max`, `decay_q05`, `decay_q95`) or the
+                mean (`dt_mean`, `decay_q50`); None where it was not measured.
+            layers: name of a Hydra layer -> its statistics.
+        """
 
     def epoch(self, row: dict[str, Any]) -> None:
         """The row of summary.csv that an epoch ended with."""
 
     def close(self) -> None:
         """The run ends here, finished or not."""
+
+
+class CsvLog:
+    """Writes steps.csv and mixers.csv, a row at a time.
+
+    Args:
+        folder: of the run.
+        updates: optimizer steps done: rows of later ones, left by a process that went on after its last checkpoint,
+            are removed.
+    """
+
+    def __init__(self, folder: Path, updates: int):
+        self.folder = folder
+        for name, columns in _COLUMNS.items():
+            if (folder / name).is_file():
+                _keep_until(folder / name, columns, updates)
+
+    def step(self, updates: int, values: dict[str, float | None], layers: Layers) -> None:
+        """One row, and one a layer."""
+        self._append(STEPS, [[values.get(column) for column in STEP_COLUMNS]])
+        rows = [[updates, name, *(layer[column] for column in MIXER_COLUMNS[2:])] for name, layer in layers.items()]
+        self._append(MIXERS, rows)
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Nothing: summary.csv belongs to the checkpoint."""
+
+    def close(self) -> None:
+        """Nothing: every row is in the file already."""
+
+    def _append(self, name: str, rows: list[list[Any]]) -> None:
+        if not rows:
+            return
+        text = io.StringIO()
+        if not (self.folder / name).is_file():
+            text.write(",".join(_COLUMNS[name]) + "\n")
+        formatted = [[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows]
+        csv.writer(text, lineterminator="\n").writerows(formatted)
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.write(text.getvalue())
+
+
+def across_layers(layers: Layers) -> dict[str, float]:
+    """The worst layer's extremes and the mean of the middle ones; empty without layers."""
+    if not layers:
+        return {}
+    column = {key: [layer[key] for layer in layers.values()] for key in MIXER_COLUMNS[2:]}
+    pick = {"dt_max": max, "decay_q05": min, "decay_q95": max}
+    return {key: pick[key](values) if key in pick else sum(values) / len(values) for key, values in column.items()}
+
+
+def _keep_until(path: Path, columns: tuple[str, ...], updates: int) -> None:
+    """Leaves the header and the complete rows up to an update in a file."""
+    rows = path.read_text(encoding="utf-8").splitlines()[1:]
+    cells = [row.split(",") for row in rows]
+    kept = [row for row in cells if len(row) == len(columns) and row[0].isdigit() and int(row[0]) <= updates]
+    write_text(path, "".join(",".join(row) + "\n" for row in [list(columns), *kept]))

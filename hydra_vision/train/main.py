@@ -2,24 +2,28 @@
 
 import argparse
 import json
-import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from hydra_vision.train.arguments import parse_arguments
-from hydra_vision.train.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, write_atomically, write_text
+from hydra_vision.train.checkpoint import BEST, find_checkpoint, load_checkpoint, set_aside, write_text
 from hydra_vision.train.config import Config, check_values, merge, parse_override
-from hydra_vision.train.errors import CheckpointError, ConfigError, TrainError, loader_death
+from hydra_vision.train.distributed import World, connected, world_from_environment
+from hydra_vision.train.errors import CheckpointError, Stopped, TrainError, loader_death
 from hydra_vision.train.recipes import read_recipe, recipe_names
+from hydra_vision.train.runs import carry_best, checkpoint_to_resume, folder_of, run_folder
+
+if TYPE_CHECKING:
+    from hydra_vision.train.engine import Trainer
 
 DEMO = "hydra_vit_nano_digits"
 MAIN = "hydra_vit_base_imagenet1k"
-_RUN_FILES = (LAST, BEST, "summary.csv", "curve.png", "results.md")
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "train_imagenet.py") -> int:
@@ -30,11 +34,19 @@ def main(argv: Sequence[str] | None = None, prog: str = "train_imagenet.py") -> 
         prog: name of the program in help and error messages.
 
     Returns:
-        Exit code: 0, 1 for a run that failed, 2 for a wrong recipe or command line, 130 after Ctrl-C.
+        Exit code: 0, 1 for a run that failed, 2 for a wrong recipe or command line, 130 after Ctrl-C, 128 + the number
+        of the signal that a run was stopped and saved by (SIGTERM 143, SIGUSR1 138).
     """
     errors = Console(stderr=True, highlight=False, markup=False)
+    world = World()
     try:
-        return _run(parse_arguments(argv, prog), Console(highlight=False, markup=False))
+        world = world_from_environment()
+        console = Console(highlight=False, markup=False, quiet=not world.primary)
+        with connected(world):
+            with world.together():
+                arguments = parse_arguments(argv, prog)
+                overrides = read_overrides(arguments.overrides)
+            return _run(arguments, overrides, console, world)
     except RuntimeError as error:
         death = loader_death(error)
         if death is None:
@@ -42,39 +54,72 @@ def main(argv: Sequence[str] | None = None, prog: str = "train_imagenet.py") -> 
         errors.print(f"error: {death}", soft_wrap=True)
         return death.exit_code
     except TrainError as error:
-        errors.print(f"error: {_one_line(error)}", soft_wrap=True)
+        if world.primary or not error.shared:
+            rank = "" if world.primary else f" (rank {world.rank})"
+            errors.print(f"error: {_one_line(error)}{rank}", soft_wrap=True)
         return error.exit_code
+    except Stopped as stopped:
+        if world.primary:
+            name = signal.Signals(stopped.signal).name
+            errors.print(
+                f"stopped by {name}; saved {stopped.path} (epochs done: {stopped.epoch}, step {stopped.updates}); the "
+                f"same command with --resume auto continues there",
+                soft_wrap=True,
+            )
+        return 128 + stopped.signal
     except KeyboardInterrupt:
-        text = "interrupted; the same command with --resume auto continues after the last finished epoch"
-        errors.print(text, soft_wrap=True)
+        text = "interrupted; the same command with --resume auto continues after the last checkpoint"
+        if world.primary:
+            errors.print(text, soft_wrap=True)
         return 130
 
 
-def _run(arguments: argparse.Namespace, console: Console) -> int:
+def _run(arguments: argparse.Namespace, overrides: dict[str, Any], console: Console, world: World) -> int:
     if arguments.list_configs:
         console.print("\n".join(recipe_names()))
         return 0
-    overrides = read_overrides(arguments.overrides)
     if arguments.validate:
-        return _validate(arguments, overrides, console)
+        return _validate(arguments, overrides, console, world)
     recipe = arguments.config or (MAIN if {"dir", "name"} & overrides.get("data", {}).keys() else DEMO)
-    recipe_values = read_recipe(recipe)
-    checkpoint = _checkpoint_to_resume(arguments, Path(recipe).stem)
-    if checkpoint is None:
-        state, values, source = None, recipe_values, recipe
+    with world.together():
+        recipe_values = read_recipe(recipe)
+    checkpoint, state = _resumed(arguments, Path(recipe).stem, console, world)
+    if state is None:
+        values, source = recipe_values, recipe
     else:  # the run's own recipe; another one only where it was asked for
-        state, source = load_checkpoint(checkpoint), str(checkpoint)
+        source = str(checkpoint)
         values = merge(state["config"], recipe_values) if arguments.config else state["config"]
-    config = Config.from_dict(merge(values, overrides), source=source)
+    with world.together():
+        config = Config.from_dict(merge(values, overrides), source=source)
     if arguments.print_config:
         console.print(config.to_yaml(comments=True), soft_wrap=True, end="")
         return 0
     if arguments.dry_run or arguments.bench_data:
-        return _measure(arguments, config, state, console)
-    folder = _run_folder(arguments.output, checkpoint, Path(recipe).stem)
+        return _measure(arguments, config, state, console, world)
+    folder = None
+    with world.together():
+        folder = run_folder(arguments.output, checkpoint, Path(recipe).stem) if world.primary else None
+    folder = world.broadcast(folder)
     if state is not None:
         _tell_changes(state["config"], config.to_dict(), console)
-    return _train(config, folder, checkpoint, state, console)
+    return _train(config, folder, checkpoint, state, console, world)
+
+
+def _resumed(
+    arguments: argparse.Namespace, name: str, console: Console, world: World
+) -> tuple[Path | None, dict[str, Any] | None]:
+    """The checkpoint that --resume means, which rank 0 chooses and every process reads from the shared folder."""
+    path, state = None, None
+    with world.together():
+        if world.primary:
+            path, state, problems = checkpoint_to_resume(arguments.resume, arguments.output, name)
+            for problem in problems:
+                console.print(f"warning: {problem}; going on from {path}", highlight=False, soft_wrap=True)
+    path = world.broadcast(path)
+    with world.together():
+        if path is not None and state is None:
+            state = load_checkpoint(path)
+    return path, state
 
 
 def read_overrides(overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -88,41 +133,64 @@ def read_overrides(overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
 
 
 def _train(
-    config: Config, folder: Path, checkpoint: Path | None, state: dict[str, Any] | None, console: Console
+    config: Config,
+    folder: Path,
+    checkpoint: Path | None,
+    state: dict[str, Any] | None,
+    console: Console,
+    world: World,
 ) -> int:
-    from hydra_vision.train.engine import Trainer  # torch and timm: not before the recipe is known to be right
-    from hydra_vision.train.provenance import write_run
+    from hydra_vision.train.engine import Trainer  # timm: not before the recipe is known to be right
 
     created = not folder.exists()
+    with world.together():
+        if world.primary:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CheckpointError(f"cannot create the output folder {folder}: {error}") from error
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot create the output folder {folder}: {error}") from error
-    try:
-        trainer = Trainer(config, folder, console, state)
-        write_text(folder / "config.yaml", config.to_yaml())
-        write_run(folder, trainer.facts(), trainer.device)
-        if checkpoint is not None and checkpoint.parent.resolve() != folder.resolve():
-            _carry_best(checkpoint, state, folder)
+        trainer = Trainer(config, folder, console, state, world)
+        with world.together():
+            if world.primary:
+                _prepare(folder, trainer, checkpoint, state, console)
     except TrainError:
-        if created:
+        if created and world.primary:
             shutil.rmtree(folder, ignore_errors=True)  # nothing was started: leave no empty run behind
         raise
     trainer.run()
     return 0
 
 
-def _measure(arguments: argparse.Namespace, config: Config, state: dict[str, Any] | None, console: Console) -> int:
+def _prepare(
+    folder: Path, trainer: "Trainer", checkpoint: Path | None, state: dict[str, Any] | None, console: Console
+) -> None:
+    """What a run folder holds before training starts."""
+    from hydra_vision.train.provenance import write_run
+
+    write_text(folder / "config.yaml", trainer.config.to_yaml())
+    write_run(folder, trainer.facts(), trainer.device)
+    if state is None:
+        return
+    if folder_of(checkpoint).resolve() != folder.resolve():
+        carry_best(checkpoint, state, folder)
+    for path in set_aside(folder, state["updates"]):
+        console.print(f"set aside: {path}", highlight=False, soft_wrap=True)
+
+
+def _measure(
+    arguments: argparse.Namespace, config: Config, state: dict[str, Any] | None, console: Console, world: World
+) -> int:
     from hydra_vision.train.engine import Trainer
     from hydra_vision.train.measure import bench_data, dry_run
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, Path(folder), console, state)
+        trainer = Trainer(config, Path(folder), console, state, world)
         (dry_run if arguments.dry_run else bench_data)(trainer)
     return 0
 
 
-def _validate(arguments: argparse.Namespace, overrides: dict[str, Any], console: Console) -> int:
+def _validate(arguments: argparse.Namespace, overrides: dict[str, Any], console: Console, world: World) -> int:
     from hydra_vision.train import report
     from hydra_vision.train.validation import validate
 
@@ -130,7 +198,10 @@ def _validate(arguments: argparse.Namespace, overrides: dict[str, Any], console:
     state = load_checkpoint(path)
     values = merge(state["config"], read_recipe(arguments.config)) if arguments.config else state["config"]
     config = Config.from_dict(merge(values, overrides), source=str(path))
-    results = validate(config, state, Console(stderr=True) if arguments.json else console)
+    quiet = Console(stderr=True, quiet=not world.primary)
+    results = validate(config, state, quiet if arguments.json else console, world)
+    if not world.primary:
+        return 0
     if arguments.json:
         result = {"checkpoint": str(path), "model": state["arch"], "epoch": state["epoch"], "results": results}
         print(json.dumps(result, indent=2))
@@ -138,49 +209,6 @@ def _validate(arguments: argparse.Namespace, overrides: dict[str, Any], console:
         title = f"{path} ({state['arch']}, epoch {state['epoch']})"
         report.print_table(console, title, report.RESULT_HEADER, report.result_rows(results))
     return 0
-
-
-def _checkpoint_to_resume(arguments: argparse.Namespace, name: str) -> Path | None:
-    """The checkpoint that --resume means; None starts afresh."""
-    if arguments.resume is None:
-        return None
-    if arguments.resume != "auto":
-        return find_checkpoint(arguments.resume, LAST)
-    numbered = re.compile(re.escape(name) + r"(-\d+)?")  # not those of a recipe whose name only begins like this one
-    folders = [path for path in Path("output").glob("*") if numbered.fullmatch(path.name)]
-    if arguments.output is not None:
-        folders = [Path(arguments.output)]
-    found = [folder / LAST for folder in folders if (folder / LAST).is_file()]
-    return max(found, key=lambda path: path.stat().st_mtime) if found else None
-
-
-def _run_folder(output: str | None, checkpoint: Path | None, name: str) -> Path:
-    """Where this run writes. A run that is there already is never overwritten, only resumed."""
-    if checkpoint is not None and (output is None or Path(output).resolve() == checkpoint.parent.resolve()):
-        return checkpoint.parent
-    if output is None:
-        folder, number = Path("output") / name, 1
-        while folder.exists():
-            folder, number = Path("output") / f"{name}-{number}", number + 1
-        return folder
-    folder = Path(output)
-    taken = [file for file in _RUN_FILES if (folder / file).exists()]
-    if taken:
-        raise ConfigError(
-            f"--output {folder} already holds a run ({taken[0]}): continue it with --resume auto, or choose another one"
-        )
-    return folder
-
-
-def _carry_best(checkpoint: Path, state: dict[str, Any], folder: Path) -> None:
-    """Copies the best checkpoint so far to the folder in which a run goes on: no later epoch may be better."""
-    if state["best"] is None:
-        return
-    for path in (checkpoint, checkpoint.parent / BEST):
-        if path.is_file() and load_checkpoint(path)["epoch"] == state["best"]["epoch"]:
-            with open(path, "rb") as source:
-                write_atomically(folder / BEST, lambda file, source=source: shutil.copyfileobj(source, file))
-            return
 
 
 def _tell_changes(before: dict[str, Any], after: dict[str, Any], console: Console) -> None:

@@ -107,6 +107,14 @@ class ReadableDataset(Dataset):
         """Names of the images that could not be read so far."""
         return [self.name_of(int(position)) for position in self._bad.nonzero()]
 
+    def add_up(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Takes over what other processes found.
+
+        Args:
+            total: sums a tensor over the processes.
+        """
+        self._bad |= total(self._bad.int()) > 0
+
     def report(self) -> str:
         """One line on what could not be read."""
         names = self.unreadable()

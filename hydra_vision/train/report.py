@@ -183,6 +183,13 @@ class Phase:
         self.waited = 0.0  # seconds
         self.started = time.monotonic()
 
+    def go_on(self, batches: int, images: int, seconds: float, waited: float) -> None:
+        """Counts what an earlier process did of this pass."""
+        self.batches, self.images, self.waited = batches, images, waited
+        self.started -= seconds
+        if not self.meter.bar.disable:
+            self.meter.bar.update(self.task, completed=batches)
+
     def read(self, loader: Iterable) -> Iterator[Any]:
         """The batches of a loader; counts the time that the loop spends waiting for them."""
         iterator = iter(loader)

@@ -8,19 +8,23 @@ from hydra_vision.eval.classification import Result, evaluate
 from hydra_vision.train import build, data, report
 from hydra_vision.train.config import Config
 from hydra_vision.train.device import compile_model, configure_torch, place_model
+from hydra_vision.train.distributed import World
 from hydra_vision.train.errors import CheckpointError, DataError
 
 
-def validate(config: Config, state: dict[str, Any], console: Console) -> dict[str, Result]:
+def validate(config: Config, state: dict[str, Any], console: Console, world: World | None = None) -> dict[str, Result]:
     """Evaluates the raw and the averaged weights of a checkpoint on the validation split of `config`.
+
+    The processes of `world` share the images; each gets the results of all of them.
 
     Raises:
         CheckpointError: weights that do not fit the model of `config`.
     """
-    device = build.pick_device(config)
+    world = world or World()
+    device = build.pick_device(config, world)
     amp = build.amp_dtype(config, device)
     configure_torch(config, device)
-    _, split = data.open_splits(config, train=False)
+    _, split = data.open_splits(config, train=False, world=world)
     if split.classes is not None and len(split.classes) != state["num_classes"]:
         raise DataError(f"{split.name} has {len(split.classes)} classes; the checkpoint has {state['num_classes']}")
     models = {}
@@ -34,10 +38,11 @@ def validate(config: Config, state: dict[str, Any], console: Console) -> dict[st
             raise CheckpointError(f"the checkpoint does not fit {config.model.name}: {error}") from error
         build.check_backend(model, device)
         models[name] = compile_model(place_model(model, config, device), config)
-    loader = data.val_loader(config, split, state["num_classes"], next(iter(models.values())), device)
+    loader = data.val_loader(config, split, state["num_classes"], next(iter(models.values())), device, world)
     meter = report.Meter(console, state["epoch"], len(loader), 0)
     with meter.bar, meter.phase(state["epoch"] - 1, "validate", len(loader)) as phase:
-        results = evaluate(models, loader, device, amp, config.run.channels_last, on_batch=phase.advance)
+        batches = data.shared_batches(loader, world, lockstep=False)
+        results = evaluate(models, batches, device, amp, config.run.channels_last, phase.advance, world.sum)
     if getattr(loader.dataset, "unreadable", list)():
         console.print(f"warning: skipped {loader.dataset.report()}", highlight=False, soft_wrap=True)
     return results

@@ -1,5 +1,8 @@
+import copy
 import errno
+import os
 import random
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -10,13 +13,22 @@ import torch
 
 from hydra_vision.train.checkpoint import (
     BEST,
+    KEPT,
     LAST,
+    checksum,
     load_checkpoint,
+    newest_checkpoint,
     save_checkpoint,
+    set_aside,
     write_atomically,
 )
 from hydra_vision.train.errors import CheckpointError
 from hydra_vision.train.randomness import random_state, set_random_state
+
+
+def listing(folder) -> list[str]:
+    """Files below a folder."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 class Interrupted(BaseException):
@@ -53,7 +65,7 @@ def test_an_interrupt_while_writing_keeps_the_old_file(tmp_path):
 
 def test_a_full_disk_keeps_both_checkpoints(tmp_path):
     """A real write error: the process may not write files beyond a size."""
-    save_checkpoint(tmp_path, {"epoch": 1, "weights": torch.zeros(10)}, is_best=True)
+    save_checkpoint(tmp_path, {"epoch": 1, "updates": 1, "weights": torch.zeros(10)}, is_best=True)
     script = """
         import resource, signal, sys, torch
         from pathlib import Path
@@ -62,7 +74,7 @@ def test_a_full_disk_keeps_both_checkpoints(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
-            save_checkpoint(Path(sys.argv[1]), {"epoch": 2, "weights": torch.zeros(1_000_000)}, is_best=True)
+            save_checkpoint(Path(sys.argv[1]), {"updates": 2, "weights": torch.zeros(1_000_000)}, is_best=True)
         except CheckpointError as error:
             print("refused:", error)
     """
@@ -71,18 +83,85 @@ def test_a_full_disk_keeps_both_checkpoints(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "refused: could not write" in result.stdout
     assert "the previous last.pt is intact" in result.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == [BEST, LAST]
+    assert listing(tmp_path) == [BEST, "checkpoints/step-000000001.pt", LAST]
     assert load_checkpoint(tmp_path / LAST)["epoch"] == load_checkpoint(tmp_path / BEST)["epoch"] == 1
 
 
 def test_best_stays_when_last_moves_on(tmp_path):
-    save_checkpoint(tmp_path, {"epoch": 1}, is_best=True)
-    save_checkpoint(tmp_path, {"epoch": 2}, is_best=False)
+    save_checkpoint(tmp_path, {"epoch": 1, "updates": 1}, is_best=True)
+    save_checkpoint(tmp_path, {"epoch": 2, "updates": 2}, is_best=False, keep_last=1)
     assert load_checkpoint(tmp_path / BEST)["epoch"] == 1
     assert load_checkpoint(tmp_path / LAST)["epoch"] == 2
-    save_checkpoint(tmp_path, {"epoch": 3}, is_best=True)
+    save_checkpoint(tmp_path, {"epoch": 3, "updates": 3}, is_best=True, keep_last=1)
     assert load_checkpoint(tmp_path / BEST)["epoch"] == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == [BEST, LAST]
+    assert listing(tmp_path) == [BEST, "checkpoints/step-000000003.pt", LAST]
+
+
+@pytest.mark.parametrize(("keep_last", "keep_steps", "kept"), [(1, (), [6]), (2, {2}, [2, 5, 6]), (3, {6}, [4, 5, 6])])
+def test_the_newest_and_chosen_older_checkpoints_are_kept(tmp_path, keep_last, keep_steps, kept):
+    for step in range(1, 7):
+        save_checkpoint(tmp_path, {"updates": step}, is_best=False, keep_last=keep_last, keep_steps=keep_steps)
+    names = [f"checkpoints/step-{step:09d}.pt" for step in kept]
+    assert listing(tmp_path) == [*names, LAST]
+    assert os.path.samefile(tmp_path / LAST, tmp_path / names[-1])
+
+
+def test_a_checksum_covers_names_values_and_types():
+    state = {"a": torch.arange(6.0), "b": [1, 2.5, None, "x"], "c": {"d": torch.zeros(2, dtype=torch.bfloat16)}}
+    assert checksum(state) == checksum(copy.deepcopy(state))
+    for change in (
+        {"a": torch.arange(6.0).reshape(2, 3)},
+        {"a": torch.arange(6)},
+        {"a": torch.arange(6.0) + 1e-6},
+        {"b": [1, 2.5, None, "y"]},
+        {"b": [1.0, 2.5, None, "x"]},
+        {"c": {"d": torch.zeros(2, dtype=torch.float16)}},
+        {"c": {"e": torch.zeros(2, dtype=torch.bfloat16)}},
+    ):
+        assert checksum({**state, **change}) != checksum(state), change
+
+
+def flip_a_weight(path) -> None:
+    """One wrong bit where the weights lie: the file stays readable."""
+    content = bytearray(path.read_bytes())
+    place = content.find(torch.full((100,), 7.0).numpy().tobytes())
+    content[place + 50] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("spoil", [flip_a_weight, cut, lambda path: path.write_bytes(b"")])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, spoil):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, {"updates": step, "weights": torch.full((100,), 7.0)}, is_best=False)
+    spoil(tmp_path / KEPT / "step-000000002.pt")
+    with pytest.raises(CheckpointError):
+        load_checkpoint(tmp_path / LAST)
+    path, state, problems = newest_checkpoint(tmp_path)
+    assert state["updates"] == 1
+    assert path.name == "step-000000001.pt"
+    assert len(problems) == 1
+    assert "step-000000002.pt" in problems[0]
+    spoil(path)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of .* is intact: .*000002.pt.*000001.pt"):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_folder_with_last_alone_and_one_with_nothing(tmp_path):
+    assert newest_checkpoint(tmp_path) == (None, None, [])
+    save_checkpoint(tmp_path, {"updates": 1}, is_best=False)
+    shutil.rmtree(tmp_path / KEPT)  # somebody copied last.pt only
+    assert newest_checkpoint(tmp_path)[0] == tmp_path / LAST
+
+
+def test_checkpoints_of_steps_that_are_trained_again_are_set_aside(tmp_path):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, {"updates": step}, is_best=False, keep_last=3)
+    assert [path.name for path in set_aside(tmp_path, 1)] == ["step-000000003.pt.old", "step-000000002.pt.old"]
+    assert newest_checkpoint(tmp_path)[1]["updates"] == 1
 
 
 def test_best_is_written_where_links_are_not_possible(tmp_path, monkeypatch):

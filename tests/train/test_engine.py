@@ -134,8 +134,8 @@ def test_too_little_memory_says_what_would_need_less(tiny, fails, monkeypatch):
 def test_weights_that_broke_in_the_last_step_are_not_saved(tiny, fails, tmp_path, monkeypatch):
     update = engine.Learner.update
 
-    def breaking(self):
-        update(self)
+    def breaking(self, measure=False):
+        update(self, measure)
         if self.updates == 12:
             with torch.no_grad():
                 self.model.head.bias[0] = math.inf
@@ -196,13 +196,13 @@ def test_an_update_with_fewer_batches_weighs_them_fully(tiny, run, tmp_path, mon
     seen = []
     backward = engine.Trainer._backward
 
-    def spy(self, images, targets, group):
-        seen.append(group)
-        return backward(self, images, targets, group)
+    def spy(self, images, targets, group, last):
+        seen.append((group, last))
+        return backward(self, images, targets, group, last)
 
     monkeypatch.setattr(engine.Trainer, "_backward", spy)
     assert run(*tiny, "--accum-steps", 4, "--output", "run")[0] == 0
-    assert seen == [4, 4, 4, 4, 2, 2] * 3
+    assert seen == [(4, False), (4, False), (4, False), (4, True), (2, False), (2, True)] * 3
     assert load_checkpoint(tmp_path / "run" / LAST)["updates"] == 6
 
 

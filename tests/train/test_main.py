@@ -11,11 +11,11 @@ import torch
 import yaml
 
 import hydra_vision
-from hydra_vision.train.checkpoint import BEST, LAST, load_checkpoint
+from hydra_vision.train.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from hydra_vision.train.recipes import recipe_names
 
 ROOT = Path(hydra_vision.__file__).parents[1]
-FILES = {"best.pt", "config.yaml", "curve.png", "last.pt", "results.md", "run.json", "summary.csv"}
+FILES = {"best.pt", "checkpoints", "config.yaml", "curve.png", "last.pt", "results.md", "run.json", "summary.csv"}
 
 
 def script(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
@@ -107,11 +107,10 @@ def test_a_run_can_be_continued_in_another_folder(tiny, run, tmp_path):
 
 def test_a_run_in_another_folder_takes_its_best_checkpoint_along(tiny, run, validated, tmp_path):
     assert run(*tiny, "--output", "run")[0] == 0
-    last = load_checkpoint(tmp_path / "run" / LAST)
+    last, best = (load_checkpoint(tmp_path / "run" / name) for name in (LAST, BEST))
     last["best"] |= {"top1": 101.0, "epoch": 1}  # no later epoch can be better
-    torch.save(last, tmp_path / "run" / LAST)
-    best = load_checkpoint(tmp_path / "run" / BEST)
-    torch.save({**best, "epoch": 1}, tmp_path / "run" / BEST)
+    save_checkpoint(tmp_path / "run", {**best, "epoch": 1, "updates": 6}, is_best=True)
+    save_checkpoint(tmp_path / "run", last, is_best=False)
     code, out, _ = run("--resume", "run", "--epochs", "4", "--output", "longer")
     assert code == 0
     assert "best: " in out

@@ -1,0 +1,86 @@
+"""The numbers that go wrong first: norms of gradients and weights, step sizes and decays of Hydra layers.
+
+A selective state space layer forgets with `exp(A dt)` a token. Where dt runs away, decays go to 0 and the layer sees
+nothing but the token itself; where dt vanishes, decays go to 1 and it averages over everything.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hydra_vision import Hydra
+
+_MOST = 1_000_000  # decays of a layer that quantiles are taken from; more are thinned out evenly
+QUANTILES = {"decay_q05": 0.05, "decay_q50": 0.5, "decay_q95": 0.95}
+
+
+def total_norm(tensors: Iterable[torch.Tensor]) -> float:
+    """Euclidean norm over all given tensors, of sharded ones over all their parts; waits for the device."""
+    norm = torch.nn.utils.get_total_norm([tensor.detach() for tensor in tensors])
+    return float(whole(norm))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a sharded tensor (a collective call); other tensors as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@torch.no_grad()
+def mixer_statistics(
+    model: nn.Module, images: torch.Tensor, amp: torch.dtype | None = None
+) -> dict[str, dict[str, float]]:
+    """Step sizes and decays of every Hydra layer of a model, over the tokens, heads and both directions of a batch.
+
+    Runs the plain model once more, in evaluation mode and without gradients, with hooks that are removed afterwards: a
+    compiled model is not touched, training steps in between cost nothing, no random number is drawn.
+
+    Args:
+        model: any model; one without Hydra layers gives nothing. Not the wrapper that `torch.compile` returns.
+        images: (B, C, H, W) on the model's device.
+        amp: autocast type, None for none.
+
+    Returns:
+        Layer name -> `dt_mean`, `dt_max`, and the 5 %, 50 % and 95 % quantiles of `exp(A dt)`, the share of the state
+        that is left after one token (`decay_q05`, `decay_q50`, `decay_q95`).
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Hydra)}
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    if not layers:
+        return {}
+
+    def hook(name: str):
+        def note(layer: Hydra, inputs: tuple[torch.Tensor, ...]) -> None:
+            found[name] = _layer_statistics(layer, inputs[0])
+
+        return note
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    training = model.training
+    model.eval()
+    try:
+        with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
+            model(images)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return {name: {key: float(value) for key, value in values.items()} for name, values in found.items()}
+
+
+def _layer_statistics(layer: Hydra, u: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Statistics of one layer for tokens u (B, L, d_model), as scalars on the device."""
+    heads = layer.nheads
+    weight, bias = layer.in_proj.weight[-2 * heads :], layer.in_proj.bias
+    raw = F.linear(u, weight, None if bias is None else bias[-2 * heads :]).float()  # (B, L, 2H): the last columns
+    dt = F.softplus(raw.unflatten(-1, (2, heads)) + layer.dt_bias.float())  # (B, L, 2, H)
+    dt = dt.clamp(layer.dt_limit_min, layer.dt_limit_max)
+    decay = torch.exp(-torch.exp(layer.A_log.float()) * dt).flatten()
+    decay = decay[:: -(-decay.numel() // _MOST)]
+    points = torch.tensor(list(QUANTILES.values()), device=decay.device)
+    return {
+        "dt_mean": dt.mean(),
+        "dt_max": dt.max(),
+        **dict(zip(QUANTILES, torch.quantile(decay, points), strict=True)),
+    }
