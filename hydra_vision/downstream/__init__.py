@@ -7,6 +7,7 @@ _HOME = {
     'SimpleFeaturePyramid': 'pyramid',
     'detector': 'detection',
     'push_to_hub': 'sharing',
+    'random_token_mask': 'ssl',
     'register_pyramid': 'timm_pyramid',
     'register_smp_encoder': 'smp',
     'save_pretrained': 'sharing',
