@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -82,6 +83,8 @@ class Learner:
         self._compile()
         if self.world.size > 1 and not self.sharded:
             device_ids = [device.index] if device.type == "cuda" else None
+            # said of the depthwise convolution's gradient, whose strides differ in a dimension of size 1 only
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             self.task.prepare_distributed(device_ids=device_ids, gradient_as_bucket_view=True)
 
     def _compile(self) -> None:

@@ -1,0 +1,8 @@
+"""`python -m hydra_vision.train` is `hydra-vision train`."""
+
+import sys
+
+from hydra_vision.train.main import main
+
+if __name__ == "__main__":
+    sys.exit(main(prog="python -m hydra_vision.train"))
