@@ -8,6 +8,7 @@ from timm.layers import Attention as TimmAttention
 from torch import Tensor
 
 from ..ops.reference import accumulation_dtype
+from .base import apply_matrix
 from .grid import TokenGrid
 from .query_key import QueryKeyMixer
 
@@ -54,7 +55,7 @@ class Attention(QueryKeyMixer):
         if self.data_dependent:
             q, k = self.queries_and_keys(extras, tokens)
             return F.scaled_dot_product_attention(q, k, v.transpose(1, 2)).transpose(1, 2)
-        return (self.dense(v, extras, tokens).to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
+        return apply_matrix(self.dense(v, extras, tokens), v)
 
     def dense(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
         return _softmax_scores(*self.queries_and_keys(extras, tokens))

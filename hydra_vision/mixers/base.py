@@ -22,7 +22,14 @@ from ..ops.reference import accumulation_dtype
 from .grid import GridSize, TokenGrid
 from .hydra import GatedRMSNorm
 
-__all__ = ['MatrixMixer']
+__all__ = ['MatrixMixer', 'apply_matrix']
+
+
+def apply_matrix(M: Tensor, v: Tensor) -> Tensor:
+    """M (B or 1, H, L, L) times v (B, L, H, P), in the dtype of v. A matrix that all images share is not copied."""
+    if M.shape[0] == 1:
+        return torch.einsum('hij,bjhp->bihp', M[0].to(v.dtype), v)
+    return (M.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
 
 
 class MatrixMixer(nn.Module):

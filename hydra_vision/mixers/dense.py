@@ -8,7 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..ops.reference import accumulation_dtype
-from .base import MatrixMixer
+from .base import MatrixMixer, apply_matrix
 from .grid import TokenGrid, amplitude
 
 __all__ = ['Dense', 'Fourier']
@@ -45,7 +45,7 @@ class Dense(MatrixMixer):
         return self.tokens.from_num_tokens(value.shape[-1])
 
     def mix(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
-        return (self.dense(v, extras, tokens).to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
+        return apply_matrix(self.dense(v, extras, tokens), v)
 
     def dense(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
         return (self._at('M', tokens) * tokens.num_tokens**-0.5).unsqueeze(0)

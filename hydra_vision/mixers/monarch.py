@@ -71,10 +71,9 @@ class Monarch(MatrixMixer):
 
     def mix(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
         rows, columns = (self._at(name, tokens).to(v.dtype) for name in ('rows', 'columns'))
-        x = v.unflatten(1, tokens.size).permute(0, 3, 1, 2, 4)  # (B, heads, H, W, P)
-        x = rows @ x
-        x = columns @ x.transpose(2, 3)  # (B, heads, W, H, P)
-        return x.permute(0, 3, 2, 1, 4).flatten(1, 2)
+        x = v.unflatten(1, tokens.size)  # (B, H, W, heads, P)
+        x = torch.einsum('nyxw,bywnp->byxnp', rows, x)
+        return torch.einsum('nxyh,bhxnp->byxnp', columns, x).flatten(1, 2)
 
     def dense(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
         M = torch.einsum('nbac,ncbe->nabce', self._at('columns', tokens), self._at('rows', tokens))

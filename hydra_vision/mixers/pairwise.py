@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..ops.reference import accumulation_dtype
+from .base import apply_matrix
 from .grid import TokenGrid, amplitude
 from .query_key import QueryKeyMixer
 
@@ -68,7 +69,7 @@ class _PairwiseMixer(QueryKeyMixer):
     silu_extras = False
 
     def mix(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
-        return (self.dense(v, extras, tokens).to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
+        return apply_matrix(self.dense(v, extras, tokens), v)
 
     def _wide(self, extras: Tensor, tokens: Optional[TokenGrid]) -> Tuple[Tensor, Tensor]:
         q, k = self.queries_and_keys(extras, tokens)

@@ -74,8 +74,12 @@ class LowRank(QueryKeyMixer):
 
     def mix(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
         q, k = self.queries_and_keys(extras, tokens)
-        state = (k * self._scale(v.shape[1])).to(v.dtype).mT @ v.transpose(1, 2)  # (B, H, d, P)
-        return (q.to(v.dtype) @ state).transpose(1, 2)
+        k = k * self._scale(v.shape[1])
+        if not self.data_dependent:  # one q and k for all images
+            state = torch.einsum('hjd,bjhp->bhdp', k[0].to(v.dtype), v)
+            return torch.einsum('hid,bhdp->bihp', q[0].to(v.dtype), state)
+        state = k.mT @ v.transpose(1, 2)  # (B, H, d, P)
+        return (q @ state).transpose(1, 2)
 
     def dense(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
         q, k = self.queries_and_keys(extras, tokens)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from matrix_definitions import SS_VARIANTS, cases, entries, make, output, unpack
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydra_vision import Hydra, mixers
 
@@ -181,21 +182,57 @@ def test_half_precision_is_that_of_rounding_the_tokens(case):
     assert (y.double() - expected).norm() < 0.03 * expected.norm()
 
 
-@pytest.mark.parametrize(('name', 'kwargs'), [('cauchy', {}), ('vandermonde', {})])
-def test_the_sum_over_d_is_never_materialised(name, kwargs):
-    """What autograd keeps for the backward pass is some (B, H, L, L), not d of them."""
-    L, d = 128, 32
-    mixer = mixers.create(name, 16, qk_dim=d, headdim=16, expand=1, **kwargs)
-    kept = []
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
 
-    def pack(t):
-        kept.append(t.numel())
-        return t
+    numel = 0
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        mixer(torch.randn(1, L, 16))
-    assert max(kept) <= L * L
-    assert sum(n for n in kept if n == L * L) < d * L * L / 4
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (list, tuple)) else (out,):
+            if isinstance(t, torch.Tensor):
+                self.numel = max(self.numel, t.numel())
+        return out
+
+
+def largest(mixer, L: int) -> int:
+    with LargestTensor() as mode:
+        mixer(torch.randn(1, L, 16)).sum().backward()
+    return mode.numel
+
+
+@pytest.mark.parametrize(
+    ('name', 'kwargs'),
+    [
+        ('low_rank', {}),
+        ('low_rank', dict(data_dependent=False)),
+        ('toeplitz', {}),
+        ('toeplitz', dict(data_dependent=False)),
+        ('m2', {}),
+        ('dft', {}),
+        ('monarch', {}),
+        ('semiseparable', dict(d_state=8, variant='add')),
+        ('semiseparable', dict(d_state=8, variant='quasiseparable', data_dependent=False)),
+    ],
+)
+def test_structured_mixers_never_form_the_matrix(name, kwargs):
+    """Forward and backward: the largest tensor grows like L (for monarch, like its own parameters), not like L^2."""
+    sizes = {}
+    for side in (16, 32):
+        grid = dict(grid_size=(side, side)) if mixers.needs_grid(name, **kwargs) else {}
+        heads = {} if name == 'm2' else dict(headdim=16)
+        sizes[side] = largest(mixers.create(name, 16, expand=1, **heads, **kwargs, **grid), side * side)
+    assert sizes[32] <= sizes[16] * (8 if name == 'monarch' else 4.1)
+    assert sizes[32] < 1024 * 1024 / 4
+
+
+@pytest.mark.parametrize('name', ['cauchy', 'vandermonde'])
+@pytest.mark.parametrize('dd', [True, False])
+def test_the_sum_over_d_is_never_materialised(name, dd):
+    """Forward and backward: the largest tensor is one (B, H, L, L), whatever d."""
+    L, grid = 128, {} if dd else dict(grid_size=128)
+    mixer = mixers.create(name, 16, qk_dim=32, headdim=16, expand=1, data_dependent=dd, **grid)
+    assert largest(mixer, L) == L * L
 
 
 @pytest.mark.gpu
