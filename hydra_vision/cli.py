@@ -147,6 +147,18 @@ def _compare_runs(argv: list[str]) -> int:
     return compare(argv, prog=f'{PROG} compare-runs')
 
 
+def _average_checkpoints(argv: list[str]) -> int:
+    from .train.average import main as average
+
+    return average(argv, prog=f'{PROG} average-checkpoints')
+
+
+def _export_run(argv: list[str]) -> int:
+    from .train.export import main as export
+
+    return export(argv, prog=f'{PROG} export-run')
+
+
 def _bench(argv: list[str]) -> int:
     from .bench.main import main as bench
 
@@ -206,6 +218,8 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     'models': (_models, 'The registered Hydra models: parameters, GMACs, input size, weights.'),
     'train': (_train, 'Train, resume or validate; without arguments on a small built-in data set.'),
     'compare-runs': (_compare_runs, 'Put finished training runs side by side: table and curves.'),
+    'average-checkpoints': (_average_checkpoints, 'Average the weights of several checkpoints.'),
+    'export-run': (_export_run, 'Write a finished run as a folder that timm and transformers open.'),
     'bench': (_bench, 'Time models, or the operator alone, against their peers.'),
     'ablation': (_ablation, "Train a family of mixers at equal parameters: the paper's tables for images."),
     'show-matrix': (_show_matrix, 'Draw the mixing matrices of a block on an image, and where one patch looks.'),
