@@ -22,6 +22,7 @@ from hydra_vision.ops.dispatch import choose_backend
 from hydra_vision.train.config import Config, nearest
 from hydra_vision.train.distributed import World
 from hydra_vision.train.errors import CheckpointError, ConfigError, first_line
+from hydra_vision.train.freeze import freeze_backbone
 
 
 def create_model(config: Config, num_classes: int, load_weights: bool = True) -> nn.Module:
@@ -44,8 +45,10 @@ def create_model(config: Config, num_classes: int, load_weights: bool = True) ->
     if config.data.img_size is not None and cfg is not None and cfg.fixed_input_size:
         size = config.data.img_size
         kwargs["img_size"] = size if isinstance(size, int) else tuple(size)
+    if config.data.progressive_sizes is not None and cfg is not None and cfg.fixed_input_size:
+        kwargs.setdefault("dynamic_img_size", True)
     from_file = load_weights and model.checkpoint is not None
-    head = num_classes
+    head, weights = num_classes, {}
     if from_file:
         weights, head = _read_weights(model.checkpoint, cfg.classifier if cfg else "head")
         kwargs["pretrained_cfg_overlay"] = {"state_dict": weights, "num_classes": head}
@@ -68,7 +71,32 @@ def create_model(config: Config, num_classes: int, load_weights: bool = True) ->
     if head != num_classes:  # built with the head of the file, so that timm refuses weights that do not all fit
         built.reset_classifier(num_classes)
     _check_size(config, built)
+    if model.freeze_backbone:
+        freeze_backbone(built, model.name)
+    if from_file:
+        built.initial_weights = _describe_start(model.checkpoint, weights, head, built)
     return built
+
+
+def classes_in(path: str, name: str) -> int:
+    """Number of classes that the head in a weight file knows, 0 without a head.
+
+    Raises:
+        CheckpointError: not a readable file.
+    """
+    cfg = None if ":" in name else get_pretrained_cfg(name)
+    return _read_weights(path, cfg.classifier if cfg else "head")[1]
+
+
+def _describe_start(path: str, weights: dict[str, Any], head: int, model: nn.Module) -> str:
+    """What became of the weights in a file, in words."""
+    parts = [f"weights of {path}"]
+    if head != model.num_classes:
+        parts.append(f"new head ({head} -> {model.num_classes} classes)")
+    before, after = weights.get("pos_embed"), getattr(model, "pos_embed", None)
+    if before is not None and after is not None and before.shape != after.shape:
+        parts.append(f"position embedding resampled ({before.shape[-2]} -> {after.shape[-2]} tokens)")
+    return ", ".join(parts)
 
 
 def create_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
@@ -160,6 +188,10 @@ class ZLoss(nn.Module):
 
 def create_task(config: Config, model: nn.Module, device: torch.device) -> TrainingTask:
     """timm's training task: the model with its loss, images and targets to `{"loss": ..., "output": ...}`."""
+    if config.distill.teacher is not None:
+        from hydra_vision.train.distill import create_distillation
+
+        return create_distillation(config, model, create_loss(config).to(device), device)
     return ClassificationTask(model, create_loss(config).to(device), device=device, verbose=False)
 
 

@@ -39,6 +39,7 @@ class ModelConfig:
     drop_path_rate: float = _field(0.0, "stochastic depth", low=0, high=1)
     pretrained: bool = _field(False, "start from the published weights of this model")
     checkpoint: str | None = _field(None, "start from the weights in this file (a new head where the classes differ)")
+    freeze_backbone: bool = _field(False, "linear probe: only the classifier learns, the rest stays in evaluation mode")
     kwargs: dict[str, Any] = dataclasses.field(
         default_factory=dict, metadata=_about("further arguments of timm.create_model, e.g. {patch_size: 4}")
     )
@@ -62,6 +63,9 @@ class DataConfig:
     input_key: str | None = _field(None, "column of the image, for readers that have columns (null: their default)")
     target_key: str | None = _field(None, "column of the label, for readers that have columns (null: their default)")
     img_size: int | tuple[int, int] | None = _field(None, "pixels, or [height, width]; null: the model's own", low=1)
+    progressive_sizes: tuple[int, ...] | None = _field(
+        None, "sizes of the training images over the run, in equal parts of its epochs; the last is img_size", low=1
+    )
     batch_size: int = _field(128, "images a step, over all processes (an update is accum_steps of them)", low=1)
     val_batch_size: int | None = _field(None, "images of one process; null: its share of batch_size", low=1)
     workers: int | None = _field(None, "loader processes; null: one a CPU core, 16 at most", low=0)
@@ -154,6 +158,21 @@ class EmaConfig:
 
 
 @dataclasses.dataclass
+class DistillConfig:
+    """Knowledge distillation from a teacher; off without one."""
+
+    teacher: str | None = _field(None, "any timm model name; it sees the images of the student")
+    checkpoint: str | None = _field(
+        None, "the teacher's weights, trained with the data.mean and std of this recipe; null: its published ones"
+    )
+    kwargs: dict[str, Any] = dataclasses.field(
+        default_factory=dict, metadata=_about("further arguments of timm.create_model for the teacher")
+    )
+    task_weight: float = _field(0.5, "share of the labels' loss; the rest is the teacher's", low=0, high=1)
+    temperature: float = _field(1.0, "softens both distributions", above=0)
+
+
+@dataclasses.dataclass
 class RunConfig:
     """How it is computed; none of these should change what is learned."""
 
@@ -205,6 +224,7 @@ class Config:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     ema: EmaConfig = dataclasses.field(default_factory=EmaConfig)
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
@@ -288,10 +308,27 @@ class Config:
             refuse("model.pretrained and model.checkpoint both name the initial weights; set one of them")
         if self.distributed.strategy == "fsdp" and optim.clip_grad is not None and optim.clip_mode == "agc":
             refuse("optim.clip_mode='agc' needs whole weights; distributed.strategy='fsdp' shards them")
+        self._check_fine_tuning(refuse)
         if self.ema.warmup and self.ema.decay is None:
             refuse("ema.warmup=true needs ema.decay")
         if self.run.compile_mode is not None and not self.run.torch_compile:
             refuse("run.compile_mode needs run.torch_compile=true")
+
+    def _check_fine_tuning(self, refuse: Callable[[str], typing.NoReturn]) -> None:
+        """Refuses settings of teacher, probe and sizes that would be ignored."""
+        distill, sizes = self.distill, self.data.progressive_sizes
+        if distill.teacher is None:
+            defaults = DistillConfig()
+            for field in dataclasses.fields(DistillConfig):
+                if getattr(distill, field.name) != getattr(defaults, field.name):
+                    refuse(f"distill.{field.name} has no effect without distill.teacher")
+        if self.model.freeze_backbone and self.optim.layer_decay is not None:
+            refuse("optim.layer_decay has no effect beside model.freeze_backbone: only the classifier learns")
+        if sizes is not None:
+            if self.data.img_size is None or sizes[-1] != self.data.img_size:
+                refuse(f"data.progressive_sizes={list(sizes)} must end with data.img_size={self.data.img_size}")
+            if len(sizes) > self.schedule.epochs:
+                refuse(f"data.progressive_sizes has {len(sizes)} sizes for schedule.epochs={self.schedule.epochs}")
 
     def _check_data(self, refuse: Callable[[str], typing.NoReturn]) -> None:
         """Refuses data settings that the chosen reader would ignore."""
