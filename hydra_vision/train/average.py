@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hydra_vision.command_line import Parser, UserError
-from hydra_vision.train.checkpoint import BEST, FORMAT, find_checkpoint, load_checkpoint, write_atomically
+from hydra_vision.train.checkpoint import BEST, FORMAT, checksum, find_checkpoint, load_checkpoint, write_atomically
 from hydra_vision.train.errors import CheckpointError
 
 _NORMS = "running_mean"
@@ -82,6 +82,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         # `updates` and the optimizer are left out on purpose: there is no run that this could go on from.
         merged = {"format": FORMAT, **{key: last[key] for key in keys if key in last}, "best": None}
         merged |= {"state_dict": average(picked, names), "state_dict_ema": None, "averaged": names}
+        merged["checksum"] = checksum(merged)
         write_atomically(arguments.output, lambda file: torch.save(merged, file))
     except CheckpointError as error:
         raise UserError(str(error)) from error

@@ -268,16 +268,18 @@ def updates_in(batches: int, accum_steps: int) -> int:
 def _check_size(config: Config, model: nn.Module) -> None:
     """Refuses an image size that patches do not tile: the patch convolution would leave out the rest in silence."""
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    size = config.data.img_size
-    if size is None or patch is None or getattr(model.patch_embed, "dynamic_img_pad", False):
+    if patch is None or getattr(model.patch_embed, "dynamic_img_pad", False):
         return
-    sides = (size, size) if isinstance(size, int) else size
     patches = (patch, patch) if isinstance(patch, int) else patch
-    if any(side % step for side, step in zip(sides, patches, strict=True)):
-        raise ConfigError(
-            f"data.img_size={size} is not valid for {config.model.name} with patches of {tuple(patches)}; "
-            f"allowed: multiples of the patch"
-        )
+    sizes = {"img_size": config.data.img_size}
+    sizes |= {f"progressive_sizes[{i}]": size for i, size in enumerate(config.data.progressive_sizes or ())}
+    for key, size in sizes.items():
+        sides = (size, size) if isinstance(size, int) else size
+        if sides is not None and any(side % step for side, step in zip(sides, patches, strict=True)):
+            raise ConfigError(
+                f"data.{key}={size} is not valid for {config.model.name} with patches of {tuple(patches)}; "
+                f"allowed: multiples of the patch"
+            )
 
 
 def _read_weights(path: str, classifier: str) -> tuple[dict[str, Any], int]:

@@ -204,6 +204,9 @@ class LogConfig:
 
     every: int = _field(50, "updates between rows; 0: none", low=0)
     mixers: bool = _field(True, "step sizes and decays of every Hydra layer")
+    tensorboard: bool = _field(False, "also write event files for TensorBoard into RUN/tensorboard")
+    wandb: Literal["off", "offline", "online"] = _field("off", "also log to Weights & Biases; offline: into RUN/wandb")
+    wandb_project: str = _field("hydra_vision", "project at Weights & Biases")
     mixer_images: int = _field(16, "images that these are measured on, in one more forward pass", low=1)
 
 

@@ -41,6 +41,7 @@ class Split:
     dataset: Dataset
     name: str
     classes: list[str] | None  # None where the reader does not know them
+    readable: Dataset | None = None  # the set with our skipping, once a loader asked for it
 
 
 def open_splits(config: Config, train: bool = True, world: World = _ALONE) -> tuple[Split | None, Split]:
@@ -95,6 +96,15 @@ def resolve_input(config: Config, model: nn.Module) -> dict[str, Any]:
         if len(resolved[key]) not in (1, config.model.in_chans):
             resolved[key] = (sum(resolved[key]) / len(resolved[key]),) * config.model.in_chans
     return resolved
+
+
+def at_epoch(config: Config, epoch: int) -> Config:
+    """The recipe with the size of training images that data.progressive_sizes gives an epoch, counted from 0."""
+    sizes = config.data.progressive_sizes
+    if sizes is None:
+        return config
+    part = min(epoch * len(sizes) // config.schedule.epochs, len(sizes) - 1)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, img_size=sizes[part]))
 
 
 def train_loader(
@@ -360,7 +370,13 @@ def _loader_kwargs(config: Config, device: torch.device) -> dict[str, Any]:
 
 
 def _guard(config: Config, split: Split, num_classes: int, is_training: bool) -> Dataset:
-    """The set with counted, limited skipping of unreadable images."""
+    """The set with counted, limited skipping of unreadable images; the same one for every loader of a split."""
+    if split.readable is None:
+        split.readable = _readable(config, split, num_classes, is_training)
+    return split.readable
+
+
+def _readable(config: Config, split: Split, num_classes: int, is_training: bool) -> Dataset:
     if isinstance(split.dataset, IterableDataset):
         return ReadableStream(
             split.dataset,

@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import timm
 import torch
 from timm.models import get_pretrained_cfg
 from torch import nn
 
 from hydra_vision.train import build, data
-from hydra_vision.train.config import Config, merge
+from hydra_vision.train.config import Config, nearest
 from hydra_vision.train.errors import ConfigError, first_line
 
 try:
@@ -24,10 +25,14 @@ def create_teacher(config: Config, num_classes: int, device: torch.device) -> nn
         CheckpointError: weights that cannot be read or do not fit.
     """
     distill = config.distill
+    if ":" not in distill.teacher and not timm.is_model(distill.teacher):
+        raise ConfigError(f"unknown distill.teacher={distill.teacher!r}.{nearest(distill.teacher, timm.list_models())}")
     section = {"name": distill.teacher, "checkpoint": distill.checkpoint, "kwargs": distill.kwargs}
     section |= {"pretrained": distill.checkpoint is None, "drop_rate": 0.0, "drop_path_rate": 0.0}
     section |= {"freeze_backbone": False}
-    teacher_config = Config.from_dict(merge(config.to_dict(), {"model": section}), source="distill")
+    values = config.to_dict()
+    values |= {"model": {**values["model"], **section}, "distill": {}}
+    teacher_config = Config.from_dict(values, source="distill")
     if distill.checkpoint is None:
         cfg = None if ":" in distill.teacher else get_pretrained_cfg(distill.teacher)
         if cfg is not None and not cfg.has_weights:

@@ -30,6 +30,7 @@ from hydra_vision.train.errors import (
 )
 from hydra_vision.train.learner import Learner
 from hydra_vision.train.log import MIXERS, STEPS, CsvLog, Sink, across_layers
+from hydra_vision.train.loggers import check_packages, create_loggers
 from hydra_vision.train.progress import Progress
 from hydra_vision.train.provenance import RUN
 from hydra_vision.train.randomness import random_state, seed_generators, set_random_state
@@ -100,6 +101,7 @@ class Trainer:
         self.amp = build.amp_dtype(config, self.device)
         configure_torch(config, self.device)
         data.local_batch(config, world)
+        check_packages(config)
         if config.distributed.strategy == "fsdp" and world.size == 1:
             raise ConfigError("distributed.strategy='fsdp' needs several processes (torchrun); allowed with one: ddp")
         random_seed(config.run.seed, rank=0)
@@ -112,11 +114,23 @@ class Trainer:
             if not hasattr(self.model, "set_grad_checkpointing"):
                 raise ConfigError(f"run.grad_checkpointing: {config.model.name} does not support it")
             self.model.set_grad_checkpointing(True)
-        self.train_loader = data.train_loader(config, train_split, self.num_classes, self.model, self.device, world)
+        self.train_split, self.train_size = train_split, None
+        self._resize(0 if state is None else state["epoch"])
         self.val_loader = data.val_loader(config, val_split, self.num_classes, self.model, self.device, world)
         self.mixup = data.create_mixup(config, self.num_classes)
         self.input_size = tuple(data.resolve_input(config, self.model)["input_size"])
-        self.cost = measure_cost(config, self.model, self.input_size, self.device, world.size)
+
+    def _resize(self, epoch: int) -> None:
+        """A loader of training images of the size that they have in an epoch."""
+        config = data.at_epoch(self.config, epoch)
+        size = tuple(data.resolve_input(config, self.model)["input_size"])
+        if size == self.train_size:
+            return
+        self.train_size, self.train_loader = size, None  # None: the processes of the one before end first
+        self.train_loader = data.train_loader(
+            *(config, self.train_split, self.num_classes, self.model, self.device, self.world)
+        )
+        self.cost = measure_cost(config, self.model, size, self.device, self.world.size)
 
     @property
     def world_size(self) -> int:
@@ -146,6 +160,8 @@ class Trainer:
         drawn = time.monotonic()
         if self.world.primary and self.config.log.every:
             self.sinks.insert(0, CsvLog(self.folder, self.learner.updates))
+        if self.world.primary:
+            self.sinks += create_loggers(self.config, self.folder, self.learner.updates, self.facts())
         meter = report.Meter(self.console, self.epochs, len(self.train_loader), self.epoch)
         try:
             with meter.bar, self.signals:
@@ -179,6 +195,7 @@ class Trainer:
 
     def _train_epoch(self, meter: report.Meter) -> report.Row:
         """One pass over the training set, or what is left of it."""
+        self._resize(self.epoch)
         config, loader, progress = self.config, self.train_loader, self.progress
         if self.mixup is not None and config.augment.mix_off_epoch is not None:
             self.mixup.mixup_enabled = self.epoch < config.augment.mix_off_epoch
@@ -186,7 +203,7 @@ class Trainer:
         accum, total = config.optim.accum_steps, len(loader)
         pending = False
         self.logged = (time.monotonic(), self.learner.updates)
-        self.learner.task.train()
+        self.learner.train()
         self.learner.optimizer.zero_grad(set_to_none=True)
         with meter.phase(self.epoch, "train", total) as phase:
             phase.go_on(progress.batches, progress.images, progress.seconds, progress.waited)
@@ -445,8 +462,21 @@ class Trainer:
         batch, accum = self.config.data.batch_size, self.config.optim.accum_steps
         share = f"{batch // self.world.size} x {self.world.size} processes" if self.world.size > 1 else f"{batch}"
         share += f" x {accum} steps" if accum > 1 else ""
+        config, more = self.config, []
+        if hasattr(self.model, "initial_weights"):
+            more.append(f"start   {self.model.initial_weights}")
+        if config.model.freeze_backbone:
+            learning = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+            more.append(f"probe   only the classifier learns: {learning:,} parameters")
+        if config.distill.teacher is not None:
+            more.append(f"teacher {config.distill.teacher}, {1 - config.distill.task_weight:.2g} of the loss")
+        if config.data.progressive_sizes is not None:
+            more.append(
+                f"sizes   {', '.join(map(str, config.data.progressive_sizes))} px, in equal parts of the epochs"
+            )
         for line in (
             f"model   {self.config.model.name}, {parameters / 1e6:.2f} M parameters, input {size}",
+            *more,
             f"data    {images[0]} training and {images[1]} validation images, {self.num_classes} classes",
             f"run     {self.epochs} epochs{start} on {self.device}, {amp}",
             f"update  {batch * accum} images ({share}), learning rate up to {build.scaled_lr(self.config):.3g}",

@@ -14,6 +14,7 @@ from hydra_vision.train.config import Config
 from hydra_vision.train.device import check_compile_mode, compile_model
 from hydra_vision.train.distributed import World
 from hydra_vision.train.errors import CheckpointError, ConfigError
+from hydra_vision.train.freeze import frozen_parts_to_eval
 from hydra_vision.train.stats import total_norm
 
 
@@ -95,6 +96,12 @@ class Learner:
         self.forward = self.task.compile(mode=self.config.run.compile_mode)
         if self.ema is not None:
             self.forward_ema = compile_model(self.ema.module, self.config)
+
+    def train(self) -> None:
+        """Training mode, but for what is frozen."""
+        self.task.train()
+        if self.config.model.freeze_backbone:
+            frozen_parts_to_eval(self.model)
 
     def backward(self, images: torch.Tensor, targets: torch.Tensor, group: int, last: bool = True) -> torch.Tensor:
         """Adds the gradient of one batch.

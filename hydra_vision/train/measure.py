@@ -32,11 +32,11 @@ def dry_run(trainer: "Trainer") -> None:
     images = _train(trainer, itertools.islice(batches, _TIMED * accum), accum)
     rate = images / (_now(device) - started)
     val_rate = _validation_rate(trainer)
-    devices = getattr(trainer, "world_size", 1)
+    devices = trainer.world_size
     train_images = len(trainer.train_loader) * config.data.batch_size
     validations = math.ceil(trainer.epochs / config.run.validate_every)
-    training = trainer.epochs * train_images / rate
-    validating = validations * len(trainer.val_loader.dataset) / val_rate
+    training = trainer.epochs * train_images / (rate * devices)
+    validating = validations * len(trainer.val_loader.dataset) / (val_rate * devices)
     kind = "GPU" if device.type == "cuda" else "processor"
     mfu, memory = trainer.cost.mfu(rate * devices), peak_memory(device)
     rows = [
@@ -96,13 +96,14 @@ def _verdict(loader_rate: float, device_rate: float, workers: int) -> str:
 
 def _train(trainer: "Trainer", batches: Any, accum: int) -> int:
     """Trains on batches, an update every `accum` of them; the number of images."""
-    trainer.learner.task.train()
+    trainer.learner.train()
     images = 0
     for index, (inputs, targets) in enumerate(batches):
         # A copy: mixing changes its input, and here a batch may come again.
-        trainer._backward(inputs.clone(), targets, accum)
+        last = (index + 1) % accum == 0
+        trainer._backward(inputs.clone(), targets, accum, last)
         images += len(inputs)
-        if (index + 1) % accum == 0:
+        if last:
             trainer.learner.update()
     return images
 

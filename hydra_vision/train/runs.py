@@ -46,7 +46,12 @@ def checkpoint_to_resume(resume: str | None, output: str | None, name: str) -> F
             if found[0] is None:
                 raise CheckpointError(f"no checkpoint {str(find_checkpoint(resume, LAST))!r}")
             return found
-        return path, load_checkpoint(path), []
+        state = load_checkpoint(path)
+        if "averaged" in state:
+            raise CheckpointError(
+                f"{path} is a mean of checkpoints, no run to go on with; start from it: model.checkpoint"
+            )
+        return path, state, []
     folders = [Path(output)] if output is not None else _runs(name)
     times = {folder: time for folder in folders if (time := has_checkpoint(folder)) is not None}
     return newest_checkpoint(max(times, key=times.__getitem__)) if times else (None, None, [])

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from hydra_vision.train import build
+from hydra_vision.train import build, data
 from hydra_vision.train.checkpoint import BEST, LAST, load_checkpoint
 from hydra_vision.train.config import Config, merge
 from hydra_vision.train.errors import ConfigError
@@ -58,7 +58,8 @@ def test_a_run_says_what_became_of_its_initial_weights(tiny, run, tmp_path):
 
 @pytest.mark.parametrize("name", ["test_hydra_vit", "test_resnet"])
 def test_only_the_classifier_learns_in_a_linear_probe(name):
-    config = recipe(model={"name": name, "kwargs": {}, "freeze_backbone": True})
+    values = {"model": {"name": name, "freeze_backbone": True}, "data": {"img_size": 32}}
+    config = Config.from_dict(values)
     model = build.create_model(config, 5)
     head = set(map(id, model.get_classifier().parameters()))
     assert {id(p) for p in model.parameters() if p.requires_grad} == head
@@ -150,7 +151,7 @@ def test_teachers_that_cannot_teach(tmp_path, monkeypatch):
         ({"teacher": "test_vit", "checkpoint": path}, r"has 7 classes, the data has 3"),
         ({"teacher": "vit_base_patch16_224"}, r"was trained for 1000 classes, the data has 3"),
         ({"teacher": "test_hydra_vit"}, r"has no published weights; set distill.checkpoint"),
-        ({"teacher": "test_vitt", "checkpoint": path}, r"[Uu]nknown model"),
+        ({"teacher": "test_vitt", "checkpoint": path}, r"unknown distill.teacher='test_vitt'"),
     ):
         with pytest.raises(ConfigError, match=message):
             build.create_task(recipe(distill=section), student, CPU)
@@ -159,3 +160,36 @@ def test_teachers_that_cannot_teach(tmp_path, monkeypatch):
     monkeypatch.setattr("hydra_vision.train.distill.LogitDistillationTask", None)
     with pytest.raises(ConfigError, match=r"which this timm does not have"):
         build.create_task(recipe(distill={"teacher": "test_vit", "checkpoint": path}), student, CPU)
+
+
+@pytest.mark.parametrize(
+    ("model", "kwargs"),
+    [("hydra_vit_nano", "{patch_size: 4, depth: 1, embed_dim: 64, pos_embed: learn}"), ("test_vit", "{patch_size: 4}")],
+)
+def test_training_images_grow_over_the_run(tiny, run, tmp_path, monkeypatch, model, kwargs):
+    seen = []
+    create = data.train_loader
+
+    def spy(config, *arguments):
+        seen.append(config.data.img_size)
+        return create(config, *arguments)
+
+    monkeypatch.setattr(data, "train_loader", spy)
+    options = ("--model", model, "--set", f"model.kwargs={kwargs}", "--set", "model.drop_path_rate=0")
+    options = (*options, "--img-size", 16, "--set", "data.progressive_sizes=[8, 16]", "--epochs", 4)
+    code, out, error = run("--config", tiny[1], *tiny[2:], *options, "--output", "run")
+    assert code == 0, error
+    assert "sizes   8, 16 px" in out
+    assert seen == [8, 16]
+    state = load_checkpoint(tmp_path / "run" / LAST)
+    assert state["history"][-1]["val_loss"] > 0
+    seen.clear()
+    assert run("--resume", "run", "--epochs", 5)[0] == 0
+    assert seen == [16]
+
+
+def test_sizes_that_cannot_grow(fails, tiny):
+    sizes = "data.progressive_sizes"
+    assert "must end with data.img_size=8" in fails(*tiny, "--set", f"{sizes}=[4, 16]", code=2)
+    assert "has 4 sizes for schedule.epochs=3" in fails(*tiny, "--set", f"{sizes}=[4, 4, 4, 8]", code=2)
+    assert "progressive_sizes[0]=6 is not valid" in fails(*tiny, "--set", f"{sizes}=[6, 8]", code=2)
