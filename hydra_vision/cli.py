@@ -171,6 +171,12 @@ def _ablation(argv: list[str]) -> int:
     return ablation(argv, prog=f'{PROG} ablation')
 
 
+def _efficiency_length(argv: list[str]) -> int:
+    from .bench.efficiency.main import main as efficiency_length
+
+    return efficiency_length(argv, prog=f'{PROG} efficiency-length')
+
+
 def _show_matrix(argv: list[str]) -> int:
     from .visualize.show_matrix import main as show_matrix
 
@@ -222,6 +228,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     'export-run': (_export_run, 'Write a finished run as a folder that timm and transformers open.'),
     'bench': (_bench, 'Time models, or the operator alone, against their peers.'),
     'ablation': (_ablation, "Train a family of mixers at equal parameters: the paper's tables for images."),
+    'efficiency-length': (_efficiency_length, 'From which length on each mixer costs less than attention.'),
     'show-matrix': (_show_matrix, 'Draw the mixing matrices of a block on an image, and where one patch looks.'),
     'extract': (_extract, 'Write features of images to .npy, .safetensors or .parquet.'),
     'knn': (_knn, 'Nearest-neighbour accuracy of features.'),

@@ -92,6 +92,7 @@ def measure(
     rounds: int = 20,
     time_limit: float = 30.0,
     warmup: int = 2,
+    burst: Optional[float] = None,
     clock: Optional[Clock] = None,
 ) -> dict[Key, Timing]:
     """Time every variant in turns.
@@ -102,17 +103,19 @@ def measure(
         rounds: Rounds at most.
         time_limit: Seconds after which no further round starts; ``MIN_ROUNDS`` are run in any case.
         warmup: Calls of each variant before the first that counts.
+        burst: Seconds that a burst lasts at least; None for the device's own.
         clock: Instead of the device's own.
 
     Returns:
         The keys in their order, each with its timing.
     """
     clock = clock_for(device) if clock is None else clock
+    burst = _BURST[device.type] if burst is None else burst
     keys = list(variants)
     calls = {}
     for key in keys:
         clock(variants[key], warmup)
-        calls[key] = max(1, math.ceil(_BURST[device.type] / max(clock(variants[key], 1), 1e-9)))
+        calls[key] = max(1, math.ceil(burst / max(clock(variants[key], 1), 1e-9)))
     seconds: dict[Key, list[float]] = {key: [] for key in keys}
     start = time.perf_counter()
     for n in range(rounds):

@@ -1,10 +1,16 @@
 """The mixer ablation: families, equal parameters, runs that continue, tables."""
 
 import csv
+import os
+import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 import timm
 
+from hydra_vision.bench.ablation import runs
 from hydra_vision.bench.ablation.family import Family, Row, fit_rows, read_family
 from hydra_vision.bench.ablation.main import main
 from hydra_vision.bench.ablation.report import COLUMNS, markdown, plot, table_rows
@@ -104,6 +110,31 @@ def test_a_failed_run_is_told_and_the_others_go_on(tmp_path, capsys):
     assert 'add-seed0: FAILED with exit code 1' in out
     assert 'not finished' in out
     assert 'torch/nothing' in (tmp_path / 'out' / 'logs' / 'add-seed0.log').read_text()
+
+
+def test_sigterm_stops_the_runs(digits, tmp_path, monkeypatch):
+    """A scheduler's signal ends the command and its processes."""
+    process = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
+    timer = threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGTERM])
+
+    def start(run, jobs):
+        timer.start()
+        return process
+
+    monkeypatch.setattr(runs, '_start', start)
+    before = signal.getsignal(signal.SIGTERM)
+    guard = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # should the command have none, the tests go on
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            main(['--config', digits, '--rows', 'add', '--steps', 'train', '--output', str(tmp_path / 'out')])
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        assert process.poll() is not None
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGTERM, guard)
+        process.kill()
+        process.wait()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(

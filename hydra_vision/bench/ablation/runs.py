@@ -1,12 +1,15 @@
 """The runs of an ablation: a recipe each, trained by the ordinary trainer in processes of their own."""
 
+import contextlib
 import csv
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -100,7 +103,7 @@ def train(runs: Sequence[Run], jobs: int, progress: Callable[[str], None]) -> li
         progress(f'{len(runs) - len(waiting)} of {len(runs)} runs are finished already')
     done, failed = 0, []
     active: dict[Run, tuple[subprocess.Popen, float]] = {}
-    try:
+    with _interrupted_by_sigterm(), _terminating(active):
         queue = list(waiting)
         while queue or active:
             while queue and len(active) < jobs:
@@ -119,12 +122,36 @@ def train(runs: Sequence[Run], jobs: int, progress: Callable[[str], None]) -> li
                     text = f'FAILED with exit code {process.returncode}, see {run.log}'
                 progress(f'[{done}/{len(waiting)}] {run.name}: {text}, {seconds:.0f} s')
             time.sleep(0.2)
+    return failed
+
+
+@contextlib.contextmanager
+def _terminating(active: dict[Run, tuple[subprocess.Popen, float]]) -> Iterator[None]:
+    """Leave no process behind: what still runs at the end is asked to stop, and waited for."""
+    try:
+        yield
     finally:
         for process, _ in active.values():
             process.terminate()
         for process, _ in active.values():
             process.wait()
-    return failed
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """A job scheduler's SIGTERM ends the command as Ctrl-C does, not without a word to the runs."""
+    if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _start(run: Run, jobs: int) -> subprocess.Popen:

@@ -1,0 +1,1 @@
+"""From which sequence length on a mixer is cheaper than attention."""

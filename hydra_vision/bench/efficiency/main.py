@@ -1,0 +1,158 @@
+"""The command `hydra-vision efficiency-length`: time and memory of every mixer against attention over L."""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+import torch
+
+from hydra_vision.bench.efficiency.points import ATTENTIONS, PASSES, Point, make_mixer, measure_length, variants
+from hydra_vision.bench.efficiency.report import COLUMNS, crossing_rows, plot_points, table_lines
+from hydra_vision.bench.main import DTYPES
+from hydra_vision.bench.report import write_csv
+from hydra_vision.bench.timing import MIN_ROUNDS
+from hydra_vision.command_line import Parser, UserError, comma_list, nearest
+from hydra_vision.environment import device_name, environment
+from hydra_vision.tables import make_table, stdout_console
+
+__all__ = ['main']
+
+_DEFAULTS = {
+    'cuda': {'lengths': [2**n for n in range(6, 15)], 'tokens': 16384, 'd_model': 384, 'dtype': 'bfloat16'},
+    'cpu': {'lengths': [64, 128, 256, 512], 'tokens': 512, 'd_model': 64, 'dtype': 'float32'},
+}
+_BURST = {'cuda': 0.02, 'cpu': 0.02}
+
+
+def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision efficiency-length') -> int:
+    """Run the measurement.
+
+    Raises:
+        UserError: arguments that do not fit.
+    """
+    arguments = _parser(prog).parse_args(argv)
+    device = _device(arguments.device)
+    defaults = _DEFAULTS[device.type]
+    lengths = sorted(set(arguments.lengths or defaults['lengths']))
+    tokens, d_model = arguments.tokens or defaults['tokens'], arguments.d_model or defaults['d_model']
+    dtype = DTYPES[arguments.dtype or defaults['dtype']]
+    names = [*ATTENTIONS, *_names(arguments.mixers)]
+    for name in names:
+        try:
+            make_mixer(name, d_model, lengths[0], torch.device('meta'))
+        except (TypeError, ValueError) as error:
+            raise UserError(f'{name} cannot be built with --d-model {d_model}: {error}') from error
+    output = arguments.output or Path('output') / f'efficiency-length-{device.type}-{time.strftime("%Y%m%d-%H%M%S")}'
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--output {str(output)!r}: {error.strerror}') from error
+
+    console = stdout_console()
+    points: list[Point] = []
+    for mode in dict.fromkeys(arguments.mode):
+        for length in lengths:
+            console.print(
+                f'... L = {length}, {max(1, tokens // length)} sequences, {PASSES[mode]}, {len(names)} mixers'
+            )
+            points += measure_length(
+                names,
+                length,
+                mode,
+                device,
+                tokens=tokens,
+                d_model=d_model,
+                dtype=dtype,
+                rounds=arguments.rounds,
+                burst=_BURST[device.type],
+            )
+    run = {
+        'device': device_name(device),
+        'dtype': str(dtype).removeprefix('torch.'),
+        'd_model': d_model,
+        'threads': torch.get_num_threads(),
+    }
+    rows = crossing_rows(points)
+    write_csv(output / 'points.csv', [point.csv(run) for point in points])
+    if rows:
+        write_csv(output / 'crossings.csv', rows)
+    where = f'{run["device"]}, {run["dtype"]}, width {d_model}, {tokens} tokens a call'
+    plot_points(points, output / 'efficiency_length.png', where)
+    (output / 'environment.json').write_text(json.dumps({**environment(), 'run': run}, indent=2) + '\n')
+    title = f'efficiency length: from how many tokens on a mixer costs less than attention ({where})'
+    console.print(make_table(title, COLUMNS, table_lines(rows), right=range(2, len(COLUMNS))))
+    console.print(
+        'growth: of the time a token, or of the memory of a call with a fixed number of tokens, fitted to the longest '
+        "lengths; 'always': cheaper at every length measured; attention: timm's block of the same width"
+    )
+    console.print(f'wrote {output}: ' + ', '.join(sorted(path.name for path in output.iterdir())), soft_wrap=True)
+    return 0
+
+
+def _names(given: Optional[list[str]]) -> list[str]:
+    known = variants()
+    for name in given or ():
+        if name not in known:
+            raise UserError(f'--mixers: unknown {name!r}{nearest(name, known)}; known: {"; ".join(known)}')
+    return list(dict.fromkeys(given)) if given else list(known)
+
+
+def _device(name: Optional[str]) -> torch.device:
+    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if name not in _DEFAULTS:
+        raise UserError(f'--device {name!r}; allowed: {", ".join(_DEFAULTS)}')
+    if name == 'cuda' and not torch.cuda.is_available():
+        raise UserError(f"--device 'cuda': this machine has no CUDA device that torch {torch.__version__} can see")
+    return torch.device(name)
+
+
+def _parser(prog: str) -> Parser:
+    parser = Parser(
+        prog=prog,
+        description='Measure from which sequence length on each mixer costs less than attention, in time and in '
+        'memory: against unfused attention and against scaled_dot_product_attention.',
+        epilog="Mixers whose name ends in ', fixed' have a matrix that does not depend on the image.",
+    )
+    add = parser.add_argument
+    add('--device', metavar='NAME', help='cpu or cuda; default: cuda where there is one')
+    add('--mixers', type=_names_list, metavar='LIST', help="separated by ';'; default: the whole family")
+    add('--lengths', type=_numbers, metavar='LIST', help='default: 64 to 16384 on CUDA, 64 to 512 on the CPU')
+    add('--tokens', type=_positive, metavar='N', help='of a call, over all its sequences; default 16384 (CPU: 512)')
+    add('--d-model', type=_positive, metavar='N', help='width; default 384 (CPU: 64)')
+    add('--dtype', choices=DTYPES, help='of the computation; default bfloat16 on CUDA (autocast), float32 on the CPU')
+    add('--mode', type=_modes, default=list(PASSES), metavar='LIST', help='infer, train or both: infer,train (default)')
+    add('--rounds', type=_rounds, default=MIN_ROUNDS, metavar='N', help=f'default {MIN_ROUNDS}')
+    add('--output', type=Path, metavar='FOLDER', help='for CSV, PNG, JSON; default: output/efficiency-length-...')
+    return parser
+
+
+def _names_list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(';')]
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a positive integer')
+    return value
+
+
+def _numbers(text: str) -> list[int]:
+    return [_positive(part) for part in comma_list(text)]
+
+
+def _rounds(text: str) -> int:
+    value = _positive(text)
+    if value < MIN_ROUNDS:
+        raise argparse.ArgumentTypeError(f'{value} rounds have no spread; at least {MIN_ROUNDS}')
+    return value
+
+
+def _modes(text: str) -> list[str]:
+    for part in comma_list(text):
+        if part not in PASSES:
+            raise argparse.ArgumentTypeError(f'unknown mode {part!r}; allowed: {", ".join(PASSES)}')
+    return comma_list(text)

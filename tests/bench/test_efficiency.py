@@ -1,0 +1,178 @@
+"""Efficiency length: crossings and fits on made-up curves, points on real mixers, the command."""
+
+import csv
+
+import pytest
+import torch
+
+from hydra_vision import mixers
+from hydra_vision.bench.efficiency import points as points_module
+from hydra_vision.bench.efficiency.crossing import Crossing, find_crossing, fit_power_law, fitted_crossing
+from hydra_vision.bench.efficiency.main import main
+from hydra_vision.bench.efficiency.points import ATTENTIONS, Point, grid_of, make_mixer, measure_length, variants
+from hydra_vision.bench.efficiency.report import crossing_rows, plot_points, table_lines
+from hydra_vision.bench.timing import Timing
+from hydra_vision.command_line import UserError
+
+LENGTHS = [64, 128, 256, 512, 1024]
+
+
+def curve(factor, exponent):
+    return {n: factor * n**exponent for n in LENGTHS}
+
+
+def test_crossing_is_between_the_points_around_it():
+    found = find_crossing(curve(300.0, 0.0), curve(1.0, 1.0))
+    assert found.kind == 'at'
+    assert found.length == pytest.approx(300)  # exact: both are straight on logarithmic axes
+
+
+def test_always_and_none_in_range():
+    assert find_crossing(curve(1.0, 0.0), curve(2.0, 0.5)) == Crossing('always')
+    assert find_crossing(curve(1e6, 0.0), curve(1.0, 1.0)) == Crossing('none in range')
+    assert find_crossing({}, curve(1.0, 1.0)) == Crossing('not measured')
+
+
+def test_the_last_crossing_counts():
+    attention = curve(1.0, 0.0)
+    mixer = {64: 0.5, 128: 2.0, 256: 0.5, 512: 2.0, 1024: 0.5}  # a noisy or bumpy curve
+    found = find_crossing(mixer, attention)
+    assert found.length == pytest.approx((512 * 1024) ** 0.5)
+    assert find_crossing({**mixer, 1024: 1.5}, attention) == Crossing('none in range')
+
+
+def test_out_of_memory_costs_more_than_any_result():
+    attention = {**curve(1.0, 0.0), 512: None, 1024: None}
+    assert find_crossing(curve(5.0, 0.0), attention) == Crossing('at', 512.0)
+    assert find_crossing({**curve(0.5, 0.0), 1024: None}, curve(1.0, 0.0)) == Crossing('none in range')
+    assert find_crossing(dict.fromkeys(LENGTHS), dict.fromkeys(LENGTHS)) == Crossing('not measured')
+
+
+def test_fit_uses_the_longest_lengths():
+    costs = {16: 1e9, **curve(3.0, 1.5), 2048: None}
+    fit = fit_power_law(costs)
+    assert fit.exponent == pytest.approx(1.5)
+    assert fit.factor == pytest.approx(3.0)
+    assert fit_power_law({64: 1.0, 128: None}) is None
+
+
+def test_fitted_crossing():
+    slow, fast = fit_power_law(curve(300.0, 0.1)), fit_power_law(curve(1.0, 1.1))
+    assert fitted_crossing(slow, fast, 1024) == pytest.approx(300)
+    assert fitted_crossing(fast, slow, 1024) is None  # it grows faster: no crossing however long
+    assert fitted_crossing(fit_power_law(curve(1e6, 0.1)), fast, 1024) is None  # too far away to believe
+
+
+def test_every_mixer_of_the_family_is_there():
+    names = {name for name, _ in variants().values()}
+    assert names == set(mixers.list()) - {'vit_attention'}
+    assert grid_of(128) == (8, 16)
+    assert grid_of(7) == (1, 7)
+
+
+def test_attentions_differ_in_how_they_compute_only():
+    torch.manual_seed(0)
+    unfused = make_mixer(ATTENTIONS[0], 64, 16, torch.device('cpu'))
+    fused = make_mixer(ATTENTIONS[1], 64, 16, torch.device('cpu'))
+    assert (unfused.fused_attn, fused.fused_attn) == (False, True)
+    fused.load_state_dict(unfused.state_dict())
+    u = torch.randn(2, 16, 64)
+    torch.testing.assert_close(unfused(u), fused(u))
+
+
+def measured(names, **kwargs):
+    options = dict(tokens=64, d_model=64, dtype=torch.float32, rounds=3, burst=0.0)
+    return measure_length(names, 32, 'train', torch.device('cpu'), **{**options, **kwargs})
+
+
+def test_points_in_their_order():
+    names = [ATTENTIONS[0], 'hydra', 'toeplitz, fixed']
+    points = measured(names)
+    assert [point.mixer for point in points] == names
+    for point in points:
+        assert (point.length, point.batch, point.status, point.peak_bytes) == (32, 2, 'ok', None)
+        assert len(point.timing.seconds) == 3
+        assert point.seconds_per_token == point.timing.median / 64
+    assert measured(['low_rank'], tokens=1)[0].batch == 1
+
+
+def test_what_does_not_fit_beside_the_others_is_tried_alone(monkeypatch):
+    attempts = []
+
+    def scarce(variant, *args):
+        attempts.append(variant)
+        if variant == 'hydra' or (variant == 'low_rank' and attempts.count('low_rank') == 1):
+            raise torch.OutOfMemoryError('full')
+        return make_mixer(variant, *args)
+
+    monkeypatch.setattr(points_module, 'make_mixer', scarce)
+    points = {point.mixer: point for point in measured(['hydra', ATTENTIONS[1], 'low_rank'])}
+    assert points['hydra'].status == 'out of memory'
+    assert points['hydra'].timing is None
+    assert points['low_rank'].status == 'ok'
+    assert points['low_rank'].timing is not None
+    assert attempts == ['hydra', ATTENTIONS[1], 'low_rank', 'hydra', 'low_rank']
+
+
+def test_no_room_for_all_of_them_at_once(monkeypatch):
+    together = points_module.measure
+
+    def scarce(steps, *args, **kwargs):
+        if len(steps) > 1:
+            raise torch.OutOfMemoryError('full')
+        return together(steps, *args, **kwargs)
+
+    monkeypatch.setattr(points_module, 'measure', scarce)
+    for point in measured(['low_rank', ATTENTIONS[0]]):
+        assert (point.status, len(point.timing.seconds)) == ('ok', 3)
+
+
+def made_up(mixer, seconds, mode='infer', peak=None):
+    return [Point(mixer, n, 1, mode, Timing((seconds(n) * n,)), None if peak is None else peak(n)) for n in LENGTHS]
+
+
+def test_rows_table_and_picture(tmp_path):
+    points = made_up(ATTENTIONS[0], lambda n: n, peak=lambda n: n**2) + made_up(ATTENTIONS[1], lambda n: n / 8)
+    points += made_up('hydra', lambda n: 100, peak=lambda n: 150 * n) + made_up('dense', lambda n: 2 * n)
+    rows = crossing_rows(points)
+    found = {(row['mixer'], row['quantity'], row['against']): row for row in rows}
+    assert found['hydra', 'time', ATTENTIONS[0]]['measured_length'] == pytest.approx(100)
+    assert found['hydra', 'time', ATTENTIONS[1]]['measured_length'] == pytest.approx(800)
+    assert found['hydra', 'memory', ATTENTIONS[0]]['measured_length'] == pytest.approx(150)
+    assert found['hydra', 'time', ATTENTIONS[0]]['exponent'] == pytest.approx(0)
+    assert found['dense', 'time', ATTENTIONS[0]]['measured'] == 'none in range'
+    assert found['dense', 'time', ATTENTIONS[0]]['fitted_length'] is None
+    lines = {line[0]: line for line in table_lines(rows)}
+    assert lines['hydra'][2:5] == ['L^0.00', '100', '800']
+    assert lines['dense'][3] == 'none in range'
+    plot_points(points, tmp_path / 'a.png', 'title')
+    assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_command(tmp_path, capsys):
+    argv = ['--device', 'cpu', '--mixers', 'hydra; toeplitz, fixed', '--lengths', '16,32', '--tokens', '32']
+    assert main([*argv, '--mode', 'infer', '--output', str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert 'toeplitz, fixed' in out
+    with (tmp_path / 'points.csv').open(newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 4
+    assert {(row['L'], row['batch']) for row in rows} == {('16', '2'), ('32', '1')}
+    assert all(float(row['ns_per_token']) > 0 and row['peak_memory_gib'] == '' for row in rows)
+    with (tmp_path / 'crossings.csv').open(newline='') as file:
+        assert {row['quantity'] for row in csv.DictReader(file)} == {'time'}  # memory is not measured on the CPU
+    assert (tmp_path / 'efficiency_length.png').is_file()
+
+
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
+        (['--mixers', 'hydar'], "'hydra'"),
+        (['--device', 'tpu'], "'tpu'"),
+        (['--device', 'cpu', '--d-model', '33'], 'd_model'),
+    ],
+)
+def test_wrong_arguments(argv, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        main([*argv, '--output', str(tmp_path / 'out')])
+    assert not (tmp_path / 'out').exists()
