@@ -2,12 +2,17 @@
 
 The host code runs on meta tensors with launches recorded instead of executed, so that what is compiled here is what is
 launched there: same kernels, same switches, same launch parameters.
+
+    python -m hydra_vision.ops.triton.offline       # every row of the table; half an hour of CPU time, all cores
 """
 
-from collections.abc import Iterator
+import argparse
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import triton
@@ -19,8 +24,19 @@ from . import layernorm
 from . import plan as plan_module
 from .function import mix_backward_all, mix_forward_all
 from .inner import InnerArguments, inner_backward, inner_forward
+from .table import ARCHITECTURES, shipped
 
-__all__ = ['Compiled', 'Recorded', 'compile_launch', 'layer_norm_launches', 'problem_launches']
+__all__ = [
+    'SHARED_MEMORY',
+    'Compiled',
+    'Recorded',
+    'compile_launch',
+    'layer_norm_launches',
+    'problem_launches',
+    'table_launches',
+]
+
+SHARED_MEMORY = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a block; 99 KB is what consumer cards have
 
 _TYPES = {
     torch.float32: '*fp32',
@@ -134,6 +150,33 @@ def problem_launches(
     return list(dict.fromkeys(launches))
 
 
+def table_launches(arch: int, largest: bool = False) -> dict[Recorded, str]:
+    """What ``quasiseparable_mix`` launches for the table's rows of one architecture, with the first row that needs it.
+
+    Args:
+        arch: One of the table's.
+        largest: Of the rows that share launch parameters and dtype only the one with the largest headdim, d_state and
+            L: a kernel needs no more shared memory for smaller ones.
+    """
+    rows = [(key, launch) for key, launch in shipped().items() if key[0] == arch]
+    if largest:
+        tops: dict[tuple[str, str], tuple[int, ...]] = {}
+        for (_, limit, P, N, dtype), launch in rows:
+            size = (min(P, N), max(P, N), limit)
+            tops[dtype, repr(launch)] = max(size, tops.get((dtype, repr(launch)), size))
+        rows = [
+            (key, launch)
+            for key, launch in rows
+            if tops[key[4], repr(launch)] == (min(key[2:4]), max(key[2:4]), key[1])
+        ]
+    found: dict[Recorded, str] = {}
+    for (_, limit, P, N, dtype), _ in rows:
+        label = f'sm_{arch}, L to {limit}, P {P}, N {N}, {dtype}'
+        for launch in problem_launches(arch, min(limit, 196), P=P, N=N, dtype=getattr(torch, dtype), inner=False):
+            found.setdefault(launch, label)
+    return found
+
+
 def layer_norm_launches(D: int, dtype: torch.dtype = torch.bfloat16) -> list[Recorded]:
     """Forward and backward of the eager LayerNorm, the same on every architecture."""
     x, weight = torch.empty(4, 196, D, dtype=dtype, device='meta'), torch.empty(D, device='meta')
@@ -171,3 +214,36 @@ def _resources(compiled: Any, arch: int) -> tuple[int, int]:
     if found is None:
         raise RuntimeError(f'cuobjdump said nothing about resources of sm_{arch}: {text!r}')
     return int(found[1]), int(found[2])
+
+
+def _compile_numbered(arch: int, number: int) -> Compiled:
+    """Of one launch by its place: kernels cannot be sent to another process."""
+    return compile_launch(list(table_launches(arch))[number], arch)
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Compile every row and print those that spill, or need more shared memory than there is.
+
+    Returns:
+        1 where a launch needs more shared memory than its architecture has, else 0.
+    """
+    parser = argparse.ArgumentParser(description='Compile every row of the launch table without a GPU.')
+    parser.add_argument('--arch', type=int, nargs='+', default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument('--jobs', type=int, default=os.cpu_count(), help='processes (default: %(default)s)')
+    options = parser.parse_args(arguments)
+    impossible = 0
+    with multiprocessing.get_context('spawn').Pool(options.jobs) as pool:
+        for arch in options.arch:
+            labels = list(table_launches(arch).values())
+            results = pool.starmap(_compile_numbered, [(arch, n) for n in range(len(labels))])
+            for label, result in zip(labels, results):
+                too_much = result.shared > SHARED_MEMORY[arch]
+                impossible += too_much
+                if result.spills or too_much:
+                    print(f'{label}: {result}{"  TOO MUCH SHARED MEMORY" if too_much else ""}')
+            print(f'sm_{arch}: {len(labels)} launches compiled', flush=True)
+    return 1 if impossible else 0
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())
