@@ -15,6 +15,7 @@ from .conv import (
     conv_kernel,
     diagonal_kernel,
 )
+from .launch import launch
 from .mixing import DtSource, decays, decays_backward, mix_backward, mix_forward
 from .norm import norm_gate_backward_kernel, norm_gate_kernel
 from .plan import Plan, alignment, make_plan
@@ -104,10 +105,10 @@ def _convolved(a: InnerArguments, plan: Plan) -> Tensor:
     flags = {'HAS_BIAS': a.conv_bias is not None, 'ALIGN': alignment(u, u.stride(0), u.stride(1))}
     if K == 7:
         grid = (triton.cdiv(a.width, LANES) * triton.cdiv(plan.L, SEGMENT) * plan.B,)
-        conv7_kernel[grid](*arguments, SEGMENT, BC=LANES, **flags, **plan.options('conv7'))
+        launch(conv7_kernel, grid, *arguments, SEGMENT, BC=LANES, **flags, **plan.options('conv7'))
     else:
         grid = (triton.cdiv(a.width, CHANNELS) * triton.cdiv(plan.L, TOKENS) * plan.B,)
-        conv_kernel[grid](*arguments, K=K, TL=TOKENS, BC=CHANNELS, **flags, **plan.options('conv'))
+        launch(conv_kernel, grid, *arguments, K=K, TL=TOKENS, BC=CHANNELS, **flags, **plan.options('conv'))
     return out
 
 
@@ -115,7 +116,7 @@ def _diagonal(a: InnerArguments, plan: Plan, xbc: Tensor) -> Tensor:
     """fc_D(x) + D, (B, H, L) float32."""
     diag = torch.empty(plan.B, plan.H, plan.L, dtype=torch.float32, device=plan.device)
     HB = min(64, max(16, triton.next_power_of_2(a.H)))
-    diagonal_kernel[(triton.cdiv(plan.L, TOKENS) * plan.B, triton.cdiv(a.H, HB))](
+    launch(diagonal_kernel, (triton.cdiv(plan.L, TOKENS) * plan.B, triton.cdiv(a.H, HB)),
         xbc, a.fc_D_weight, a.D, diag, xbc.stride(0), xbc.stride(1), plan.L, a.d_inner, a.H,
         HB=HB, TL=TOKENS, BC=CHANNELS, PREC=plan.precision, **plan.options('diagonal'),
     )  # fmt: skip
@@ -139,7 +140,7 @@ def inner_forward(a: InnerArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = mix_forward(plan, x, bc, d, diag, a.init_states).flatten(2)
     out = y if plan.keeps_norm else torch.empty_like(y)
     z = a.zxbcdt
-    norm_gate_kernel[(plan.B * plan.L,)](
+    launch(norm_gate_kernel, (plan.B * plan.L,),
         y, z, a.norm_weight, out, rstd, z.stride(0), z.stride(1), plan.L, a.d_inner, a.eps,
         DB=triton.next_power_of_2(a.d_inner), KEEPS=plan.keeps_norm, ALIGN=alignment(z, z.stride(0), z.stride(1)),
         **plan.options('norm'),
@@ -157,7 +158,7 @@ def _norm_backward(
     per = triton.cdiv(rows, NORM_PROGRAMS)
     programs = triton.cdiv(rows, per)
     part = torch.empty(programs, a.d_inner, dtype=torch.float32, device=plan.device)
-    norm_gate_backward_kernel[(programs,)](
+    launch(norm_gate_backward_kernel, (programs,),
         dout, y, z, a.norm_weight, rstd, xbc, dy, ddiag, dz, part, z.stride(0), z.stride(1), dz.stride(0), dz.stride(1),
         a.width, plan.L, a.d_inner, rows, per, P=plan.P, DB=triton.next_power_of_2(a.d_inner), KEEPS=plan.keeps_norm,
         ALIGN=alignment(z, z.stride(0), z.stride(1)), ALIGN_G=alignment(dz, dz.stride(0), dz.stride(1)),
@@ -225,19 +226,19 @@ def _conv_backward(a: InnerArguments, plan: Plan, dxbc: Tensor, dz: Tensor) -> t
     if K == 7:
         segments = triton.cdiv(plan.L, SEGMENT)
         part = torch.empty(plan.B, segments, 8, a.width, dtype=torch.float32, device=plan.device)
-        conv7_backward_kernel[(triton.cdiv(a.width, LANES) * segments * plan.B,)](
+        launch(conv7_backward_kernel, (triton.cdiv(a.width, LANES) * segments * plan.B,),
             u, a.conv_weight, bias, dxbc, du, part, *strides, plan.L, a.width, SEGMENT,
             BC=LANES, **flags, **align, **align_d, **plan.options('conv7_backward'),
         )  # fmt: skip
     else:
         tiles = triton.cdiv(plan.L, TOKENS)
         grid = (triton.cdiv(a.width, CHANNELS) * tiles * plan.B,)
-        conv_activation_backward_kernel[grid](
+        launch(conv_activation_backward_kernel, grid,
             u, a.conv_weight, bias, dxbc, u.stride(0), u.stride(1), plan.L, a.width,
             K=K, TL=TOKENS, BC=CHANNELS, **flags, **align, **plan.options('conv_activation_backward'),
         )  # fmt: skip
         part = torch.empty(plan.B, tiles, K + 1, a.width, dtype=torch.float32, device=plan.device)
-        conv_backward_kernel[grid](
+        launch(conv_backward_kernel, grid,
             u, a.conv_weight, dxbc, du, part, *strides, plan.L, a.width,
             K=K, TL=TOKENS, BC=CHANNELS, **align, **align_d, **plan.options('conv_backward'),
         )  # fmt: skip

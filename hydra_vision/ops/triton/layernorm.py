@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .function import refuse_second_derivatives
+from .launch import launch
 
 __all__ = ['MAX_WIDTH', 'layer_norm']
 
@@ -120,7 +121,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dt
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
     if rows:
-        layer_norm_kernel[(triton.cdiv(rows, RB),)](x, weight, bias, out, mean, rstd, rows, D, eps, **sizes)
+        launch(layer_norm_kernel, (triton.cdiv(rows, RB),), x, weight, bias, out, mean, rstd, rows, D, eps, **sizes)
     return out, mean, rstd
 
 
@@ -133,7 +134,7 @@ def backward(g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -
         return dx, torch.zeros(2, D, dtype=torch.float32, device=x.device)
     programs = triton.cdiv(rows, per)
     part = torch.empty(2, programs, D, dtype=torch.float32, device=x.device)
-    layer_norm_backward_kernel[(programs,)](x, weight, g, mean, rstd, dx, part, rows, D, per, **sizes)
+    launch(layer_norm_backward_kernel, (programs,), x, weight, g, mean, rstd, dx, part, rows, D, per, **sizes)
     return dx, part.sum(1)
 
 

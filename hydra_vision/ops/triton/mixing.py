@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from .decay import decay_backward_kernel, decay_kernel
+from .launch import launch
 from .mix import mix_kernel
 from .mix_backward import mix_columns_kernel, mix_rows_kernel
 from .mix_heads import mix_heads_kernel
@@ -75,7 +76,7 @@ def decays(plan: Plan, source: DtSource) -> Decays:
     out = Decays(lf, *(torch.empty_like(lf) for _ in range(3)), plan.rows(), plan.rows())
     HB = _head_block(plan.H)
     bias = source.A if source.bias is None else source.bias
-    decay_kernel[(plan.nT * plan.B, triton.cdiv(plan.H, HB))](
+    launch(decay_kernel, (plan.nT * plan.B, triton.cdiv(plan.H, HB)),
         source.dt_f, source.dt_b, bias, source.A, out.lf, out.lb, out.cf, out.cb, out.dtf, out.dtb,
         source.dt_f.stride(0), source.dt_f.stride(1), plan.L, plan.H, plan.Lp, *source.bounds(),
         **source.flags(), HB=HB, T=plan.T, num_warps=4,
@@ -89,7 +90,7 @@ def decays_backward(plan: Plan, source: DtSource, g: MixGrads, ddtf: Tensor, ddt
     part = torch.empty(2, plan.B, plan.nT, plan.H, dtype=torch.float32, device=plan.device)
     bias = source.A if source.bias is None else source.bias
     cross, onward, through = (g.sums if t is None else t for t in (g.cross, g.onward, g.through))
-    decay_backward_kernel[(plan.nT * plan.B, triton.cdiv(plan.H, HB))](
+    launch(decay_backward_kernel, (plan.nT * plan.B, triton.cdiv(plan.H, HB)),
         source.dt_f, source.dt_b, bias, source.A, g.sums, cross, onward, through, ddtf, ddtb, part,
         source.dt_f.stride(0), source.dt_f.stride(1), ddtf.stride(0), ddtf.stride(1),
         plan.B, plan.L, plan.H, plan.Lp, plan.nT, plan.QT, *source.bounds(), **source.flags(),
@@ -101,7 +102,7 @@ def decays_backward(plan: Plan, source: DtSource, g: MixGrads, ddtf: Tensor, ddt
 def _scores(plan: Plan, bc: tuple[Tensor, ...], transposed: bool) -> Tensor:
     B_f, C_f, B_b, C_b = bc
     S = plan.tiles(plan.dtype)
-    scores_kernel[(plan.nT * plan.G * plan.B,)](
+    launch(scores_kernel, (plan.nT * plan.G * plan.B,),
         B_f, C_f, B_b, C_b, S, B_f.stride(0), B_f.stride(1), B_f.stride(2), plan.L, plan.G, plan.nT, plan.QT,
         N=plan.N, T=plan.T, TRANSPOSED=transposed, PREC=plan.precision, **plan.options('scores'),
     )  # fmt: skip
@@ -111,7 +112,7 @@ def _scores(plan: Plan, bc: tuple[Tensor, ...], transposed: bool) -> Tensor:
 def _states(plan: Plan, V_f: Tensor, V_b: Tensor, u: Tensor, d: Decays, start: Optional[Tensor]) -> Tensor:
     states = plan.states()
     flat = plan.QT == 1
-    states_kernel[(plan.B * plan.H * 2,)](
+    launch(states_kernel, (plan.B * plan.H * 2,),
         V_f, V_b, u, d.lf, d.lb, d.cf if flat else d.dtf, d.cb if flat else d.dtb, d.dtf if start is None else start,
         states, states, d.dtf, d.dtf,
         V_f.stride(0), V_f.stride(1), V_f.stride(2), u.stride(0), u.stride(1), u.stride(2),
@@ -130,7 +131,7 @@ def _state_grads(
     dstart = None
     if has_start:
         dstart = torch.empty(plan.B, plan.H, 2, plan.N, plan.P, dtype=torch.float32, device=plan.device)
-    states_kernel[(plan.B * plan.H * 2,)](
+    launch(states_kernel, (plan.B * plan.H * 2,),
         V_f, V_b, dy, d.lf, d.lb, d.dtf, d.dtb, d.dtf, states, out, through, through if dstart is None else dstart,
         V_f.stride(0), V_f.stride(1), V_f.stride(2), dy.stride(0), dy.stride(1), dy.stride(2),
         plan.L, plan.H, plan.G, plan.Lp, plan.nC, plan.QT, N=plan.N, P=plan.P, T=plan.T, GRAD=True,
@@ -161,7 +162,7 @@ def mix_forward(
     if plan.QT == 1:
         options = plan.options('mix_heads')
         heads = plan.launch.heads_of('mix_heads', plan.H // plan.G)
-        mix_heads_kernel[(plan.nT * (plan.H // heads) * plan.B,)](
+        launch(mix_heads_kernel, (plan.nT * (plan.H // heads) * plan.B,),
             x, S, C_f, C_b, states, d.lf, d.lb, d.cf, d.cb, d.dtf if diag is None else diag, y,
             x.stride(0), x.stride(1), x.stride(2), C_f.stride(0), C_f.stride(1), C_f.stride(2),
             plan.L, plan.H, plan.G, plan.Lp, plan.nT, HG=heads, N=plan.N, P=plan.P, T=plan.T,
@@ -169,7 +170,7 @@ def mix_forward(
             PREC=plan.precision, STAGES=options['num_stages'], **options,
         )  # fmt: skip
         return y
-    mix_kernel[(plan.nT * plan.H * plan.B,)](
+    launch(mix_kernel, (plan.nT * plan.H * plan.B,),
         x, S, C_f, C_b, states, d.lf, d.lb, d.dtf, d.dtb, d.dtf if diag is None else diag, y,
         x.stride(0), x.stride(1), x.stride(2), C_f.stride(0), C_f.stride(1), C_f.stride(2),
         plan.L, plan.H, plan.G, plan.Lp, plan.nT, plan.nC, plan.QT, N=plan.N, P=plan.P, T=plan.T,
@@ -230,7 +231,7 @@ def mix_backward(
         ST = _scores(plan, bc, transposed=True)
         options = plan.options('dx_heads')
         heads = plan.launch.heads_of('dx_heads', plan.H // plan.G)
-        dx_heads_kernel[(plan.nT * (plan.H // heads) * plan.B,)](
+        launch(dx_heads_kernel, (plan.nT * (plan.H // heads) * plan.B,),
             x, dy, ST, B_f, B_b, dstates, d.lf, d.lb, d.cf, d.cb, *diagonal, sums, dx,
             *x_strides, *bc_strides, *dx_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp, plan.nT,
             HG=heads, N=plan.N, **shape, **diagonal_flags, HAS_STATE=has_state, STAGES=options['num_stages'], **options,
@@ -239,28 +240,28 @@ def mix_backward(
         heads = plan.launch.heads_of('scores_heads', plan.H // plan.G)
         parts = plan.H // plan.G // heads
         dS, dST = (torch.empty(parts, *ST.shape, dtype=plan.wide, device=plan.device) for _ in range(2))
-        scores_heads_kernel[(plan.nT * (plan.H // heads) * plan.B,)](
+        launch(scores_heads_kernel, (plan.nT * (plan.H // heads) * plan.B,),
             x, dy, ST, d.lf, d.lb, d.cf, d.cb, sums, dS, dST, *x_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp,
             plan.nT, HG=heads, **shape, EXACT=plan.exact, STAGES=options['num_stages'], **options,
         )  # fmt: skip
     else:
         dS, dST = plan.tiles(plan.wide), plan.tiles(plan.wide)
-        mix_rows_kernel[grid](
+        launch(mix_rows_kernel, grid,
             x, dy, S, C_f, C_b, states, d.lf, d.lb, d.dtf, d.dtb, sums, cross, *x_strides,
             *bc_strides, plan.B, *sizes, N=plan.N, **shape, HAS_STATE=has_state, **plan.options('mix_rows'),
         )  # fmt: skip
-        score_grads_kernel[(plan.QT * plan.nT * plan.G * plan.B,)](
+        launch(score_grads_kernel, (plan.QT * plan.nT * plan.G * plan.B,),
             x, dy, d.lf, d.lb, d.dtf, d.dtb, S, sums, dS, dST, *x_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp,
             plan.nT, plan.QT, **shape, **plan.options('score_grads'),
         )  # fmt: skip
         ST = _scores(plan, bc, transposed=True)
-        mix_columns_kernel[grid](
+        launch(mix_columns_kernel, grid,
             x, dy, ST, B_f, B_b, dstates, d.lf, d.lb, d.dtf, d.dtb, *diagonal, sums,
             unused if onward is None else onward, dx, *x_strides, *bc_strides, *dx_strides, plan.B, *sizes,
             N=plan.N, **shape, **diagonal_flags, HAS_STATE=has_state, **plan.options('mix_columns'),
         )  # fmt: skip
     dB_f, dC_f, dB_b, dC_b = dbc
-    bc_grads_kernel[(4 * plan.nT * plan.G * plan.B,)](
+    launch(bc_grads_kernel, (4 * plan.nT * plan.G * plan.B,),
         x, dy, B_f, C_f, B_b, C_b, dS, dST, states, dstates, sums, d.lf, d.lb, d.cf, d.cb, dB_f, dC_f, dB_b, dC_b,
         *x_strides, *bc_strides, *out_strides, plan.B, *sizes, N=plan.N, **shape, PARTS=parts, ROWS=plan.QT == 1,
         HAS_START=start is not None, HAS_STATE=has_state, STAGES=plan.options('bc_grads')['num_stages'],
