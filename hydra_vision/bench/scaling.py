@@ -109,11 +109,9 @@ def show(title: str, rows: Sequence[dict[str, float]]) -> None:
 def environment() -> str:
     """What the numbers were measured with, as JSON."""
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    facts = {
-        'device': device_name(device),
-        'versions': {name: str(text) for name, text in versions().items()},
-        'command': shlex.join(['python', '-m', 'hydra_vision.bench.scaling', *sys.argv[1:]]),
-    }
+    command = shlex.join(['python', '-m', 'hydra_vision.bench.scaling', *sys.argv[1:]])
+    found = {name: str(text) for name, text in versions().items()}
+    facts = {'command': command, 'device': device_name(device), 'versions': found}
     return json.dumps(facts, indent=2) + '\n'
 
 

@@ -24,7 +24,8 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     blocks = getattr(model, "blocks", None) or getattr(model, "stages", None) or ()
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    # Else the rest stays whole after a forward pass without a backward one (validation, statistics).
+    return fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def gathered(value: Any) -> Any:

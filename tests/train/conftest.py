@@ -1,4 +1,10 @@
 import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -7,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hydra_vision.train.checkpoint import LAST, load_checkpoint
 from hydra_vision.train.main import main
 
 COLORS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}
@@ -101,3 +108,115 @@ def validated(run) -> Callable[..., dict]:
         return json.loads(out)["results"]
 
     return call
+
+
+class Processes:
+    """Training commands in processes that are forked from this one, where everything is imported already.
+
+    Args:
+        folder: that they run in; receives what they print as `RANK.log`.
+        arguments: of the training command.
+        world: how many processes make up the run.
+    """
+
+    def __init__(self, folder: Path, arguments: Sequence[object], world: int = 1):
+        self.folder, self.world = folder, world
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.ids = [self._fork(rank, port, [str(argument) for argument in arguments]) for rank in range(world)]
+
+    def _fork(self, rank: int, port: int, arguments: list[str]) -> int:
+        process = os.fork()
+        if process:
+            return process
+        code = 99
+        try:  # the child: nothing of pytest may run in it
+            log = os.open(self.folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1), os.dup2(log, 2)
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+            if self.world > 1:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.world))
+                os.environ.update(LOCAL_WORLD_SIZE=str(self.world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            code = main(arguments)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+
+    def kill(self, number: int) -> None:
+        """Sends a signal to all of them."""
+        for process in self.ids:
+            os.kill(process, number)
+
+    def wait(self, seconds: float = 60) -> list[int]:
+        """Exit codes, -N for an end by signal N."""
+        codes, end = [], time.monotonic() + seconds
+        for process in self.ids:
+            while True:
+                done, status = os.waitpid(process, os.WNOHANG)
+                if done:
+                    codes.append(os.waitstatus_to_exitcode(status))
+                    break
+                if time.monotonic() > end:
+                    self.kill(signal.SIGKILL)
+                    raise AssertionError(f"still running after {seconds} s: {self.output()}")
+                time.sleep(0.01)
+        return codes
+
+    def output(self) -> str:
+        """What they printed."""
+        logs = [self.folder / f"{rank}.log" for rank in range(self.world)]
+        return "".join(log.read_text() for log in logs if log.is_file())
+
+    def wait_for_update(self, run: Path, update: int, seconds: float = 60) -> int:
+        """Waits until a row of steps.csv is there; the last one's update."""
+        end, path = time.monotonic() + seconds, run / "steps.csv"
+        while time.monotonic() < end:
+            rows = path.read_text().splitlines()[1:] if path.is_file() else []
+            reached = max((int(row.split(",")[0]) for row in rows if row.split(",")[0].isdigit()), default=0)
+            if reached >= update:
+                return reached
+            assert all(os.waitpid(process, os.WNOHANG)[0] == 0 for process in self.ids), self.output()
+            time.sleep(0.002)
+        raise AssertionError(f"update {update} not reached in {seconds} s: {self.output()}")
+
+
+@pytest.fixture
+def processes(tmp_path) -> Callable[..., Processes]:
+    """Starts training commands in processes of their own."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+
+    def start(*arguments: object, world: int = 1) -> Processes:
+        return Processes(tmp_path, arguments, world)
+
+    return start
+
+
+def same(first, second) -> bool:
+    """Bitwise equality of nested containers of tensors."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second or (first != first and second != second)
+
+
+@pytest.fixture
+def assert_same_run() -> Callable[[Path, Path], None]:
+    """Compares the last checkpoints of two runs bit by bit, and the history but for times."""
+
+    def check(first: Path, second: Path) -> None:
+        states = [load_checkpoint(folder / LAST) for folder in (first, second)]
+        for state in states:
+            for row in state["history"]:
+                for key in ("seconds", "images_per_second", "data_wait", "mfu", "peak_memory_gib"):
+                    row.pop(key, None)
+        for key in ("epoch", "updates", "state_dict", "state_dict_ema", "optimizer", "random", "best", "history"):
+            assert same(states[0][key], states[1][key]), key
+
+    return check

@@ -1,6 +1,5 @@
 import csv
 import math
-import random
 from pathlib import Path
 
 import numpy as np
@@ -13,68 +12,9 @@ from hydra_vision.train import engine
 from hydra_vision.train.checkpoint import LAST, load_checkpoint
 
 
-def same(first, second) -> bool:
-    """Bitwise equality of nested containers of tensors."""
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(same, first, second))
-    return first == second
-
-
 def summary(folder: Path) -> list[dict[str, str]]:
     with open(folder / "summary.csv", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def interrupt_at(monkeypatch, epoch: int) -> None:
-    """Ctrl-C in the middle of an epoch (counted from 0)."""
-    backward = engine.Trainer._backward
-
-    def interrupted(self, *arguments):
-        if self.epoch == epoch and self.learner.updates % 3 == 1:
-            raise KeyboardInterrupt
-        return backward(self, *arguments)
-
-    monkeypatch.setattr(engine.Trainer, "_backward", interrupted)
-
-
-# Everything that is random at once: dropout, stochastic depth, augmentation, erasing, mixing, order.
-RANDOM = (
-    *("--set", "model.drop_rate=0.1", "--set", "model.drop_path_rate=0.2", "--set", "augment.erase_prob=0.3"),
-    *("--set", "augment.auto_augment=rand-m5-mstd0.5", "--set", "augment.mixup=0.2", "--set", "augment.cutmix=1"),
-    *("--accum-steps", "2", "--set", "optim.clip_grad=1"),
-)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tiny, run, tmp_path, monkeypatch, workers):
-    arguments = (*tiny, *RANDOM, "--workers", workers)
-    assert run(*arguments, "--output", "whole")[0] == 0
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 2)
-        code, _, error = run(*arguments, "--output", "parts")
-    assert code == 130
-    assert "--resume auto" in error
-    assert load_checkpoint(tmp_path / "parts" / LAST)["epoch"] == 2
-    random.seed(5), np.random.seed(5), torch.manual_seed(5)
-    code, out, _ = run(*arguments, "--output", "parts", "--resume", "auto")
-    assert code == 0
-    assert "from epoch 2" in out
-    whole, parts = (load_checkpoint(tmp_path / name / LAST) for name in ("whole", "parts"))
-    for key in ("state_dict", "state_dict_ema", "optimizer", "random", "updates", "best"):
-        assert same(whole[key], parts[key]), key
-    rows = [
-        [
-            {k: v for k, v in row.items() if k not in ("seconds", "images_per_second", "data_wait")}
-            for row in summary(tmp_path / name)
-        ]
-        for name in ("whole", "parts")
-    ]
-    assert rows[0] == rows[1]
-    assert [row["epoch"] for row in rows[1]] == ["1", "2", "3"]
 
 
 def test_a_resume_takes_changed_settings_and_says_so(tiny, run, tmp_path):
