@@ -35,9 +35,16 @@ def comma_list(text: str) -> list[str]:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """'; the nearest is ...' for an error message, or '' where nothing is near."""
-    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f'; the nearest valid name is {matches[0]!r}' if matches else ''
+    """'; the nearest valid name is ...' for an error message, or '' where nothing is near.
+
+    A slip of the finger in the whole name comes first; of dotted names, the last part may be enough ('lr', 'optim.lr').
+    """
+    names = list(valid)
+    leaves = {choice.rpartition('.')[2]: choice for choice in reversed(names)}
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+    close = close or [leaves[leaf] for leaf in difflib.get_close_matches(name.rpartition('.')[2], leaves, n=1)]
+    close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f'; the nearest valid name is {close[0]!r}' if close else ''
 
 
 def check_model_name(name: str) -> None:

@@ -4,7 +4,8 @@ import argparse
 import typing
 from collections.abc import Sequence
 
-from hydra_vision.train.config import keys, nearest
+from hydra_vision.command_line import nearest
+from hydra_vision.train.config import keys
 from hydra_vision.train.errors import ConfigError
 
 # flag -> the recipe field that it sets; everything else goes through --set
@@ -23,6 +24,9 @@ _FLAGS = {
     "--compile": ("run.torch_compile", "BOOL", "true compiles the model"),
     "--seed": ("run.seed", "N", "random seed"),
 }
+
+
+INITIAL = "initial weights"  # what --validate evaluates without a checkpoint
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,7 +62,13 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
     parser.add_argument(
         "--resume", metavar="auto|PATH", help="continue from a checkpoint; auto: the last one of the run folder, if any"
     )
-    parser.add_argument("--validate", metavar="CHECKPOINT", help="evaluate a checkpoint (or the best one of a folder)")
+    parser.add_argument(
+        "--validate",
+        nargs="?",
+        const=INITIAL,
+        metavar="CHECKPOINT",
+        help="evaluate a checkpoint (or the best one of a folder); none: the recipe's initial weights",
+    )
     measure = parser.add_mutually_exclusive_group()
     measure.add_argument("--dry-run", action="store_true", help="train a few updates, print what the run would take")
     measure.add_argument(
@@ -77,7 +87,7 @@ def parse_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace
         if name.lstrip("-") in set(keys()):
             raise ConfigError(f"unknown flag {name}: write --set {name.lstrip('-')}=VALUE")
         if name.startswith("-"):
-            raise ConfigError(f"unknown flag {name}.{nearest(name, parser._option_string_actions)}")
+            raise ConfigError(f"unknown flag {name}{nearest(name, parser._option_string_actions)}")
         raise ConfigError(f"unexpected argument {word!r} (see {prog} --help)")
     if arguments.json and not arguments.validate:
         raise ConfigError("--json goes with --validate")

@@ -17,9 +17,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from hydra_vision import Hydra  # importing the package registers the Hydra-ViT family with timm
+from hydra_vision.command_line import nearest
 from hydra_vision.mixers import Semiseparable
 from hydra_vision.ops.dispatch import choose_backend
-from hydra_vision.train.config import Config, nearest
+from hydra_vision.train.config import Config
 from hydra_vision.train.distributed import World
 from hydra_vision.train.errors import CheckpointError, ConfigError, first_line
 from hydra_vision.train.freeze import freeze_backbone
@@ -39,7 +40,7 @@ def create_model(config: Config, num_classes: int, load_weights: bool = True) ->
     """
     model = config.model
     if ":" not in model.name and not timm.is_model(model.name):  # 'hf-hub:...' and the like are looked up elsewhere
-        raise ConfigError(f"unknown model.name={model.name!r}.{nearest(model.name, timm.list_models())}")
+        raise ConfigError(f"unknown model.name={model.name!r}{nearest(model.name, timm.list_models())}")
     kwargs: dict[str, Any] = dict(model.kwargs)
     cfg = None if ":" in model.name else get_pretrained_cfg(model.name)
     if config.data.img_size is not None and cfg is not None and cfg.fixed_input_size:

@@ -5,14 +5,14 @@ whole by `Config.from_dict`, so that a wrong key, type or value ends the run bef
 """
 
 import dataclasses
-import difflib
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import yaml
 
+from hydra_vision.command_line import nearest
 from hydra_vision.train.errors import ConfigError
 
 
@@ -137,7 +137,7 @@ class ScheduleConfig:
     """The learning rate over time."""
 
     name: Literal["cosine", "tanh", "poly", "step", "multistep", "none"] = _field("cosine", "timm scheduler")
-    epochs: int = _field(100, "length of the schedule, warm-up included", low=1)
+    epochs: int = _field(100, "length of the schedule, warm-up included; 0 only with --validate", low=0)
     warmup_epochs: int = _field(0, "linear warm-up", low=0)
     warmup_lr: float = _field(1e-6, "learning rate at the start of the warm-up", low=0)
     min_lr: float = _field(0.0, "learning rate at the end", low=0)
@@ -282,7 +282,7 @@ class Config:
             raise ConfigError(f"{source}: {text}")
 
         schedule, optim, augment = self.schedule, self.optim, self.augment
-        if schedule.warmup_epochs >= schedule.epochs and schedule.warmup_epochs > 0:
+        if schedule.warmup_epochs >= schedule.epochs > 0 and schedule.warmup_epochs > 0:
             refuse(
                 f"schedule.warmup_epochs={schedule.warmup_epochs} must be smaller than schedule.epochs="
                 f"{schedule.epochs} (add --set schedule.warmup_epochs=0 for a short run)"
@@ -330,7 +330,7 @@ class Config:
         if sizes is not None:
             if self.data.img_size is None or sizes[-1] != self.data.img_size:
                 refuse(f"data.progressive_sizes={list(sizes)} must end with data.img_size={self.data.img_size}")
-            if len(sizes) > self.schedule.epochs:
+            if len(sizes) > self.schedule.epochs > 0:
                 refuse(f"data.progressive_sizes has {len(sizes)} sizes for schedule.epochs={self.schedule.epochs}")
 
     def _check_data(self, refuse: Callable[[str], typing.NoReturn]) -> None:
@@ -378,16 +378,6 @@ def keys() -> Iterator[str]:
             yield f"{section.name}.{field.name}"
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """' Did you mean ...?' for the one of `choices` that is closest to `word`, as a whole or in its last part."""
-    choices = list(choices)
-    leaves = {choice.rsplit(".", 1)[-1]: choice for choice in reversed(choices)}
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.8)  # a slip of the finger
-    close = close or [leaves[leaf] for leaf in difflib.get_close_matches(word.rsplit(".", 1)[-1], leaves, n=1)]
-    close = close or difflib.get_close_matches(word, choices, n=1, cutoff=0.0)
-    return f" Did you mean '{close[0]}'?" if close else ""
-
-
 def check_keys(values: Any, source: str) -> None:
     """Raises ConfigError for the first key of `values` that no field has, naming the nearest one that exists."""
     if not isinstance(values, Mapping):
@@ -395,13 +385,13 @@ def check_keys(values: Any, source: str) -> None:
     sections = {section.name: section.type for section in dataclasses.fields(Config)}
     for name, section in values.items():
         if name not in sections:
-            raise ConfigError(f"{source}: unknown section {name!r}.{nearest(str(name), [*sections, *keys()])}")
+            raise ConfigError(f"{source}: unknown section {name!r}{nearest(str(name), [*sections, *keys()])}")
         if not isinstance(section, Mapping):
             raise ConfigError(f"{source}: {name} is a section with keys, got {section!r}")
         known = {field.name for field in dataclasses.fields(sections[name])}
         for key in section:
             if key not in known:
-                raise ConfigError(f"{source}: unknown key '{name}.{key}'.{nearest(f'{name}.{key}', keys())}")
+                raise ConfigError(f"{source}: unknown key '{name}.{key}'{nearest(f'{name}.{key}', keys())}")
 
 
 def check_values(values: Mapping[str, Any], source: str) -> dict[str, dict[str, Any]]:
@@ -443,7 +433,7 @@ def parse_override(text: str, source: str = "--set") -> dict[str, Any]:
     path = key.split(".")
     dotted = ".".join(path[:2])
     if dotted not in set(keys()):
-        raise ConfigError(f"{source}: unknown key {key!r}.{nearest(key, keys())}")
+        raise ConfigError(f"{source}: unknown key {key!r}{nearest(key, keys())}")
     hint = typing.get_type_hints(typing.get_type_hints(Config)[path[0]])[path[1]]
     free = typing.get_origin(hint) is dict
     if len(path) > 2 and not free:

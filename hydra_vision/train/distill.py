@@ -7,8 +7,9 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import nn
 
+from hydra_vision.command_line import nearest
 from hydra_vision.train import build, data
-from hydra_vision.train.config import Config, nearest
+from hydra_vision.train.config import Config
 from hydra_vision.train.errors import ConfigError, first_line
 
 try:
@@ -26,7 +27,7 @@ def create_teacher(config: Config, num_classes: int, device: torch.device) -> nn
     """
     distill = config.distill
     if ":" not in distill.teacher and not timm.is_model(distill.teacher):
-        raise ConfigError(f"unknown distill.teacher={distill.teacher!r}.{nearest(distill.teacher, timm.list_models())}")
+        raise ConfigError(f"unknown distill.teacher={distill.teacher!r}{nearest(distill.teacher, timm.list_models())}")
     section = {"name": distill.teacher, "checkpoint": distill.checkpoint, "kwargs": distill.kwargs}
     section |= {"pretrained": distill.checkpoint is None, "drop_rate": 0.0, "drop_path_rate": 0.0}
     section |= {"freeze_backbone": False}

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from hydra_vision.train.arguments import parse_arguments
+from hydra_vision.train.arguments import INITIAL, parse_arguments
 from hydra_vision.train.checkpoint import BEST, find_checkpoint, load_checkpoint, set_aside, write_text
 from hydra_vision.train.config import Config, check_values, merge, parse_override
 from hydra_vision.train.distributed import World, connected, world_from_environment
-from hydra_vision.train.errors import CheckpointError, Stopped, TrainError, loader_death
+from hydra_vision.train.errors import CheckpointError, ConfigError, Stopped, TrainError, loader_death
 from hydra_vision.train.recipes import read_recipe, recipe_names
 from hydra_vision.train.runs import carry_best, checkpoint_to_resume, folder_of, run_folder
 
@@ -80,7 +80,7 @@ def _run(arguments: argparse.Namespace, overrides: dict[str, Any], console: Cons
         return 0
     if arguments.validate:
         return _validate(arguments, overrides, console, world)
-    recipe = arguments.config or (MAIN if {"dir", "name"} & overrides.get("data", {}).keys() else DEMO)
+    recipe = _recipe(arguments, overrides)
     with world.together():
         recipe_values = read_recipe(recipe)
     checkpoint, state = _resumed(arguments, Path(recipe).stem, console, world)
@@ -94,6 +94,8 @@ def _run(arguments: argparse.Namespace, overrides: dict[str, Any], console: Cons
     if arguments.print_config:
         console.print(config.to_yaml(comments=True), soft_wrap=True, end="")
         return 0
+    if config.schedule.epochs == 0:
+        raise ConfigError("schedule.epochs=0 trains nothing; add --validate to evaluate the initial weights")
     if arguments.dry_run or arguments.bench_data:
         return _measure(arguments, config, state, console, world)
     folder = None
@@ -103,6 +105,11 @@ def _run(arguments: argparse.Namespace, overrides: dict[str, Any], console: Cons
     if state is not None:
         _tell_changes(state["config"], config.to_dict(), console)
     return _train(config, folder, checkpoint, state, console, world)
+
+
+def _recipe(arguments: argparse.Namespace, overrides: dict[str, Any]) -> str:
+    """The recipe that a command line means: ImageNet's where it names data, else the demonstration."""
+    return arguments.config or (MAIN if {"dir", "name"} & overrides.get("data", {}).keys() else DEMO)
 
 
 def _resumed(
@@ -192,12 +199,17 @@ def _measure(
 
 def _validate(arguments: argparse.Namespace, overrides: dict[str, Any], console: Console, world: World) -> int:
     from hydra_vision.train import report
-    from hydra_vision.train.validation import validate
+    from hydra_vision.train.validation import initial_state, validate
 
-    path = find_checkpoint(arguments.validate, BEST)
-    state = load_checkpoint(path)
-    values = merge(state["config"], read_recipe(arguments.config)) if arguments.config else state["config"]
-    config = Config.from_dict(merge(values, overrides), source=str(path))
+    if arguments.validate == INITIAL:
+        path, recipe = INITIAL, _recipe(arguments, overrides)
+        config = Config.from_dict(merge(read_recipe(recipe), overrides), source=recipe)
+        state = initial_state(config, world)
+    else:
+        path = find_checkpoint(arguments.validate, BEST)
+        state = load_checkpoint(path)
+        values = merge(state["config"], read_recipe(arguments.config)) if arguments.config else state["config"]
+        config = Config.from_dict(merge(values, overrides), source=str(path))
     quiet = Console(stderr=True, quiet=not world.primary)
     results = validate(config, state, quiet if arguments.json else console, world)
     if not world.primary:

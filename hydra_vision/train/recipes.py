@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from hydra_vision.train.config import check_keys, merge, nearest
+from hydra_vision.command_line import nearest
+from hydra_vision.train.config import check_keys, merge
 from hydra_vision.train.errors import ConfigError
 
 
@@ -45,7 +46,7 @@ def find_recipe(name: str, beside: Path | None = None) -> Path:
     for path in ([beside / name] if beside else []) + [Path(name).expanduser(), packaged]:
         if path.is_file():
             return path
-    raise ConfigError(f"no recipe {name!r}: neither a file nor a packaged recipe.{nearest(name, recipe_names())}")
+    raise ConfigError(f"no recipe {name!r}: neither a file nor a packaged recipe{nearest(name, recipe_names())}")
 
 
 def read_recipe(name: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from hydra_vision.eval.classification import Result, evaluate
@@ -10,6 +11,22 @@ from hydra_vision.train.config import Config
 from hydra_vision.train.device import compile_model, configure_torch, place_model
 from hydra_vision.train.distributed import World
 from hydra_vision.train.errors import CheckpointError, DataError
+
+
+def initial_state(config: Config, world: World) -> dict[str, Any]:
+    """What `validate` needs of a checkpoint, of the initial weights of a recipe.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: what does not fit.
+    """
+    _, split = data.open_splits(config, train=False, world=world)
+    num_classes = data.count_classes(config, split)
+    torch.manual_seed(config.run.seed)
+    model = build.create_model(config, num_classes)
+    return {
+        **{"arch": config.model.name, "num_classes": num_classes, "epoch": 0},
+        **{"state_dict": model.state_dict(), "state_dict_ema": None},
+    }
 
 
 def validate(config: Config, state: dict[str, Any], console: Console, world: World | None = None) -> dict[str, Result]:

@@ -89,7 +89,10 @@ def test_the_loss_follows_from_the_labels(augment, name):
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"model": {"name": "hydra_vit_nan"}}, "unknown model.name='hydra_vit_nan'. Did you mean 'hydra_vit_nano'?"),
+        (
+            {"model": {"name": "hydra_vit_nan"}},
+            "'hydra_vit_nan'; the nearest valid name is 'hydra_vit_nano'",
+        ),
         ({"model": {"kwargs": {"patchsize": 4}}}, "unexpected keyword argument 'patchsize'"),
         ({"data": {"img_size": 18}}, r"data.img_size=18 is not valid .* patches of \(4, 4\)"),
     ],

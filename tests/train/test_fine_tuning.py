@@ -151,7 +151,10 @@ def test_teachers_that_cannot_teach(tmp_path, monkeypatch):
         ({"teacher": "test_vit", "checkpoint": path}, r"has 7 classes, the data has 3"),
         ({"teacher": "vit_base_patch16_224"}, r"was trained for 1000 classes, the data has 3"),
         ({"teacher": "test_hydra_vit"}, r"has no published weights; set distill.checkpoint"),
-        ({"teacher": "test_vitt", "checkpoint": path}, r"unknown distill.teacher='test_vitt'"),
+        (
+            {"teacher": "test_vitt", "checkpoint": path},
+            r"teacher='test_vitt'; the nearest valid name is 'test_vit",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             build.create_task(recipe(distill=section), student, CPU)

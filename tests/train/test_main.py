@@ -146,17 +146,17 @@ def test_resume_auto_leaves_recipes_of_similar_names_alone(tiny, run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--epochz", "3"], 2, "unknown flag --epochz. Did you mean '--epochs'?"),
-        (["--epoch", "3"], 2, "unknown flag --epoch. Did you mean '--epochs'?"),
+        (["--epochz", "3"], 2, "unknown flag --epochz; the nearest valid name is '--epochs'"),
+        (["--epoch", "3"], 2, "unknown flag --epoch; the nearest valid name is '--epochs'"),
         (["--optim.lr", "3"], 2, "unknown flag --optim.lr: write --set optim.lr=VALUE"),
         (["--epochs"], 2, "argument --epochs: expected one argument"),
         (["--epochs", "few"], 2, "--epochs: schedule.epochs='few' is not valid; allowed: a whole number"),
-        (["--set", "optim.lrr=1"], 2, "--set: unknown key 'optim.lrr'. Did you mean 'optim.lr'?"),
+        (["--set", "optim.lrr=1"], 2, "--set: unknown key 'optim.lrr'; the nearest valid name is 'optim.lr'"),
         (["digits"], 2, "unexpected argument 'digits'"),
-        (["--config", "hydra_vit_nano_digit"], 2, "Did you mean 'hydra_vit_nano_digits'?"),
+        (["--config", "hydra_vit_nano_digit"], 2, "the nearest valid name is 'hydra_vit_nano_digits'"),
         (["--json"], 2, "--json goes with --validate"),
         (["--validate", "a.pt", "--output", "b"], 2, "leave out --resume and --output"),
-        (["--model", "hydra_vit_nan"], 2, "Did you mean 'hydra_vit_nano'?"),
+        (["--model", "hydra_vit_nan"], 2, "the nearest valid name is 'hydra_vit_nano'"),
         (["--device", "gpu"], 2, "run.device='gpu' is not available"),
         (["--img-size", "9"], 2, "data.img_size=9 is not valid"),
         (["--data-dir", "nowhere"], 1, "data.dir='nowhere' is not a folder"),
@@ -228,3 +228,16 @@ def test_output_is_plain_lines_where_there_is_no_terminal(tiny, tmp_path):
     assert all("img/s" in line for line in lines)
     assert "ETA" in lines[0]
     assert json.dumps(result.stderr) == '""'
+
+
+def test_initial_weights_can_be_validated(tiny, run, fails, validated, tmp_path):
+    assert run(*tiny, "--epochs", 2, "--output", "run")[0] == 0
+    best = validated("run")
+    start = ("--set", "model.checkpoint=run/best.pt")
+    code, out, error = run(*tiny, *start, "--epochs", 0, "--validate", "--json")
+    assert code == 0, error
+    found = json.loads(out)
+    assert found["checkpoint"] == "initial weights"
+    assert found["results"]["raw"] == pytest.approx(best["EMA"])  # averaged weights go first where there are some
+    assert "trains nothing; add --validate" in fails(*tiny, "--epochs", 0, code=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
