@@ -95,10 +95,10 @@ class MatrixMixer(nn.Module):
                 f'{type(self).__name__}: a data-independent matrix has parameters for each token; needed is '
                 'grid_size = (H, W) or a number of tokens'
             )
-        if not self.takes_grid and (grid_size is not None or num_prefix_tokens):
+        if not self.takes_grid and (grid_size is not None or num_prefix_tokens or prefix_position != 'first'):
             raise ValueError(
-                f'{type(self).__name__}: grid_size = {grid_size}, num_prefix_tokens = {num_prefix_tokens}; nothing in '
-                'this mixer depends on the number of tokens, leave both away'
+                f'{type(self).__name__}: grid_size = {grid_size}, num_prefix_tokens = {num_prefix_tokens}, prefix_position '
+                f'= {prefix_position!r}; nothing in this mixer depends on the number of tokens, leave them away'
             )
         self.tokens = TokenGrid(grid_size, num_prefix_tokens, prefix_position) if self.takes_grid else None
         self._projections = dict(d_conv=d_conv, bias=bias, conv_bias=conv_bias, device=device, dtype=dtype)

@@ -101,13 +101,8 @@ class Semiseparable(MatrixMixer):
         if len(dt_limit) != 2 or not 0.0 <= dt_limit[0] <= dt_limit[1]:
             raise ValueError(f'dt_limit = {dt_limit}; it must be (min, max) with 0 <= min <= max')
         check_backend_name(backend)
-        self.d_state, self.ngroups, self.variant, self.share_bc, self.backend = (
-            d_state,
-            ngroups,
-            variant,
-            share_bc,
-            backend,
-        )
+        self.d_state, self.ngroups, self.backend = d_state, ngroups, backend
+        self.variant, self.share_bc = variant, share_bc
         self.dt_min, self.dt_max, self.dt_init_floor, self.dt_limit = dt_min, dt_max, dt_init_floor, tuple(dt_limit)
         self.directions = 1 if variant == 'causal' else 2
         self.shifted = variant in ('add_shift', 'quasiseparable')

@@ -33,10 +33,25 @@ def toeplitz_product(t: Tensor, v: Tensor) -> Tensor:
     L = v.shape[-1]
     acc = accumulation_dtype(v.dtype)
     t = t.to(acc)
-    # circulant of size 2L: offsets 0 ... L-1, one unused place, offsets -(L-1) ... -1
-    circulant = torch.cat([t[..., L - 1 :], torch.zeros_like(t[..., :1]), t[..., : L - 1]], dim=-1)
-    spectrum = torch.fft.rfft(v.to(acc), n=2 * L) * torch.fft.rfft(circulant, n=2 * L)
-    return torch.fft.irfft(spectrum, n=2 * L)[..., :L].to(v.dtype)
+    n = _fast_length(2 * L - 1)
+    # a circulant of this size: offsets 0 ... L-1, places without use, offsets -(L-1) ... -1
+    unused = t.new_zeros(*t.shape[:-1], n - (2 * L - 1))
+    circulant = torch.cat([t[..., L - 1 :], unused, t[..., : L - 1]], dim=-1)
+    spectrum = torch.fft.rfft(v.to(acc), n=n) * torch.fft.rfft(circulant, n=n)
+    return torch.fft.irfft(spectrum, n=n)[..., :L].to(v.dtype)
+
+
+def _fast_length(n: int) -> int:
+    """The next even length without a prime factor above 7: the lengths that FFT libraries have fast code for."""
+    while True:
+        n += n % 2
+        rest = n
+        for factor in (2, 3, 5, 7):
+            while rest % factor == 0:
+                rest //= factor
+        if rest == 1:
+            return n
+        n += 2
 
 
 class Toeplitz(MatrixMixer):
