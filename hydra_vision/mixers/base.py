@@ -95,7 +95,8 @@ class MatrixMixer(nn.Module):
                 f'{type(self).__name__}: a data-independent matrix has parameters for each token; needed is '
                 'grid_size = (H, W) or a number of tokens'
             )
-        if not self.takes_grid and (grid_size is not None or num_prefix_tokens or prefix_position != 'first'):
+        without_use = grid_size is not None or num_prefix_tokens or prefix_position != 'first'
+        if without_use and not self.takes_grid:
             raise ValueError(
                 f'{type(self).__name__}: grid_size = {grid_size}, num_prefix_tokens = {num_prefix_tokens}, prefix_position '
                 f'= {prefix_position!r}; nothing in this mixer depends on the number of tokens, leave them away'
