@@ -98,8 +98,9 @@ class MatrixMixer(nn.Module):
         without_use = grid_size is not None or num_prefix_tokens or prefix_position != 'first'
         if without_use and not self.takes_grid:
             raise ValueError(
-                f'{type(self).__name__}: grid_size = {grid_size}, num_prefix_tokens = {num_prefix_tokens}, prefix_position '
-                f'= {prefix_position!r}; nothing in this mixer depends on the number of tokens, leave them away'
+                f'{type(self).__name__}: grid_size = {grid_size}, num_prefix_tokens = {num_prefix_tokens}, '
+                f'prefix_position = {prefix_position!r}; nothing in this mixer depends on the number of tokens, leave '
+                'them away'
             )
         self.tokens = TokenGrid(grid_size, num_prefix_tokens, prefix_position) if self.takes_grid else None
         self._projections = dict(d_conv=d_conv, bias=bias, conv_bias=conv_bias, device=device, dtype=dtype)
