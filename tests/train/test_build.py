@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -19,15 +21,45 @@ def names_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[s
     return {names[id(parameter)]: group for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def test_no_decay_for_biases_norms_and_the_state_space_parameters():
-    config = recipe(optim={"weight_decay": 0.1})
-    model = build.create_model(config, 10)
+# What must not decay, by the end of its name; every other parameter must.
+_VIT = (".bias", "pos_embed", "cls_token", "norm.weight", "norm1.weight", "norm2.weight")
+EXEMPT = {
+    "hydra_vit_nano": (*_VIT, "A_log", "dt_bias", ".D"),
+    "vit_base_patch16_224": _VIT,
+    "deit3_small_patch16_224": (*_VIT, "gamma"),
+    "convnext_tiny": (".bias", "gamma", "norm.weight", "stem.1.weight", "downsample.0.weight"),
+}
+
+
+@pytest.mark.parametrize("name", EXEMPT)
+def test_no_decay_for_biases_norms_embeddings_and_the_state_space_parameters(name):
+    """The same rule for the Hydra family and for timm's models, on models without memory."""
+    kwargs = {"pos_embed": "learn", "class_token": True} if name.startswith("hydra") else {}
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=10, **kwargs)
+    config = recipe(model={"name": name}, optim={"weight_decay": 0.1})
     groups = names_of(build.create_optimizer(config, model), model)
-    assert groups.keys() == {name for name, _ in model.named_parameters()}
-    for name, group in groups.items():
-        exempt = name.endswith((".bias", "A_log", "dt_bias", ".D")) or "norm" in name
-        assert group["weight_decay"] == (0 if exempt else 0.1), name
-    assert {"blocks.0.mixer.A_log", "blocks.1.mixer.dt_bias", "blocks.0.mixer.in_proj.weight"} <= groups.keys()
+    assert groups.keys() == {parameter for parameter, _ in model.named_parameters()}
+    for parameter, group in groups.items():
+        assert group["weight_decay"] == (0 if parameter.endswith(EXEMPT[name]) else 0.1), parameter
+    assert sum(group["weight_decay"] > 0 for group in groups.values()) > 10
+    if name.startswith("hydra"):
+        assert groups["blocks.0.mixer.in_proj.weight"]["weight_decay"] == 0.1
+        assert groups["blocks.0.mixer.A_log"]["weight_decay"] == 0
+        assert groups["blocks.0.mixer.conv1d.weight"]["weight_decay"] == 0.1
+
+
+def test_a_timm_vit_trains_through_the_same_code(tiny, run, tmp_path):
+    """The baseline under the recipe of the Hydra family; only the model's own arguments differ."""
+    text = Path(tiny[1]).read_text().replace("kwargs: {patch_size: 4, depth: 1, embed_dim: 64}", "kwargs: {depth: 1}")
+    (tmp_path / "vit.yaml").write_text(text)
+    sizes = ("--set", "model.kwargs.patch_size=4", "--set", "model.kwargs.embed_dim=64")
+    command = ("--config", "vit.yaml", *tiny[2:], "--model", "vit_base_patch16_224", *sizes)
+    code, out, error = run(*command, "--set", "model.kwargs.num_heads=2", "--set", "log.every=5", "--output", "run")
+    assert code == 0, error
+    assert "vit_base_patch16_224" in out
+    assert (tmp_path / "run" / "steps.csv").read_text().splitlines()[1].endswith(",,,,,")  # no Hydra layer
+    assert not (tmp_path / "run" / "mixers.csv").exists()
 
 
 def test_layer_decay_grows_towards_the_head():
