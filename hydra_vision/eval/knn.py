@@ -6,7 +6,7 @@ its class with the weight exp(cosine similarity / T), T = 0.07; k = 20 is what i
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,13 @@ PROTOCOL = 'weighted k nearest neighbours (DINO): cosine similarity, votes exp(s
 
 
 def knn_probe(
-    train: Split, test: Split, *, num_classes: int, k: Sequence[int] = (20,), temperature: float = 0.07
+    train: Split,
+    test: Split,
+    *,
+    num_classes: int,
+    k: Sequence[int] = (20,),
+    temperature: float = 0.07,
+    device: str = 'cpu',
 ) -> list[dict[str, Any]]:
     """Accuracies of `knn_scores` for several k.
 
@@ -38,14 +44,12 @@ def knn_probe(
     rows = []
     for each in k:
         scores = knn_scores(
-            torch.from_numpy(train.x),
-            torch.from_numpy(train.y),
-            torch.from_numpy(test.x),
+            *(torch.from_numpy(array).to(device) for array in (train.x, train.y, test.x)),
             k=each,
             num_classes=num_classes,
             temperature=temperature,
         )
-        rows.append({'k': each, **top_accuracy(scores.numpy(), test.y)})
+        rows.append({'k': each, **top_accuracy(scores.cpu().numpy(), test.y)})
     return rows
 
 
@@ -57,7 +61,7 @@ def knn_scores(
     k: int,
     num_classes: int,
     temperature: float = 0.07,
-    chunk: int = 1024,
+    chunk: Optional[int] = None,
 ) -> torch.Tensor:
     """Votes of the k nearest training features.
 
@@ -68,15 +72,16 @@ def knn_scores(
         k: Neighbours.
         num_classes: Classes.
         temperature: T of exp(similarity / T).
-        chunk: Test features at a time; memory is chunk * n floats.
+        chunk: Test features at a time, for which chunk * n similarities are held; None for 256 MiB of them.
 
     Returns:
         (m, num_classes) sums of votes, up to a factor that differs between rows.
     """
     train, votes = F.normalize(train, dim=1), []
+    chunk = chunk or max(1, 2**26 // len(train))
     for part in F.normalize(test, dim=1).split(chunk):
         similarity, index = (part @ train.T).topk(k, dim=1)  # (chunk, k)
         # relative to the nearest one: exp(1 / T) alone overflows float32 for small T
         weight = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes.append(torch.zeros(len(part), num_classes).scatter_add_(1, labels[index], weight))
+        votes.append(torch.zeros(len(part), num_classes, device=part.device).scatter_add_(1, labels[index], weight))
     return torch.cat(votes)

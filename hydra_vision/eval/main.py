@@ -9,6 +9,7 @@ from typing import Any, Optional
 
 from ..command_line import Parser, UserError
 from ..features import Backbone, FeatureError, Features, extract, load_features, open_images
+from ..features.backbone import pick_device
 from ..features.files import FORMATS
 from ..features.main import show_progress
 from ..features.options import add_model_options, add_run_options, backbone_from, integers, numbers
@@ -41,7 +42,9 @@ def knn_main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision knn
         raise UserError('--k and --temperature must be positive')
 
     def run(train: Split, test: Split, classes: int, device: str) -> list[dict[str, Any]]:
-        return knn.knn_probe(train, test, num_classes=classes, k=arguments.k, temperature=arguments.temperature)
+        return knn.knn_probe(
+            train, test, num_classes=classes, k=arguments.k, temperature=arguments.temperature, device=device
+        )
 
     return _evaluate(arguments, run, f'{knn.PROTOCOL}; T = {arguments.temperature}')
 
@@ -117,8 +120,7 @@ def _evaluate(arguments: argparse.Namespace, run: Callable[..., list[dict[str, A
             for i, source in enumerate(sources)
         ]
         train, test, names = paired_splits(*features)
-    device = 'cpu' if backbone is None else str(next(backbone.model.parameters()).device)
-    rows = run(train, test, len(names), device)
+    rows = run(train, test, len(names), str(pick_device(arguments.device)))
     card = features[0].card
     result = {
         'protocol': protocol,
@@ -157,8 +159,6 @@ def _backbone(arguments: argparse.Namespace, sources: Sequence[Any]) -> Optional
     if all(isinstance(source, Features) for source in sources):
         if given:
             raise UserError(f'--{given[0].replace("_", "-")}: both sets are features already')
-        if arguments.device not in ('auto', 'cpu'):
-            raise UserError(f'--device {arguments.device}: probes of features run on the CPU')
         return None
     backbone = backbone_from(arguments)
     layers = check_layers(backbone.model, arguments.layers)

@@ -46,6 +46,42 @@ class Backbone:
     classes: Optional[list[str]] = None
     build: Optional[Callable[[], nn.Module]] = None
 
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        *,
+        name: Optional[str] = None,
+        weights: str = 'in memory',
+        build: Optional[Callable[[], nn.Module]] = None,
+    ) -> 'Backbone':
+        """A timm model that is loaded already, with the preprocessing that its ``pretrained_cfg`` states.
+
+        Raises:
+            FeatureError: It is in training mode.
+        """
+        if model.training and weights == 'in memory':
+            raise FeatureError('the model is in training mode: call model.eval() first')
+        cfg = getattr(model, 'pretrained_cfg', None) or {}
+        data = resolve_model_data_config(model)
+        channels = getattr(model, 'in_chans', data['input_size'][0])
+        own = getattr(getattr(model, 'patch_embed', None), 'img_size', None) or data['input_size'][1:]
+        data['input_size'] = (channels, *own)
+        for key in ('mean', 'std'):  # the cfg states three channels whatever the model was built with
+            if len(data[key]) not in (1, channels):
+                data[key] = (sum(data[key]) / len(data[key]),) * channels
+        names = cfg.get('label_names') if weights != 'random' else None
+        name = name or cfg.get('architecture') or type(model).__name__
+        return cls(
+            model,
+            name,
+            weights,
+            data,
+            ImageRules('L' if channels == 1 else 'RGB'),
+            list(names) if names else None,
+            build,
+        )
+
     @property
     def img_size(self) -> tuple[int, int]:
         """(H, W) of its input."""
@@ -126,7 +162,11 @@ def load_backbone(
         backbone = _from_run(state, name, str(checkpoint), model_kwargs)
     else:
         backbone = _from_timm(name, state, str(checkpoint), random_init, size, dict(model_kwargs or {}), seed)
-    backbone.data.update(data or {})
+    for key, value in (data or {}).items():
+        channels = backbone.data['input_size'][0]
+        if key in ('mean', 'std') and len(value) not in (1, channels):
+            raise FeatureError(f'{key} has {len(value)} values, the model {channels} channels')
+        backbone.data[key] = value
     if size is not None:
         _resize(backbone, size)
     backbone.model.eval().requires_grad_(False).to(device)
@@ -250,19 +290,9 @@ def _from_timm(
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
         given = f' (weights: {path})' if weights is not None else ''
         raise FeatureError(f'cannot build {name}{given}: {str(error).strip()}') from error
-    data = resolve_model_data_config(model)
-    channels = getattr(model, 'in_chans', data['input_size'][0])
-    own = getattr(getattr(model, 'patch_embed', None), 'img_size', None) or data['input_size'][1:]
-    data['input_size'] = (channels, *own)
-    for key in ('mean', 'std'):  # the cfg states three channels whatever the model was built with
-        if len(data[key]) not in (1, channels):
-            data[key] = (sum(data[key]) / len(data[key]),) * channels
-    origin = path if weights is not None else 'random' if random_init else 'pretrained'
-    names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
-    classes = list(names) if names and not random_init else None
     kwargs.pop('pretrained_cfg_overlay', None)
-    build = partial(timm.create_model, name, **kwargs)
-    return Backbone(model, name, origin, data, ImageRules('L' if channels == 1 else 'RGB'), classes, build)
+    origin = path if weights is not None else 'random' if random_init else 'pretrained'
+    return Backbone.of(model, name=name, weights=origin, build=partial(timm.create_model, name, **kwargs))
 
 
 def _resize(backbone: Backbone, size: tuple[int, int]) -> None:

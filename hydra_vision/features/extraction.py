@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..optional import require
@@ -20,7 +20,7 @@ from .pooling import POOLS, check_layers, image_features
 from .sources import Images, open_images
 from .store import RowStore
 
-__all__ = ['default_workers', 'extract', 'feature_batches']
+__all__ = ['check_target', 'default_workers', 'extract', 'feature_batches']
 
 _DTYPES = ('float32', 'float16')
 
@@ -29,7 +29,7 @@ def extract(
     images: Any,
     out: Union[str, Path],
     *,
-    model: Union[str, Backbone, None] = None,
+    model: Union[str, nn.Module, Backbone, None] = None,
     checkpoint: Union[str, Path, None] = None,
     random_init: bool = False,
     model_kwargs: Optional[Mapping[str, Any]] = None,
@@ -55,7 +55,7 @@ def extract(
     Args:
         images: As in ``open_images``: a folder, .tar, .txt list, data set.
         out: File that ends in .npy, .safetensors or .parquet (written twice: raw rows, then the table).
-        model: Name of a timm model, or a loaded ``Backbone``; the following six are for ``load_backbone``.
+        model: Name of a timm model; or a model in eval mode, where it is. The following six are for the name.
         checkpoint: Run or file of weights.
         random_init: Untrained weights.
         model_kwargs: Further arguments of ``timm.create_model``.
@@ -78,7 +78,7 @@ def extract(
             settings or other images; too many unreadable images.
         MissingExtraError: .parquet without pyarrow.
     """
-    target = _check_target(out)
+    target = check_target(out)
     for name, value, allowed in (('pool', pool, POOLS), ('dtype', dtype, _DTYPES)):
         if value not in allowed:
             raise FeatureError(f'{name} = {value!r}; allowed: {", ".join(allowed)}')
@@ -91,6 +91,8 @@ def extract(
         if value < low:
             raise FeatureError(f'{name} = {value}; it must be at least {low}')
     source = open_images(images)
+    if isinstance(model, nn.Module):
+        model = Backbone.of(model)
     if isinstance(model, Backbone):
         given = dict(checkpoint=checkpoint, model_kwargs=model_kwargs, data=data, img_size=img_size)
         given = [key for key, value in given.items() if value is not None] + ['random_init'] * random_init
@@ -219,7 +221,13 @@ def default_workers() -> int:
     return min(cores, 16)
 
 
-def _check_target(out: Union[str, Path]) -> Path:
+def check_target(out: Union[str, Path]) -> Path:
+    """The path of a file of features that can be written.
+
+    Raises:
+        FeatureError: A suffix that is not known, no such folder, no permission.
+        MissingExtraError: .parquet without pyarrow.
+    """
     target = Path(out).expanduser()
     if target.suffix not in FORMATS:
         raise FeatureError(f'out = {str(out)!r}; its name must end in {", ".join(FORMATS)}')

@@ -1,22 +1,25 @@
 """The command `hydra-vision extract`."""
 
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import Optional
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..command_line import Parser
 from ..tables import make_table, stdout_console
-from .extraction import extract
+from .extraction import check_target, extract
 from .files import card_path, log_path
 from .options import add_model_options, add_run_options, backbone_from, integers
 from .pooling import POOLS
 from .sources import open_images
 
 __all__ = ['main', 'show_progress']
+
+_LINE_SECONDS = 30.0
 
 
 def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision extract') -> int:
@@ -47,6 +50,7 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision extract
     add_model_options(parser)
     add_run_options(parser)
     arguments = parser.parse_args(argv)
+    check_target(arguments.out)
     source = open_images(arguments.images)
     backbone = backbone_from(arguments)
     with show_progress(f'{backbone.name} features') as on_progress:
@@ -82,17 +86,22 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision extract
 
 
 class _Meter:
-    """A progress bar on stderr, with images/s of this session (an earlier one's images do not count)."""
+    """A progress bar on stderr (a line now and then where that is no terminal), with images/s of this session."""
 
-    def __init__(self, progress: Progress, task: Any) -> None:
-        self.progress, self.task = progress, task
-        self.first: Optional[tuple[int, float]] = None
+    def __init__(self, progress: Progress, text: str) -> None:
+        self.progress, self.text = progress, text
+        self.task = progress.add_task(text, total=None, speed='')
+        self.first: Optional[tuple[int, float]] = None  # images of an earlier session do not count
         self.last: tuple[int, float] = (0, 0.0)
+        self.printed = time.perf_counter()
 
     def __call__(self, done: int, total: int) -> None:
         self.last = (done, time.perf_counter())
         self.first = self.first or self.last
         self.progress.update(self.task, completed=done, total=total, speed=self.speed())
+        if self.progress.disable and self.last[1] - self.printed > _LINE_SECONDS:
+            self.printed = self.last[1]
+            print(f'{self.text}: {done}/{total}, {self.speed()}', file=sys.stderr, flush=True)
 
     def speed(self) -> str:
         """Images a second, loading included."""
@@ -102,8 +111,8 @@ class _Meter:
 
 
 @contextmanager
-def show_progress(text: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for ``extract(on_progress=...)``."""
+def show_progress(text: str) -> Iterator[_Meter]:
+    """Progress for ``extract(on_progress=...)``."""
     columns = [
         TextColumn('{task.description}'),
         BarColumn(),
@@ -111,5 +120,6 @@ def show_progress(text: str) -> Iterator[Callable[[int, int], None]]:
         TextColumn('{task.fields[speed]}'),
         TimeRemainingColumn(),
     ]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield _Meter(progress, progress.add_task(text, total=None, speed=''))
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield _Meter(progress, text)

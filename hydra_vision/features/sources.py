@@ -5,6 +5,7 @@ import os
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Optional, Union
 
@@ -29,7 +30,7 @@ class Images:
         paths: A name for each image, unique enough to find it again.
         classes: The class of each image, None where the source has no classes.
         load: Index -> PIL image, not decoded yet where the format allows; may raise ``train.images.READ_ERRORS``. Used
-            from loader processes, so it keeps no open file.
+            from loader processes, so it keeps no open file and can be pickled.
     """
 
     name: str
@@ -77,7 +78,7 @@ def open_images(source: Union[str, os.PathLike, Images, Any]) -> Images:
     elif path.suffix == '.txt':
         images = _from_list(path)
     elif path.suffix.lower() in IMG_EXTENSIONS:
-        images = Images(str(path), [str(path)], None, lambda _: Image.open(path))
+        images = Images(str(path), [str(path)], None, partial(_open_file, '', [str(path)]))
     else:
         images = _from_tar(path)
     if not len(images):
@@ -88,7 +89,7 @@ def open_images(source: Union[str, os.PathLike, Images, Any]) -> Images:
 def _from_folder(folder: Path) -> Images:
     found, _ = find_images_and_targets(str(folder), types=set(IMG_EXTENSIONS), sort=False)
     paths = sorted((os.path.relpath(path, folder) for path, _ in found), key=lambda p: (natural_key(p), p))
-    return Images(str(folder), paths, _leaf_folders(paths), lambda i: Image.open(folder / paths[i]))
+    return Images(str(folder), paths, _leaf_folders(paths), partial(_open_file, str(folder), paths))
 
 
 def _from_list(file: Path) -> Images:
@@ -102,7 +103,7 @@ def _from_list(file: Path) -> Images:
     labelled = sum(map(bool, classes))
     if 0 < labelled < len(paths):
         raise FeatureError(f'{file}: {labelled} of {len(paths)} lines have a class; give all of them one, or none')
-    return Images(str(file), paths, classes if labelled else None, lambda i: Image.open(file.parent / paths[i]))
+    return Images(str(file), paths, classes if labelled else None, partial(_open_file, str(file.parent), paths))
 
 
 @dataclass(frozen=True)
@@ -122,13 +123,8 @@ def _from_tar(file: Path) -> Images:
         ) from error
     members = sorted(members, key=lambda m: (natural_key(m.path), m.path))
 
-    def load(i: int) -> Image.Image:
-        with open(file, 'rb') as stream:
-            stream.seek(members[i].offset)
-            return Image.open(io.BytesIO(stream.read(members[i].size)))
-
     paths = [member.path for member in members]
-    return Images(str(file), paths, _leaf_folders(paths), load)
+    return Images(str(file), paths, _leaf_folders(paths), partial(_open_member, str(file), members))
 
 
 def _tar_members(stream: IO[bytes], prefix: str, start: int) -> list[_Member]:
@@ -163,4 +159,21 @@ def _from_dataset(dataset: Any, name: str = '') -> Images:
     classes = None
     if targets is not None:
         classes = [str(int(t)) if names is None else str(names[int(t)]) for t in targets]
-    return Images(name, [f'{name}/{i:06d}' for i in range(len(dataset))], classes, lambda i: dataset[i][0])
+    return Images(name, [f'{name}/{i:06d}' for i in range(len(dataset))], classes, partial(_open_item, dataset))
+
+
+# Functions that can be pickled: loader processes are not forked everywhere.
+
+
+def _open_file(folder: str, paths: Sequence[str], index: int) -> Image.Image:
+    return Image.open(os.path.join(folder, paths[index]))
+
+
+def _open_member(file: str, members: Sequence[_Member], index: int) -> Image.Image:
+    with open(file, 'rb') as stream:
+        stream.seek(members[index].offset)
+        return Image.open(io.BytesIO(stream.read(members[index].size)))
+
+
+def _open_item(dataset: Any, index: int) -> Image.Image:
+    return dataset[index][0]

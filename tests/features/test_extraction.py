@@ -49,6 +49,15 @@ def test_rows_are_the_pooled_features(backbone, folder, tmp_path, suffix, worker
     assert sorted(path.name for path in tmp_path.glob('f.*')) == [out.name, f'{out.name}.csv', f'{out.name}.json']
 
 
+def test_a_model_in_memory(backbone, folder, tmp_path):
+    features = extract(folder, tmp_path / 'f.npy', model=backbone.model, workers=0)
+    assert features.card['model'] == 'test_hydra_vit'
+    assert features.card['fingerprint'] == backbone.fingerprint()
+    np.testing.assert_allclose(features.array, by_hand(backbone, folder, features.paths), atol=1e-5)
+    with pytest.raises(FeatureError, match='in training mode'):
+        extract(folder, tmp_path / 'g.npy', model=timm.create_model('test_vit'))
+
+
 def test_other_readers_open_the_files(backbone, folder, tmp_path):
     kwargs = dict(model=backbone, workers=0, pool='tokens', dtype='float16')
     array = np.array(extract(folder, tmp_path / 'f.npy', **kwargs).array)

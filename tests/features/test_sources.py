@@ -1,6 +1,7 @@
 """Sources list the same images in the same order, with the same classes, however they are stored."""
 
 import gzip
+import pickle
 import shutil
 import tarfile
 
@@ -24,7 +25,8 @@ def test_folder_tar_and_list_agree(folder, tar, tmp_path):
     assert len(images) == 12
     assert [*images.paths] == [*packed.paths] == [path.removeprefix('images/') for path in listed.paths]
     assert [*images.classes] == [*packed.classes] == [*listed.classes] == list('aaaabbbbcccc')
-    for other in (packed, listed):
+    assert len(pickle.loads(pickle.dumps(packed))) == 12  # for loader processes that are not forked
+    for other in (pickle.loads(pickle.dumps(packed)), listed):
         for a, b in zip(pixels(images), pixels(other)):
             np.testing.assert_array_equal(a, b)
     assert images.paths[:4] == ['a/image0.png', 'a/image3.jpg', 'a/image6.png', 'a/image9.jpg']  # 9 before 10

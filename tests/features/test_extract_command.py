@@ -1,0 +1,56 @@
+"""The command `hydra-vision extract`: its table, its one-line errors."""
+
+import numpy as np
+import pytest
+
+from hydra_vision.cli import main
+from hydra_vision.features import load_features
+
+MODEL = ['--model', 'test_hydra_vit', '--random-init', '--img-size', '32', '--workers', '0', '--device', 'cpu']
+
+
+def test_table_and_skipped_images(folder, tmp_path, capsys):
+    (folder / 'c' / 'image2.png').write_bytes(b'')
+    out = tmp_path / 'f.npy'
+    argv = ['extract', str(folder), str(out), *MODEL, '--layers=-2,-1', '--pool', 'max', '--dtype', 'float16']
+    assert main(argv) == 0
+    text = capsys.readouterr().out
+    assert '11 x 128 float16' in text
+    assert '1 unreadable' in text
+    assert 'images/s' in text
+    assert 'skipped c/image2.png: UnidentifiedImageError' in text
+    features = load_features(out)
+    assert features.card['layers'] == [2, 3]
+    assert np.isfinite(features.array).all()
+    assert main(argv) == 0
+    assert 'nothing was left to do' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('argv', 'match'),
+    [
+        (['IMAGES', 'f.npy'], 'no model: give its name'),
+        (['IMAGES', 'f.npy', '--model', 'hydra_vit_tiny'], 'no published weights'),
+        (['IMAGES', 'f.npy', '--model', 'hydra_vit_tinny', '--random-init'], "'hydra_vit_tiny'"),
+        (['IMAGES', 'f.csv', *MODEL], 'must end in .npy'),
+        (['IMAGES', 'no/f.npy', *MODEL], 'no such folder'),
+        (['no', 'f.npy', *MODEL], "'no' is neither a folder nor a file"),
+        (['IMAGES', 'f.npy', *MODEL, '--layers', '9'], 'layer 9 is out of range'),
+        (['IMAGES', 'f.npy', *MODEL, '--layers', 'last'], 'whole numbers'),
+        (['IMAGES', 'f.npy', *MODEL, '--img-size', '0'], 'write N or H,W'),
+        (['IMAGES', 'f.npy', *MODEL, '--model-kwargs', 'depth'], 'write KEY=VALUE'),
+        (['IMAGES', 'f.npy', *MODEL, '--mean', '0.5,0.5'], 'mean has 2 values, the model 3 channels'),
+    ],
+)
+def test_one_line_errors(argv, match, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(['extract', *(str(folder) if word == 'IMAGES' else word for word in argv)])
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ''
+    assert captured.err.count('\n') == 1
+    assert match in captured.err
+    assert [path.name for path in tmp_path.iterdir()] == ['images']
