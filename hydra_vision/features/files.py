@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -20,7 +21,7 @@ LOG_FIELDS = ('row', 'path', 'class', 'error')
 # Headers have one size whatever they say, so that the number of rows can be put in at the end.
 _HEADER_BYTES = {'.npy': 256, '.safetensors': 8192, '.parquet': 0}
 _SAFETENSORS_DTYPES = {'float32': 'F32', 'float16': 'F16'}
-_PARQUET_BYTES = 64 * 1024**2  # of features in memory while a .parquet is written
+_PARQUET_BYTES = 32 * 1024**2  # of features in memory while a .parquet is written
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,6 @@ class Features:
 
     Args:
         path: The file.
-        array: (rows, D), (rows, tokens, D) or (rows, D, h, w); read from the disk as it is used (.npy, .safetensors).
         paths: The image of each row.
         classes: The class of each row; None where the images had none.
         skipped: Images that could not be read and have no row, with the reason.
@@ -37,11 +37,20 @@ class Features:
     """
 
     path: Path
-    array: np.ndarray
     paths: list[str]
     classes: Optional[list[str]]
     skipped: dict[str, str]
     card: dict[str, Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows, D), (rows, tokens, D) or (rows, D, h, w)."""
+        return (len(self.paths), *self.card['shape'])
+
+    @cached_property
+    def array(self) -> np.ndarray:
+        """The features, of ``shape``; read from the disk as they are used, but for .parquet: at the first use."""
+        return _open_array(self.path, self.shape, self.card['dtype'])
 
     def layer(self, index: int) -> np.ndarray:
         """The part of ``array`` that one of several layers gave, by the layer's index in the model.
@@ -119,12 +128,11 @@ def load_features(path: Union[str, Path]) -> Features:
     card = json.loads(card_path(path).read_text())
     lines = read_log(path)
     kept = [line for line in lines if line['row'] != '']
-    array = _open_array(path, card)
-    if len(array) != len(kept) or [int(line['row']) for line in kept] != list(range(len(kept))):
-        raise FeatureError(f'{path} has {len(array)} rows, {log_path(path).name} speaks of {len(kept)}')
+    rows = _count_rows(path)
+    if rows != len(kept) or [int(line['row']) for line in kept] != list(range(len(kept))):
+        raise FeatureError(f'{path} has {rows} rows, {log_path(path).name} speaks of {len(kept)}')
     return Features(
         path=path,
-        array=array,
         paths=[line['path'] for line in kept],
         classes=[line['class'] for line in kept] if card['labelled'] else None,
         skipped={line['path']: line['error'] for line in lines if line['row'] == ''},
@@ -132,18 +140,33 @@ def load_features(path: Union[str, Path]) -> Features:
     )
 
 
-def _open_array(path: Path, card: dict[str, Any]) -> np.ndarray:
-    shape, dtype = tuple(card['shape']), card['dtype']
+def _count_rows(path: Path) -> int:
+    if path.suffix == '.npy':
+        return len(np.load(path, mmap_mode='r'))
+    if path.suffix == '.safetensors':
+        return _safetensors_header(path)[0]['features']['shape'][0]
+    return require('pyarrow.parquet', 'eval').read_metadata(path).num_rows
+
+
+def _open_array(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     if path.suffix == '.npy':
         return np.load(path, mmap_mode='r')
     if path.suffix == '.safetensors':
-        with open(path, 'rb') as stream:
-            size = int.from_bytes(stream.read(8), 'little')
-            rows = json.loads(stream.read(size))['features']['shape'][0]
-        return np.memmap(path, mode='r', dtype=dtype, offset=8 + size, shape=(rows, *shape))
+        return np.memmap(path, mode='r', dtype=dtype, offset=_safetensors_header(path)[1], shape=shape)
     parquet = require('pyarrow.parquet', 'eval')
-    column = parquet.read_table(path, columns=['features'])['features'].combine_chunks()
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, *shape).astype(dtype, copy=False)
+    chunks = parquet.read_table(path, columns=['features'])['features'].chunks
+    array, row = np.empty((shape[0], int(np.prod(shape[1:]))), dtype), 0
+    for chunk in chunks:
+        array[row : row + len(chunk)] = chunk.flatten().to_numpy(zero_copy_only=False).reshape(len(chunk), -1)
+        row += len(chunk)
+    return array.reshape(shape)
+
+
+def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, and where the data begins."""
+    with open(path, 'rb') as stream:
+        size = int.from_bytes(stream.read(8), 'little')
+        return json.loads(stream.read(size)), 8 + size
 
 
 def to_parquet(rows: Path, target: Path, lines: list[dict[str, str]], card: dict[str, Any]) -> None:

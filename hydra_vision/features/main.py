@@ -72,7 +72,7 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision extract
     path = features.path
     rows = [
         ['features', f'{path} ({path.stat().st_size / 1e6:.1f} MB)'],
-        ['rows', ' x '.join(map(str, features.array.shape)) + f' {features.card["dtype"]}'],
+        ['rows', ' x '.join(map(str, features.shape)) + f' {features.card["dtype"]}'],
         ['images', f'{features.card["count"]} of {features.card["images"]}'],
         ['skipped', f'{len(features.skipped)} unreadable'],
         ['lines, card', f'{log_path(path).name}, {card_path(path).name}'],

@@ -77,6 +77,16 @@ def test_other_readers_open_the_files(backbone, folder, tmp_path):
     assert json.loads(table.schema.metadata[b'hydra_vision'])['model'] == 'test_hydra_vit'
 
 
+def test_parquet_is_written_in_parts(backbone, folder, tmp_path, monkeypatch):
+    parquet = pytest.importorskip('pyarrow.parquet')
+    monkeypatch.setattr(files, '_PARQUET_BYTES', 5 * 64 * 4)
+    features = extract(folder, tmp_path / 'f.parquet', model=backbone, workers=0)
+    metadata = parquet.read_metadata(tmp_path / 'f.parquet')
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [5, 5, 2]
+    np.testing.assert_allclose(features.array, by_hand(backbone, folder, features.paths), atol=1e-5)
+    assert parquet.read_table(tmp_path / 'f.parquet')['path'].to_pylist() == features.paths
+
+
 def test_unreadable_images_are_listed_and_have_no_row(backbone, folder, tmp_path):
     (folder / 'a' / 'image3.jpg').write_bytes(b'no image')
     (folder / 'b' / 'image10.png').write_bytes((folder / 'b' / 'image4.png').read_bytes()[:100])
