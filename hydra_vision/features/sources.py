@@ -19,6 +19,7 @@ from .errors import FeatureError
 __all__ = ['Images', 'open_images']
 
 DIGITS = {'sklearn/digits/train': True, 'sklearn/digits/test': False}
+PHOTOS = 'sklearn/photos'
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def open_images(source: Union[str, os.PathLike, Images, Any]) -> Images:
             - a ``.tar`` of images, or of tars of images, with classes in the same way (a tar inside is a class);
             - a ``.txt`` list with one path a line, optionally a tab and a class; relative paths start at the list;
             - one image file;
-            - 'sklearn/digits/train' or 'sklearn/digits/test', the trainer's built-in images;
+            - 'sklearn/digits/train' or 'sklearn/digits/test', the trainer's built-in images, or 'sklearn/photos', the
+              two photographs (427 x 640) that come with scikit-learn;
             - a map-style data set of (PIL image, class index), with `classes` (names) where it has them.
 
     Raises:
@@ -67,13 +69,15 @@ def open_images(source: Union[str, os.PathLike, Images, Any]) -> Images:
         from ..train.digits import Digits
 
         return _from_dataset(Digits(train=DIGITS[str(source)]), str(source))
+    if str(source) == PHOTOS:
+        return _photos()
     path = Path(source).expanduser()
     if path.is_dir():
         images = _from_folder(path)
     elif not path.is_file():
         raise FeatureError(
             f'images = {str(source)!r} is neither a folder nor a file; allowed: a folder, a .tar, a .txt list of '
-            f'paths, an image, {", ".join(DIGITS)}'
+            f'paths, an image, {", ".join(DIGITS)}, {PHOTOS}'
         )
     elif path.suffix == '.txt':
         images = _from_list(path)
@@ -84,6 +88,14 @@ def open_images(source: Union[str, os.PathLike, Images, Any]) -> Images:
     if not len(images):
         raise FeatureError(f'{path} holds no image; file names must end in {", ".join(IMG_EXTENSIONS)}')
     return images
+
+
+def _photos() -> Images:
+    from sklearn.datasets import load_sample_images
+
+    photos = load_sample_images()
+    names = [f'{PHOTOS}/{os.path.basename(name)}' for name in photos.filenames]
+    return Images(PHOTOS, names, None, [Image.fromarray(pixels) for pixels in photos.images].__getitem__)
 
 
 def _from_folder(folder: Path) -> Images:

@@ -42,6 +42,7 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision visuali
     if 'gradcam' in kinds:
         require('pytorch_grad_cam', 'explain')
     images = open_images(arguments.images)
+    arguments.index = arguments.index or tuple(range(min(4, len(images))))
     backbone = backbone_from(arguments)
     drawn, rows = {}, []
     for kind in kinds:
@@ -119,8 +120,8 @@ def _parser(prog: str) -> Parser:
     )
     add = parser.add_argument
     add('kind', metavar='KIND', help=', '.join(KINDS) + ' (see below)')
-    add('images', help='folder, .tar, .txt list, an image, or sklearn/digits/test')
-    add('--index', type=integers, default=(0, 1, 2, 3), metavar='I,J', help='which images of them; default 0,1,2,3')
+    add('images', help='folder, .tar, .txt list, an image, sklearn/digits/test or sklearn/photos')
+    add('--index', type=integers, metavar='I,J', help='which images of them; default: the first four')
     add('--output', type=Path, metavar='PATH', help='KIND.png; for gallery a folder, which must exist')
     add('--overwrite', action='store_true', help='replace pictures')
     add('--dpi', type=int, default=80, metavar='N', help='default 80')

@@ -20,6 +20,7 @@ from hydra_vision.features import (
     FeatureError,
     extract,
     extraction,
+    files,
     image_features,
     load_backbone,
     load_features,

@@ -59,6 +59,9 @@ def test_data_sets():
     assert [*digits.classes] == [str(t) for t in Digits(train=False).targets]
     np.testing.assert_array_equal(np.asarray(digits.load(5)), Digits(train=False).images[5])
     assert open_images(digits) is digits
+    photos = pickle.loads(pickle.dumps(open_images('sklearn/photos')))
+    assert [photos.load(i).size for i in range(len(photos))] == [(640, 427)] * 2
+    assert photos.paths[0] == 'sklearn/photos/china.jpg'
 
 
 def test_bad_sources(folder, tar, tmp_path):
