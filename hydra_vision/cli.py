@@ -219,6 +219,18 @@ def _segment(argv: list[str]) -> int:
     return segment(argv, prog=f'{PROG} segment')
 
 
+def _export_onnx(argv: list[str]) -> int:
+    from .downstream.export_main import main as export
+
+    return export('onnx', argv, prog=f'{PROG} export-onnx')
+
+
+def _export_aoti(argv: list[str]) -> int:
+    from .downstream.export_main import main as export
+
+    return export('aoti', argv, prog=f'{PROG} export-aoti')
+
+
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     'env': (_env, 'Versions, devices, backends and the default that runs on each device.'),
     'models': (_models, 'The registered Hydra models: parameters, GMACs, input size, weights.'),
@@ -233,6 +245,8 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     'extract': (_extract, 'Write features of images to .npy, .safetensors or .parquet.'),
     'knn': (_knn, 'Nearest-neighbour accuracy of features.'),
     'probe': (_probe, 'Accuracy of a linear classifier on features.'),
+    'export-onnx': (_export_onnx, 'Write a model as ONNX, checked against onnxruntime.'),
+    'export-aoti': (_export_aoti, 'Compile a model ahead of time for this CPU.'),
     'segment': (_segment, 'Train a semantic segmenter on a folder of images and masks.'),
     'visualize': (_visualize, 'Pictures of features, receptive fields, class maps, mixing matrices.'),
     'tune': (_tune, 'Measure a launch table of the Triton kernels for this GPU.'),

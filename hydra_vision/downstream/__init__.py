@@ -6,7 +6,10 @@ from typing import Any
 _HOME = {
     'SimpleFeaturePyramid': 'pyramid',
     'detector': 'detection',
+    'export_aoti': 'export',
+    'export_onnx': 'export',
     'push_to_hub': 'sharing',
+    'quantized': 'quantization',
     'random_token_mask': 'ssl',
     'register_pyramid': 'timm_pyramid',
     'register_smp_encoder': 'smp',

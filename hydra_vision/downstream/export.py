@@ -1,0 +1,227 @@
+"""Models outside of Python: ONNX, and a package compiled by AOTInductor. Nothing is written that was not checked."""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from torch import nn
+
+from ..optional import require
+
+__all__ = ['ExportReport', 'export_aoti', 'export_onnx']
+
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export gave.
+
+    Args:
+        path: the file.
+        size: of the file, bytes.
+        difference: largest difference to PyTorch over all checked inputs, relative to max(1, largest output).
+        checked: shapes of those inputs.
+        milliseconds: of one image, median of 10, on the CPU.
+        torch_milliseconds: of the same image in eager PyTorch, with as many threads.
+        seconds: that the export took.
+    """
+
+    path: Path
+    size: int
+    difference: float
+    checked: tuple[tuple[int, ...], ...]
+    milliseconds: float
+    torch_milliseconds: float
+    seconds: float
+
+
+def export_onnx(
+    model: nn.Module,
+    path: Union[str, Path],
+    *,
+    img_size: Optional[tuple[int, int]] = None,
+    dynamic_size: bool = False,
+    overwrite: bool = False,
+    tolerance: float = TOLERANCE,
+) -> ExportReport:
+    """Write a model as ONNX: input 'images' (batch, C, height, width), output 'logits', any batch size.
+
+    The file is opened with onnxruntime and compared with the model before it gets its name.
+
+    Args:
+        model: in float32 on the CPU.
+        path: of the .onnx file.
+        img_size: height and width; by default the model's own.
+        dynamic_size: any height and width that the patch divides; the model has to be built with
+            `dynamic_img_size=True` and `pos_embed='none'`.
+        overwrite: replace an existing file.
+        tolerance: largest difference allowed, relative to max(1, largest output).
+
+    Raises:
+        ImportError: onnx, onnxscript or onnxruntime is not installed.
+        FileExistsError: the file exists and `overwrite` is False.
+        ValueError: a model that does not fit `dynamic_size`, is not float32 on the CPU, or a wrong size.
+        RuntimeError: onnxruntime computes something else.
+    """
+    for module in ('onnx', 'onnxscript', 'onnxruntime'):
+        require(module, 'onnx')
+    import onnxruntime
+
+    path, example, shapes = _prepare(model, path, img_size, dynamic_size, overwrite)
+
+    def write(file: Path) -> None:
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            dynamic_shapes=(_dynamic(dynamic_size),),
+            input_names=['images'],
+            output_names=['logits'],
+            verbose=False,
+        )
+        _name_axes(program.model.graph.inputs[0], dynamic_size)
+        program.save(str(file))
+
+    def load(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
+        return lambda x: torch.from_numpy(session.run(None, {'images': x.numpy()})[0])
+
+    return _export(model, path, write, load, shapes, tolerance)
+
+
+def export_aoti(
+    model: nn.Module,
+    path: Union[str, Path],
+    *,
+    img_size: Optional[tuple[int, int]] = None,
+    dynamic_size: bool = False,
+    overwrite: bool = False,
+    tolerance: float = TOLERANCE,
+) -> ExportReport:
+    """Compile a model ahead of time: `torch.export`, then an AOTInductor package (.pt2) for this kind of CPU.
+
+    `torch._inductor.aoti_load_package(path)` opens it in Python, `AOTIModelPackageLoader` in C++. Needs a C++ compiler.
+
+    Args and errors as `export_onnx`; RuntimeError also without a compiler.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    path, example, shapes = _prepare(model, path, img_size, dynamic_size, overwrite)
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # its own class, which moves between versions
+        raise RuntimeError(f'AOTInductor needs a C++ compiler: {error}') from error
+
+    def write(file: Path) -> None:
+        with torch.no_grad():
+            program = torch.export.export(model, (example,), dynamic_shapes=(_dynamic(dynamic_size),))
+            torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+
+    return _export(model, path, write, lambda file: torch._inductor.aoti_load_package(str(file)), shapes, tolerance)
+
+
+def _prepare(
+    model: nn.Module,
+    path: Union[str, Path],
+    img_size: Optional[tuple[int, int]],
+    dynamic_size: bool,
+    overwrite: bool,
+) -> tuple[Path, torch.Tensor, list[tuple[int, ...]]]:
+    """Checks everything; returns the path, an example and the shapes to compare at."""
+    path = Path(path).expanduser()
+    if path.exists() and not overwrite:
+        raise FileExistsError(f'{path} exists; pass overwrite=True (--overwrite) to replace it')
+    if not path.parent.is_dir():
+        raise ValueError(f'path = {str(path)!r}: no folder {path.parent}')
+    first = next(model.parameters())
+    if first.dtype != torch.float32 or first.device.type != 'cpu':
+        raise ValueError(f'the model is {first.dtype} on {first.device}; export wants torch.float32 on the CPU')
+    if model.training:
+        raise ValueError('the model is in training mode; call model.eval()')
+    embed = getattr(model, 'patch_embed', None)
+    own = getattr(embed, 'img_size', None) or model.pretrained_cfg['input_size'][1:]
+    H, W = img_size or own
+    patch = tuple(getattr(embed, 'patch_size', (1, 1)))
+    if H % patch[0] or W % patch[1]:
+        raise ValueError(f'img_size = {(H, W)}; the patches of the model are {patch[0]} x {patch[1]}')
+    if not getattr(model, 'dynamic_img_size', True) and tuple(own) != (H, W):
+        raise ValueError(f'img_size = {(H, W)}; the model is built for {tuple(own)}')
+    if dynamic_size:
+        fixed = {
+            'dynamic_img_size': (getattr(model, 'dynamic_img_size', True), True),
+            'pos_embed': ('none' if getattr(model, 'pos_embed', None) is None else 'learn', 'none'),
+            'scan_order': (getattr(model, 'scan_order', 'row'), 'row'),
+        }
+        for name, (value, wanted) in fixed.items():
+            if value != wanted:
+                raise ValueError(f'dynamic_size=True needs a model with {name}={wanted!r}; it has {value!r}')
+    channels = getattr(model, 'in_chans', 3)
+    shapes = [(1, channels, H, W), (3, channels, H, W)]
+    if dynamic_size:
+        shapes += [(2, channels, H + patch[0], W), (1, channels, 2 * H, 3 * W), (2, channels, *patch)]
+        # neither one chunk nor one patch: a size that is 1 would be taken for a constant
+        H, W = max(H, 4 * patch[0]), max(W, 5 * patch[1])
+    return path, torch.randn(2, channels, H, W), shapes
+
+
+def _dynamic(dynamic_size: bool) -> dict[int, Any]:
+    dynamic = torch.export.Dim.DYNAMIC
+    return {0: dynamic, 2: dynamic, 3: dynamic} if dynamic_size else {0: dynamic}
+
+
+def _name_axes(value: Any, dynamic_size: bool) -> None:
+    """Names for people: what the exporter makes up is s77, s27, s53."""
+    import onnx_ir as ir
+
+    axes = list(value.shape)
+    names = {0: 'batch', 2: 'height', 3: 'width'} if dynamic_size else {0: 'batch'}
+    value.shape = ir.Shape([names.get(i, axis) for i, axis in enumerate(axes)])
+
+
+@torch.no_grad()
+def _export(
+    model: nn.Module,
+    path: Path,
+    write: Callable[[Path], None],
+    load: Callable[[Path], Callable[[torch.Tensor], torch.Tensor]],
+    shapes: list[tuple[int, ...]],
+    tolerance: float,
+) -> ExportReport:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix='.exporting_') as folder:
+        file = Path(folder) / path.name
+        start = time.perf_counter()
+        write(file)
+        seconds = time.perf_counter() - start
+        run = load(file)
+        worst = 0.0
+        generator = torch.Generator().manual_seed(0)
+        for shape in shapes:
+            x = torch.randn(shape, generator=generator)
+            expected, got = model(x), run(x)
+            difference = float((got - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+            if not difference <= tolerance:  # nan too
+                raise RuntimeError(f'{path.name} differs from PyTorch by {difference:.2e} at {shape}; nothing written')
+            worst = max(worst, difference)
+        x = torch.randn(shapes[0], generator=generator)
+        milliseconds, torch_milliseconds = _median_ms(lambda: run(x)), _median_ms(lambda: model(x))
+        size = file.stat().st_size
+        file.replace(path)
+    return ExportReport(path, size, worst, tuple(shapes), milliseconds, torch_milliseconds, seconds)
+
+
+def _median_ms(call: Callable[[], Any], calls: int = 10) -> float:
+    call()
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        call()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)

@@ -1,0 +1,135 @@
+"""ONNX, AOTInductor, int8, bfloat16: what comes out computes what the model computes."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from hydra_vision import cli
+from hydra_vision.downstream import export_aoti, export_onnx, quantized
+
+DIGITS = Path(__file__).resolve().parents[2] / 'weights' / 'hydra_vit_nano_digits'
+
+
+def create(**kwargs) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model('test_hydra_vit', **{'depth': 1, 'img_size': 64, 'num_classes': 5, **kwargs}).eval()
+
+
+@pytest.mark.slow
+def test_onnx_with_dynamic_size(tmp_path):
+    pytest.importorskip('onnxscript')
+    onnxruntime = pytest.importorskip('onnxruntime')
+    model = create(dynamic_img_size=True)
+    report = export_onnx(model, tmp_path / 'm.onnx', dynamic_size=True)
+    assert report.difference < 1e-5
+    assert report.size == (tmp_path / 'm.onnx').stat().st_size
+    session = onnxruntime.InferenceSession(tmp_path / 'm.onnx', providers=['CPUExecutionProvider'])
+    assert session.get_inputs()[0].shape == ['batch', 3, 'height', 'width']
+    for size in ((1, 3, 16, 16), (2, 3, 208, 96), (1, 3, 16, 1600), (1, 3, 400, 400)):  # 1, 78, 100, 625 tokens
+        x = torch.randn(size)
+        (y,) = session.run(None, {'images': x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(y), model(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_onnx_command_on_trained_weights(tmp_path, capsys):
+    pytest.importorskip('onnxscript')
+    onnxruntime = pytest.importorskip('onnxruntime')
+    file = tmp_path / 'digits.onnx'
+    command = ['export-onnx', '--model', f'local-dir:{DIGITS}', '--output', str(file)]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    assert re.search(r'size +│ 2\.\d\d MiB', out)
+    assert re.search(r'difference to PyTorch +│ \d\.\de-0[6-9]', out)
+    assert re.search(r'one image +│ [\d.]+ ms', out)
+    x, labels = digits()
+    session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
+    (y,) = session.run(None, {'images': x.numpy()})
+    assert (y.argmax(1) == labels.numpy()).mean() > 0.98
+    assert cli.main(command) == 2
+    assert '--overwrite' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_aoti(tmp_path):
+    if not (os.environ.get('CXX') or shutil.which('g++') or shutil.which('clang++')):
+        pytest.skip('AOTInductor needs a C++ compiler')
+    model = create(img_size=32)
+    report = export_aoti(model, tmp_path / 'm.pt2')
+    assert report.difference < 1e-5
+    run = torch._inductor.aoti_load_package(str(tmp_path / 'm.pt2'))
+    x = torch.randn(5, 3, 32, 32)
+    torch.testing.assert_close(run(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    from hydra_vision.train.digits import Digits
+
+    held_out = Digits(train=False)
+    x = torch.from_numpy(np.stack([np.asarray(image) for image, _ in held_out])).float() / 255
+    return (x[:, None] - 0.305) / 0.376, torch.as_tensor(held_out.targets)
+
+
+@torch.inference_mode()
+def accuracy(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> float:
+    x, labels = digits()
+    return (model(x.to(dtype)).argmax(1) == labels).double().mean().item()
+
+
+def test_int8_on_trained_weights():
+    pytest.importorskip('torchao')
+    model = timm.create_model(f'local-dir:{DIGITS}', pretrained=True).eval()
+    before = accuracy(model)
+    for kind in ('weight_only', 'dynamic'):
+        small = quantized(model, kind)
+        changed = [name for name, p in small.named_parameters() if type(p.data) is not torch.Tensor]
+        assert {name.split('.')[-2] for name in changed} == {'in_proj', 'out_proj', 'head'}
+        assert accuracy(small) >= before - 0.01, kind
+        x, _ = digits()
+        assert not torch.equal(small(x), model(x))
+    assert accuracy(model) == before  # the model itself is untouched
+    with pytest.raises(ValueError, match="'dynamic'"):
+        quantized(model, 'int4')
+    with pytest.raises(ValueError, match='training'):
+        quantized(model.train())
+
+
+def test_bfloat16_on_trained_weights():
+    model = timm.create_model(f'local-dir:{DIGITS}', pretrained=True).eval()
+    before = accuracy(model)
+    model.to(torch.bfloat16)
+    assert model(digits()[0][:2].bfloat16()).dtype == torch.bfloat16
+    assert accuracy(model, torch.bfloat16) >= before - 0.01
+
+
+def test_bad_input(tmp_path, capsys):
+    (tmp_path / 'there.onnx').write_text('')
+    new = tmp_path / 'new.onnx'
+    for error, match, call in [
+        (FileExistsError, 'overwrite', lambda: export_onnx(create(), tmp_path / 'there.onnx')),
+        (ValueError, 'no folder', lambda: export_onnx(create(), tmp_path / 'none' / 'm.onnx')),
+        (ValueError, 'dynamic_img_size=True', lambda: export_onnx(create(), new, dynamic_size=True)),
+        (
+            ValueError,
+            "pos_embed='none'",
+            lambda: export_onnx(create(dynamic_img_size=True, pos_embed='learn'), new, dynamic_size=True),
+        ),
+        (ValueError, 'bfloat16', lambda: export_onnx(create().bfloat16(), new)),
+        (ValueError, 'training mode', lambda: export_onnx(create().train(), new)),
+        (ValueError, 'built for', lambda: export_onnx(create(), new, img_size=(96, 96))),
+        (ValueError, '16 x 16', lambda: export_onnx(create(), new, img_size=(60, 64))),
+    ]:
+        pytest.importorskip('onnxruntime')
+        with pytest.raises(error, match=match):
+            call()
+    assert cli.main(['export-onnx', '--model', 'test_hydra_vit', '--random-init', '--output', 'm.pt']) == 2
+    assert '.onnx' in capsys.readouterr().err
+    assert cli.main(['export-onnx', '--model', 'test_hydra_vti', '--random-init', '--output', str(new)]) == 2
+    assert 'nearest' in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['there.onnx']
