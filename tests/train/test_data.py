@@ -254,3 +254,38 @@ def test_a_set_that_does_not_fit_into_memory_is_refused_at_once(image_folder, mo
 def test_streamed_sets_are_not_held_in_memory():
     with pytest.raises(ConfigError, match=r"data.cache has no effect for data.name='wds/x'"):
         recipe(None, data={"name": "wds/x", "cache": "ram", "dir": "x"})
+
+
+def unusual_images(folder: Path) -> None:
+    """One of each kind that real sets hold, and two that nobody can read."""
+    pixels = np.full((16, 16, 3), 100, dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image.convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(np.full((16, 16), 100 * 257, dtype=np.uint16)).save(folder / "deep.png")
+    image.quantize(4).save(folder / "palette.png")
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    image.save(folder / "turned.jpg", exif=tags)
+    image.save(folder / "moving.gif", save_all=True, append_images=[Image.fromarray(255 - pixels)])
+    (folder / "empty.jpg").write_bytes(b"")
+    image.save(folder / "short.jpg")
+    (folder / "short.jpg").write_bytes((folder / "short.jpg").read_bytes()[:300])
+
+
+def test_unusual_images_of_a_folder_are_converted_or_refused(image_folder):
+    folder = image_folder(val=1)
+    unusual_images(folder / "val" / "red")
+    broken = ["empty.jpg", "short.jpg"]
+    _, val = loaders(recipe(folder, data={"mean": [0.0], "std": [1.0], "crop_pct": 1.0}))
+    images, targets = (torch.cat(parts) for parts in zip(*val, strict=True))
+    converted = images[targets == 2][-5:]  # red/000.png comes first
+    assert sorted(Path(name).name for name in val.dataset.unreadable()) == broken
+    assert (targets == 2).sum() == 6
+    assert (converted - 100 / 255).abs().max() < 0.03
+    refused = {"unusual_images": "unreadable"}
+    _, val = loaders(recipe(folder, data=refused))
+    assert len(list(val)) > 0
+    names = sorted(Path(name).name for name in val.dataset.unreadable())
+    assert names == sorted([*broken, "cmyk.jpg", "deep.png", "palette.png", "moving.gif"])
+    with pytest.raises(DataError, match=r"1 unreadable image .*max_unreadable=0"):
+        list(loaders(recipe(folder, data={"max_unreadable": 0}))[1])
