@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hydra_vision import cli
 
@@ -31,11 +32,13 @@ def test_there_are_sections():
 
 
 @pytest.mark.parametrize(('page', 'body'), SECTIONS)
-def test_section_runs(page, body, tmp_path, monkeypatch):
+def test_section_runs(page, body, tmp_path, monkeypatch, request):
     for names in re.findall(r'<!-- needs: (.*?) -->', body):
         for name in names.split():
             pytest.importorskip(name)
     monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(threads))  # recipes may set them
     namespace = {'__name__': 'docs'}
     for kind, block in re.findall(r'^```(python|bash)\n(.*?)^```$', body, flags=re.MULTILINE | re.DOTALL):
         if kind == 'bash':
