@@ -137,8 +137,8 @@ def load_backbone(
     Args:
         name: Any name that ``timm.create_model`` takes, 'hf-hub:...' and 'local-dir:...' included. May be left out
             where the checkpoint is one of ``train_imagenet.py``: it carries its recipe.
-        checkpoint: A run folder or checkpoint of ``train_imagenet.py`` (of averaged and raw weights, those that the
-            best epoch was measured with, else the averaged ones), or any file of weights that timm reads.
+        checkpoint: A run folder or checkpoint of ``train_imagenet.py`` (of raw and averaged weights, those that
+            validated best), or any file of weights that timm reads.
         random_init: Use untrained weights, drawn with ``seed``. Never happens unasked.
         img_size: Side or (H, W) of the input; by default the model's own.
         model_kwargs: Further arguments of ``timm.create_model``.
@@ -236,27 +236,21 @@ def _from_run(
 ) -> Backbone:
     """The model of a checkpoint that this package's trainer wrote."""
     from ..train.build import create_model
-    from ..train.config import Config
     from ..train.data import image_rules, resolve_input
     from ..train.errors import TrainError
+    from ..train.export import trained_model
 
     if name is not None and name != state['arch']:
         raise FeatureError(f'model = {name!r}, but {path} holds a {state["arch"]}')
     if model_kwargs:
         raise FeatureError(f'model_kwargs = {dict(model_kwargs)}: the recipe in {path} says how the model is built')
-    averaged = state.get('state_dict_ema')
-    best = state.get('best')
-    if best is not None and best['epoch'] == state['epoch'] and best['weights'] == 'raw':
-        averaged = None
     try:
-        config = Config.from_dict(state['config'], source=path)
-        build = partial(create_model, config, state['num_classes'], load_weights=False)
-        model = build()
-        model.load_state_dict(averaged or state['state_dict'])
+        model, config = trained_model(state, 'auto', path)
         data, rules = resolve_input(config, model), image_rules(config)
-        return Backbone(model, state['arch'], path, data, rules, state.get('classes'), build)
-    except (TrainError, RuntimeError) as error:
+    except TrainError as error:
         raise FeatureError(f'the model of {path} cannot be built: {error}') from error
+    build = partial(create_model, config, state['num_classes'], load_weights=False)
+    return Backbone(model, state['arch'], path, data, rules, state['classes'], build)
 
 
 def _from_timm(

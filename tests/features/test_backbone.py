@@ -1,5 +1,6 @@
 """Models with weights and preprocessing: from runs of the trainer, files, folders, names; never random unasked."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,13 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from hydra_vision.cli import main
 from hydra_vision.features import FeatureError, load_backbone
 from hydra_vision.train.build import create_model
 from hydra_vision.train.checkpoint import save_checkpoint
 from hydra_vision.train.config import Config
 
+SPLITS = ['sklearn/digits/train', 'sklearn/digits/test']
 DIGITS = Path(__file__).resolve().parents[2] / 'weights' / 'hydra_vit_nano_digits'
 
 
@@ -61,6 +64,18 @@ def test_a_run_carries_its_recipe(run):
     assert larger.img_size == (8, 16)
     assert larger.data['crop_pct'] == 0.5
     assert larger.fingerprint() == backbone.fingerprint() != load_backbone(checkpoint=run / 'raw.pt').fingerprint()
+
+
+@pytest.mark.slow
+def test_a_run_of_the_trainer(tmp_path, capsys):
+    out = tmp_path / 'run'
+    assert main(['train', '--epochs', '1', '--set', 'schedule.warmup_epochs=0', '--output', str(out)]) == 0
+    capsys.readouterr()
+    assert main(['knn', *SPLITS, '--checkpoint', str(out), '--workers', '0', '--device', 'cpu', '--json']) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result['model'] == 'hydra_vit_nano'
+    assert result['input_size'] == [1, 8, 8]
+    assert result['results'][0]['top1'] > 50
 
 
 def test_a_file_of_weights(tmp_path):
