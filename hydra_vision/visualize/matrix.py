@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ['BlockMatrix', 'draw_matrix', 'draw_row', 'find_mixers', 'mixing_matrices', 'plot_block']
 
 _COLUMNS = 7  # panels beside each other
+_MOST_HEADS = 27  # of one figure, with the image four rows of panels; a mixer may have a head a channel
 _QUANTILE = 0.995  # of |M| off the diagonal is full colour: a few large entries would leave the rest white
 
 
@@ -173,7 +174,8 @@ def plot_block(
 ) -> 'Figure':
     """One figure of one block: for every head its matrix, and below it the row of one patch on the patch grid.
 
-    The first column shows the image with the patch framed, and the row's absolute values averaged over the heads.
+    The first column shows the image with the patch framed, and the row's absolute values averaged over the heads. Of
+    more than 27 heads the first 27 get their panels, and the title says so.
 
     Args:
         block: From ``mixing_matrices``.
@@ -188,8 +190,11 @@ def plot_block(
 
     rows = block.row(*patch)
     names = list(range(len(rows))) if heads is None else list(heads)
-    columns = min(_COLUMNS, len(rows) + 1)
-    bands = -(-(len(rows) + 1) // columns)
+    shown_heads = min(len(rows), _MOST_HEADS)
+    if shown_heads < len(rows):
+        title = f'{title}\nthe first {shown_heads} of {len(rows)} heads'
+    columns = min(_COLUMNS, shown_heads + 1)
+    bands = -(-(shown_heads + 1) // columns)
     figure = Figure(figsize=(0.3 + 3.3 * columns, 0.6 + 6.0 * bands), layout='constrained')
     FigureCanvasAgg(figure)
     figure.suptitle(title)
@@ -209,7 +214,7 @@ def plot_block(
     for place in range(1, bands * columns):
         band, column = divmod(place, columns)
         upper, lower = axes[2 * band][column], axes[2 * band + 1][column]
-        if place > len(rows):
+        if place > shown_heads:
             upper.set_axis_off()
             lower.set_axis_off()
             continue

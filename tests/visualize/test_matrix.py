@@ -101,6 +101,16 @@ def test_plot_has_a_panel_for_every_head():
     assert lower.get_xlabel() == 'patch column'
 
 
+def test_a_head_a_channel_does_not_make_a_wall_of_panels():
+    (block,) = mixing_matrices(tiny(mixer='m2', img_size=32), torch.randn(1, 3, 32, 32), blocks=[0])
+    assert block.matrix.shape == (128, 4, 4)
+    figure = plot_block(block, torch.rand(32, 32, 3), (0, 0), title='a title')
+    assert 'the first 27 of 128 heads' in figure.get_suptitle()
+    titles = [axes.get_title() for axes in figure.axes]
+    assert 'head 26: M' in titles
+    assert 'head 27: M' not in titles
+
+
 def test_command(photo, tmp_path, capsys):
     out = tmp_path / 'matrix.png'
     kwargs = ['--model-kwargs', 'depth=2', 'expand=4']
