@@ -1,5 +1,7 @@
 """The remembered launch: which calls share a compiled kernel, and what the kernel is started with."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -10,6 +12,9 @@ class OnDevice(torch.Tensor):
     """A CPU tensor that says that it is on a GPU."""
 
     is_cuda = True
+
+    def get_device(self):
+        return 0
 
 
 class Compiled:
@@ -96,3 +101,37 @@ def test_tensors_that_are_not_on_a_gpu_go_through_triton(start):
     for _ in range(2):
         start(kernel, (1,), x, x, 5, 0.5, T=16, FLAG=True)
     assert len(kernel.slow) == 2
+
+
+def test_the_tensors_device_becomes_the_current_one(start, monkeypatch):
+    entered = []
+
+    @contextmanager
+    def device(which):
+        entered.append(which)
+        monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
+        yield
+
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'device', device)
+    kernel, x = Kernel(), tensor(64)
+    start(kernel, (1,), x, x, 5, 0.5, T=16, FLAG=True)
+    assert entered == [x.device]
+    assert len(kernel.slow) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two CUDA devices')
+def test_a_model_on_another_device_than_the_current_one():
+    from hydra_vision import Hydra
+
+    mixer = Hydra(64, d_state=16, headdim=32, backend='triton')
+    u = torch.randn(2, 20, 64)
+    found = []
+    for index in (0, 1):
+        assert torch.cuda.current_device() == 0
+        v = u.to(f'cuda:{index}').requires_grad_()
+        y = mixer.to(v.device)(v)
+        y.square().sum().backward()
+        found.append((y.detach().cpu(), v.grad.cpu()))
+    assert all(torch.equal(a, b) for a, b in zip(*found))

@@ -19,7 +19,7 @@ _known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
 def _key(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
     """Everything that a compiled kernel depends on, and the values of the integers, which say more than that."""
-    key = [id(kernel), torch.cuda.current_device()]
+    key = [id(kernel), args[0].get_device()]
     for a in args:
         if isinstance(a, Tensor):
             key.append((a.dtype, a.data_ptr() % 16 == 0))
@@ -36,7 +36,7 @@ def _hooked() -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """``kernel[grid](*args, **constants)``.
+    """``kernel[grid](*args, **constants)`` on the device of the first tensor, which need not be the current one.
 
     Args:
         kernel: A ``triton.jit`` function, kept for the life of the process.
@@ -46,6 +46,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     """
     if not args[0].is_cuda:  # the interpreter, and compilation without a device
         kernel[grid](*args, **constants)
+        return
+    if args[0].get_device() != torch.cuda.current_device():
+        with torch.cuda.device(args[0].device):
+            launch(kernel, grid, *args, **constants)
         return
     key = _key(kernel, args, constants)
     found = _known.get(key)
