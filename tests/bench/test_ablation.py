@@ -103,7 +103,7 @@ def test_runs_are_trained_kept_and_reported(digits, tmp_path, capsys):
 
 
 def test_a_failed_run_is_told_and_the_others_go_on(digits, tmp_path, capsys, monkeypatch):
-    exits = {'add': 'exit(3)', 'causal': 'exit(0)'}
+    exits = {'add': 'raise SystemExit(3)', 'causal': ''}
 
     def start(run, jobs):
         return subprocess.Popen([sys.executable, '-S', '-c', exits[run.fitted.row.name]])
