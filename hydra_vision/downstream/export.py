@@ -67,7 +67,7 @@ def export_onnx(
         ImportError: onnx, onnxscript or onnxruntime is not installed.
         FileExistsError: the file exists and `overwrite` is False.
         ValueError: a model that does not fit `dynamic_size`, is not float32 on the CPU, or a wrong size.
-        RuntimeError: onnxruntime computes something else.
+        RuntimeError: the model cannot be exported, or onnxruntime computes something else.
     """
     for module in ('onnx', 'onnxscript', 'onnxruntime'):
         require(module, 'onnx')
@@ -198,7 +198,11 @@ def _export(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix='.exporting_') as folder:
         file = Path(folder) / path.name
         start = time.perf_counter()
-        write(file)
+        try:
+            write(file)
+        except Exception as error:  # of the exporter's many own classes
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise RuntimeError(f'{path.name} could not be exported: {lines[0]}') from error
         seconds = time.perf_counter() - start
         run = load(file)
         worst = 0.0
