@@ -1,7 +1,7 @@
 """The goals this project has set itself, checked against the rows of a run that holds what they need."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
 import torch
@@ -165,9 +165,12 @@ def goal_cases(device: torch.device) -> list[Case]:
 
 
 def check_goals(results: Sequence[Result], device: torch.device) -> list[Verdict]:
-    """Verdicts on the goals whose rows this run has. The Hydra model counts with the backend it runs by default."""
+    """Verdicts on the goals whose rows this run has. The Hydra model counts with the backend it runs by default.
+
+    Compiled is compiled, with CUDA graphs or without: both sides of a run have the same.
+    """
     verdicts = []
-    by_case = {result.case: result for result in results}
+    by_case = {replace(result.case, graphs=False): result for result in results}
     for goal in GOALS:
         if goal.device != device.type:
             continue

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -74,7 +75,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         'heads': 24,
     },
 }
-_MODEL_OPTIONS = ('models', 'img_sizes', 'batch_sizes', 'compile', 'peers')
+_MODEL_OPTIONS = ('models', 'img_sizes', 'batch_sizes', 'compile', 'peers', 'cuda_graphs')
 _OPERATOR_OPTIONS = ('shapes', 'heads', 'headdim', 'd_state')
 _FIXED_BY_GOALS = ('models', 'batch_sizes', 'compile', 'peers', 'dtype', 'backend')
 
@@ -98,11 +99,15 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision bench')
     with _threads(arguments.threads or defaults['threads']):
         if arguments.operator:
             cases: list = _plan_operators(arguments, device, dtype, modes)
+        elif arguments.cuda_graphs and (device.type == 'cpu' or arguments.compile == 'no'):
+            raise UserError('--cuda-graphs needs a CUDA device and --compile')
         elif arguments.goals:
             cases = _plan_goals(arguments, device)
             dtype = cases[0].dtype
         else:
             cases = _plan_models(arguments, device, dtype, modes)
+        if arguments.cuda_graphs:
+            cases = [replace(case, graphs=case.compiled) for case in cases]
         facts = environment()
         default = facts['defaults'][device.type]
         if not default['available'] and any(case.backend == 'auto' for case in cases):
@@ -504,6 +509,12 @@ def _parser(prog: str) -> Parser:
     )
     models.add_argument(
         '--no-compile', dest='compile', action='store_const', const='no', help='eager mode. Default on the CPU'
+    )
+    models.add_argument(
+        '--cuda-graphs',
+        action='store_true',
+        default=None,
+        help="compile every model with mode='reduce-overhead': small models are else bound by the host",
     )
     models.add_argument(
         '--peers',

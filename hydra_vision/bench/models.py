@@ -35,9 +35,12 @@ class Case:
     compiled: bool = False
     dtype: torch.dtype = torch.float32
     backend: Optional[str] = None  # of the Hydra operator, 'auto' for the default; None for a model that has none
+    graphs: bool = False  # compiled with mode='reduce-overhead': CUDA graphs, no work on the host
 
     @property
     def execution(self) -> str:
+        if self.graphs:
+            return 'compiled, CUDA graphs'
         return 'compiled' if self.compiled else 'eager'
 
     @property
@@ -77,17 +80,26 @@ def build_step(case: Case, device: torch.device) -> Callable[[], object]:
     # One graph a case: a dynamic one, shared by the sizes of a run, would be slower for all but the first. Ours is one
     # graph without a break, or it is an error.
     whole = case.backend not in (None, 'mamba_ssm')
-    run: nn.Module = torch.compile(model, dynamic=False, fullgraph=whole) if case.compiled else model
+    run: nn.Module = model
+    if case.compiled:
+        graphs = 'reduce-overhead' if case.graphs else None
+        run = torch.compile(model, dynamic=False, fullgraph=whole, mode=graphs)
+
+    def begin() -> None:
+        if case.graphs:  # what the last call returned may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()
 
     def autocast() -> contextlib.AbstractContextManager:
         return torch.autocast(device.type, dtype=case.dtype, enabled=case.dtype != torch.float32)
 
     def infer() -> torch.Tensor:
+        begin()
         with torch.no_grad(), autocast():
             return run(images)
 
     def train() -> None:
         model.zero_grad(set_to_none=True)
+        begin()
         with autocast():
             loss = F.cross_entropy(run(images), target)
         loss.backward()
@@ -138,7 +150,9 @@ def run_group(
                 step = build_step(case, device)
                 for _ in range(2):  # the first call compiles, allocates workspaces and fills the allocator's cache
                     step()
-                results[case] = Result(case, peak_bytes=peak_above(step, device, before))
+                # A replayed graph allocates nothing that could be counted.
+                peak = None if case.graphs else peak_above(step, device, before)
+                results[case] = Result(case, peak_bytes=peak)
                 steps[case] = step
             except torch.OutOfMemoryError:
                 results[case] = Result(case, status=OUT_OF_MEMORY)

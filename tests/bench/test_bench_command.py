@@ -164,6 +164,8 @@ def test_batches_on_cuda_follow_the_tokens():
         ('--device meta', 'cuda and cpu'),
         ('--operator --models test_vit', '--models does not go with --operator'),
         ('--heads 4', '--heads needs --operator'),
+        ('--cuda-graphs', '--cuda-graphs needs a CUDA device'),
+        ('--operator --cuda-graphs', '--cuda-graphs does not go with --operator'),
         ('--goals --models test_vit', '--models does not go with it'),
         ('--goals --operator', '--operator'),
         ('--goals --img-sizes 300', 'no goal is about 300 px'),
@@ -213,6 +215,16 @@ def test_cuda_run(tmp_path, capsys):
     assert {r['dtype'] for r in rows} == {'bfloat16'}
     assert all(float(r['peak_memory_gib']) > 0 for r in rows)
     assert torch.cuda.get_device_name() in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_run(tmp_path):
+    options = '--models test_hydra_vit --img-sizes 160 --batch-sizes 8 --repeats 3 --time-limit 0 --cuda-graphs'
+    assert main(['bench', '--device', 'cuda', *options.split(), '--output', str(tmp_path)]) == 0
+    rows = rows_of(tmp_path / 'results.csv')
+    assert {r['execution'] for r in rows} == {'compiled, CUDA graphs'}
+    assert {r['mode'] for r in rows} == {'infer', 'train'}
+    assert all(r['status'] == 'ok' and r['peak_memory_gib'] == '' for r in rows)
 
 
 @pytest.mark.gpu

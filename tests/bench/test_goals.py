@@ -84,6 +84,14 @@ def test_spread_of_a_ratio_is_over_rounds_in_turns():
     assert (verdict.value, verdict.lowest, verdict.highest) == (1.0, 0.5, 1.5)
 
 
+def test_cuda_graphs_are_a_way_of_compiling():
+    settings = {'compiled': True, 'dtype': torch.bfloat16, 'graphs': True}
+    rows = [row('hydra_vit_tiny', 224, 256, 1.0, **settings), row('deit_tiny_patch16_224', 224, 256, 0.5, **settings)]
+    (verdict,) = check_goals(rows, torch.device('cuda'))
+    assert verdict.value == 0.5
+    assert rows[0].case.execution == 'compiled, CUDA graphs'
+
+
 def test_rows_that_the_goals_need():
     cases = goal_cases(torch.device('cuda'))
     assert len(set(cases)) == len(cases)
