@@ -1,7 +1,6 @@
 """The training loop."""
 
 import contextlib
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from timm.utils import random_seed
 from torch import nn
 
 from hydra_vision.eval.classification import Result, evaluate
-from hydra_vision.train import build, data, report
-from hydra_vision.train.checkpoint import BEST, KEPT, LAST, save_checkpoint, write_text
+from hydra_vision.train import build, data, outcome, report
+from hydra_vision.train.checkpoint import LAST, save_checkpoint
 from hydra_vision.train.config import Config
 from hydra_vision.train.cost import measure_cost
 from hydra_vision.train.device import configure_torch, peak_memory, place_model
@@ -23,16 +22,15 @@ from hydra_vision.train.errors import (
     CheckpointError,
     ConfigError,
     DataError,
-    NonFiniteError,
     Stopped,
     TrainError,
     first_line,
 )
+from hydra_vision.train.guard import Guard
 from hydra_vision.train.learner import Learner
-from hydra_vision.train.log import MIXERS, STEPS, CsvLog, Sink, across_layers
+from hydra_vision.train.log import CsvLog, Sink, across_layers
 from hydra_vision.train.loggers import check_packages, create_loggers
 from hydra_vision.train.progress import Progress
-from hydra_vision.train.provenance import RUN
 from hydra_vision.train.randomness import random_state, seed_generators, set_random_state
 from hydra_vision.train.signals import StopSignals
 from hydra_vision.train.stats import mixer_statistics
@@ -92,7 +90,9 @@ class Trainer:
         self.signals = StopSignals()
         self.flags = Flags(self.world, 2)
         self.saved = time.monotonic()
-        self.saved_at = (self.epoch, self.learner.updates if self.progress.batches else 0)
+        self.guard = Guard(config, self.learner, self.world)
+        if state is not None:
+            self._note_good()
 
     def _build(self, state: dict[str, Any] | None) -> None:
         """What each process builds by itself."""
@@ -156,7 +156,7 @@ class Trainer:
             Stopped: a signal asked for it; everything is saved.
             NonFiniteError: the loss or a weight is NaN or infinite.
         """
-        self._announce()
+        outcome.announce(self)
         drawn = time.monotonic()
         if self.world.primary and self.config.log.every:
             self.sinks.insert(0, CsvLog(self.folder, self.learner.updates))
@@ -191,7 +191,7 @@ class Trainer:
         finally:
             for sink in self.sinks:
                 sink.close()
-        return self._results()
+        return outcome.conclude(self)
 
     def _train_epoch(self, meter: report.Meter) -> report.Row:
         """One pass over the training set, or what is left of it."""
@@ -218,15 +218,15 @@ class Trainer:
                 if not pending:
                     self._update(phase, images)
                 elif len(progress.losses) >= check_every:
-                    self._check_losses()
+                    self._look()
             if pending:  # ... or fewer
                 self._update(phase, images)
-            self._check_losses()
+            self._look()
             rate, seconds, waiting = phase.rate(), phase.seconds(), phase.waiting()
             progress.images, progress.seconds, progress.waited = phase.images, seconds, phase.waited
         if progress.checked == 0 and self.learner.skipped == 0:
             raise DataError("the training loader gave no batch")
-        self._check_weights()
+        self.guard.check_weights(self.epoch)
         lr = self.learner.lr
         self.learner.end_epoch(self.epoch + 1)
         self.learner.share_statistics()
@@ -246,9 +246,9 @@ class Trainer:
         time_due = checkpoint.every_minutes is not None and minutes >= checkpoint.every_minutes
         stop, save_due = self.flags.exchange(self.signals.received > 0, time_due)
         save_due |= checkpoint.every_steps is not None and step % checkpoint.every_steps == 0
-        self._check_skipped()
+        self.guard.check_steps()
         if log_due or len(self.progress.losses) >= _CHECK_EVERY.get(self.device.type, 1):
-            self._check_losses()
+            self._look()
         if log_due:
             self._log(images)
         if stop or save_due:
@@ -292,53 +292,9 @@ class Trainer:
             images = images.contiguous(memory_format=torch.channels_last)
         return self.learner.backward(images, targets, group, last)
 
-    def _check_losses(self) -> None:
-        """Takes the latest losses into account, averaged over the processes; stops at one that is NaN or infinite.
-
-        Where optim.skip_nonfinite allows it, such a batch is left out of the mean: its update was skipped as well.
-        """
-        progress = self.progress
-        if not progress.losses:
-            return
-        losses = self.world.sum(torch.stack(progress.losses)) / self.world.size
-        first = progress.batches - len(progress.losses)
-        progress.losses.clear()
-        for number, value in enumerate(losses.tolist(), start=first + 1):
-            if math.isfinite(value):
-                progress.checked += 1
-                progress.loss_sum += value
-                progress.last_loss = value
-            elif not self.config.optim.skip_nonfinite:
-                accum = self.config.optim.accum_steps
-                step = self.epoch * build.updates_in(len(self.train_loader), accum) + (number - 1) // accum + 1
-                self._stop(f"the loss became {value} at step {step} (epoch {self.epoch + 1}, batch {number})")
-            elif self.learner.scaler.is_enabled():
-                self.learner.skipped += 1
-        self._check_skipped()
-
-    def _check_skipped(self) -> None:
-        """Stops where more bad steps were skipped than the recipe allows, or fp16's scale shows that all are bad."""
-        learner, limit = self.learner, self.config.optim.skip_nonfinite
-        if learner.skipped > limit > 0:
-            self._stop(
-                f"{learner.skipped} steps had a loss or a gradient that is NaN or infinite, the latest at step "
-                f"{learner.updates} (optim.skip_nonfinite={limit})"
-            )
-        if learner.scaler.is_enabled() and learner.updates % 50 == 0 and learner.scaler.get_scale() < 1:
-            self._stop(f"the loss scale of fp16 fell below 1 at step {learner.updates}: every gradient is infinite")
-
-    def _check_weights(self) -> None:
-        """Stops where the last step broke the weights, which no loss has shown yet."""
-        if self.learner.broken_weights():
-            self._stop(f"a weight is no longer finite after step {self.learner.updates} (epoch {self.epoch + 1})")
-
-    def _stop(self, what: str) -> None:
-        last = self.folder / LAST
-        where = f"epoch {self.epoch}" if self.saved_at == (self.epoch, 0) else f"step {self.saved_at[1]}"
-        good = f"the last good checkpoint is {last} ({where})"
-        if not last.is_file():
-            good = "the checkpoint that it was resumed from is good" if self.epoch else "no epoch was finished yet"
-        raise NonFiniteError(f"stopped: {what}; {good}. A smaller optim.lr or optim.clip_grad may help.").of_all()
+    def _look(self) -> None:
+        """Looks at the latest losses; waits for the device."""
+        self.guard.check_losses(self.progress, self.epoch, len(self.train_loader))
 
     def _validate_epoch(self, meter: report.Meter, row: report.Row) -> None:
         """Validates raw and averaged weights and notes the better one."""
@@ -370,8 +326,8 @@ class Trainer:
     def _save_midway(self, phase: report.Phase | None) -> None:
         """A checkpoint inside an epoch; None: its training is done, its validation is not."""
         if phase is not None:
-            self._check_losses()
-            self._check_weights()
+            self._look()
+            self.guard.check_weights(self.epoch)
             progress = self.progress
             progress.images, progress.seconds, progress.waited = phase.images, phase.seconds(), phase.waited
         self._save()
@@ -409,7 +365,15 @@ class Trainer:
         if error is not None:
             raise CheckpointError(error).of_all()
         self.saved = time.monotonic()
-        self.saved_at = (self.epoch, self.learner.updates if self.progress.batches else 0)
+        self._note_good()
+
+    def _note_good(self) -> None:
+        """What an error may say of the latest checkpoint."""
+        where = f"step {self.learner.updates}" if self.progress.batches else f"epoch {self.epoch}"
+        last = self.folder / LAST
+        self.guard.last_good = f"the last good checkpoint is {last} ({where})"
+        if not last.is_file():
+            self.guard.last_good = "the checkpoint that it was resumed from is good"
 
     def _best_steps(self) -> set[int]:
         """Optimizer steps of the best epochs so far, as many as checkpoints of them are to be kept."""
@@ -449,68 +413,6 @@ class Trainer:
                 soft_wrap=True,
             )
 
-    def _announce(self) -> None:
-        """What is about to happen, in a few lines."""
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        size = "x".join(map(str, self.input_size))
-        amp = "float32" if self.amp is None else str(self.amp).removeprefix("torch.")
-        images = [f"{len(loader.dataset):,}" for loader in (self.train_loader, self.val_loader)]
-        start = f", from epoch {self.epoch}" if self.epoch else ""
-        start += f" and {self.progress.batches} steps" if self.progress.batches else ""
-        if self.epoch >= self.epochs:
-            start = f": nothing to train, the checkpoint has {self.epoch} epochs already"
-        batch, accum = self.config.data.batch_size, self.config.optim.accum_steps
-        share = f"{batch // self.world.size} x {self.world.size} processes" if self.world.size > 1 else f"{batch}"
-        share += f" x {accum} steps" if accum > 1 else ""
-        config, more = self.config, []
-        if hasattr(self.model, "initial_weights"):
-            more.append(f"start   {self.model.initial_weights}")
-        if config.model.freeze_backbone:
-            learning = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-            more.append(f"probe   only the classifier learns: {learning:,} parameters")
-        if config.distill.teacher is not None:
-            more.append(f"teacher {config.distill.teacher}, {1 - config.distill.task_weight:.2g} of the loss")
-        if config.data.progressive_sizes is not None:
-            more.append(
-                f"sizes   {', '.join(map(str, config.data.progressive_sizes))} px, in equal parts of the epochs"
-            )
-        for line in (
-            f"model   {self.config.model.name}, {parameters / 1e6:.2f} M parameters, input {size}",
-            *more,
-            f"data    {images[0]} training and {images[1]} validation images, {self.num_classes} classes",
-            f"run     {self.epochs} epochs{start} on {self.device}, {amp}",
-            f"update  {batch * accum} images ({share}), learning rate up to {build.scaled_lr(self.config):.3g}",
-            f"cost    {self.cost.describe(self.device)}",
-            f"output  {self.folder}",
-        ):
-            self.console.print(line, highlight=False, soft_wrap=True)
-
     def _draw(self) -> None:
         if self.history and self.world.primary:
             report.write_curve(self.folder, self.history, self.config.model.name)
-
-    def _results(self) -> dict[str, Result]:
-        """Prints and writes the final table."""
-        results = {}
-        for name, key in (("raw", "val"), ("EMA", "ema")):
-            last = {metric: (self.history or [{}])[-1].get(f"{key}_{metric}") for metric in ("top1", "top5", "loss")}
-            if last["top1"] is not None:
-                results[f"{name}, last epoch"] = {**last, "images": self.best["images"]}
-        if self.best is not None:
-            label = f"best: {self.best['weights']}, epoch {self.best['epoch']}"
-            results[label] = {key: self.best[key] for key in ("top1", "top5", "loss", "images")}
-        rows = report.result_rows(results)
-        for loader in (self.train_loader, self.val_loader):
-            if hasattr(loader.dataset, "add_up"):
-                loader.dataset.add_up(self.world.sum)
-            if getattr(loader.dataset, "unreadable", list)():
-                self.console.print(f"warning: skipped {loader.dataset.report()}", highlight=False, soft_wrap=True)
-        report.print_table(self.console, f"{self.config.model.name}, validation", report.RESULT_HEADER, rows)
-        self.console.print(report.speed_line(self.history), highlight=False, soft_wrap=True)
-        if not self.world.primary:
-            return results
-        write_text(self.folder / "results.md", report.markdown_table(report.RESULT_HEADER, rows))
-        files = ("curve.png", BEST, LAST, KEPT, "summary.csv", STEPS, MIXERS, "results.md", "config.yaml", RUN)
-        files = ", ".join(file for file in files if (self.folder / file).exists())
-        self.console.print(f"{self.folder}: {files}", highlight=False, soft_wrap=True)
-        return results

@@ -161,7 +161,8 @@ def _train(
         with world.together():
             if world.primary:
                 _prepare(folder, trainer, checkpoint, state, console)
-    except TrainError:
+    except TrainError as error:
+        error.of_all()  # what `together` does not cover follows from the recipe and the checkpoint alone
         if created and world.primary:
             shutil.rmtree(folder, ignore_errors=True)  # nothing was started: leave no empty run behind
         raise
@@ -191,6 +192,8 @@ def _measure(
     from hydra_vision.train.engine import Trainer
     from hydra_vision.train.measure import bench_data, dry_run
 
+    if arguments.bench_data and world.size > 1:  # it runs for a time, in which each process takes its own steps
+        raise ConfigError(f"--bench-data measures one process, not {world.size}: start it without torchrun").of_all()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, Path(folder), console, state, world)
         (dry_run if arguments.dry_run else bench_data)(trainer)
