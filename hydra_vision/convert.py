@@ -150,7 +150,7 @@ def swap_mixers(
     for name in ('grid_size', 'num_prefix_tokens', 'prefix_position'):
         if name in mixer_kwargs:
             raise ValueError(f'{name} = {mixer_kwargs[name]}; the model knows its tokens, leave it away')
-    has_position = _has_rope(model) or any(_has_relative_position(found[i][1]) for i in wanted)
+    has_position = _hands_over_positions(model) or any(_has_relative_position(found[i][1]) for i in wanted)
     if has_position and not drop_position:
         raise ValueError(
             f'model = {type(model).__name__}: its attention encodes positions (rotary or relative), which no mixer can '
@@ -197,8 +197,10 @@ def _wanted(blocks: Optional[Sequence[int]], count: int) -> Sequence[int]:
     return sorted({block % count for block in blocks})
 
 
-def _has_rope(model: nn.Module) -> bool:
-    return any(getattr(module, 'rope', None) is not None for module in model.modules())
+def _hands_over_positions(model: nn.Module) -> bool:
+    """Whether the model computes a rotary or relative encoding once and gives it to every attention."""
+    names = ('rope', 'shared_rel_pos', 'rel_pos_bias')
+    return any(getattr(model, name, None) is not None for name in names)
 
 
 def _has_relative_position(attention: nn.Module) -> bool:

@@ -24,9 +24,10 @@ MODELS = {
     'eva02_tiny_patch14_224': SMALL,
     'vit_small_patch16_dinov3': SMALL,
     'beit_base_patch16_224': SMALL,
+    'vit_srelpos_small_patch16_224': SMALL,  # one relative position bias for all blocks
     'test_vit_relpos': dict(img_size=64, num_classes=5) if 'test_vit_relpos' in timm.list_models() else SMALL,
 }
-POSITION = ('eva02', 'vit_small_patch16_dinov3', 'beit', 'test_vit_relpos')
+POSITION = ('eva02', 'vit_small_patch16_dinov3', 'beit', 'test_vit_relpos', 'vit_srelpos')
 
 
 def build(name, **kwargs):
