@@ -202,7 +202,8 @@ def test_gallery_is_what_the_page_shows(tmp_path, capsys):
     page = (ROOT / 'docs' / 'gallery.md').read_text()
     (command,) = [line for line in page.splitlines() if line.startswith('hydra-vision visualize gallery')]
     words = command.split()[1:]
-    words[words.index('--model') + 1] = CHECKPOINT
+    model = words.index('--model') + 1
+    words[model] = words[model].replace('local-dir:', f'local-dir:{ROOT}/')
     words[words.index('--output') + 1] = str(tmp_path)
     assert main([word for word in words if word != '--overwrite']) == 0
     made = {path.name for path in tmp_path.iterdir()}
