@@ -250,3 +250,36 @@ def test_a_killed_loader_process_is_a_clear_error(tiny, fails, monkeypatch):
     error = fails(*tiny, "--workers", 1, code=1)
     assert "a loader process died" in error
     assert "--resume auto" in error
+
+
+def test_a_stream_goes_on_inside_an_epoch(shards):
+    config = shards(workers=2)
+
+    def images(start: int) -> torch.Tensor:
+        train, _ = loaders(config)
+        return torch.cat([images for images, _ in data.epoch_batches(config, train, 1, start)])
+
+    assert torch.equal(images(2), images(0)[2 * 4 :])
+
+
+def test_a_streamed_run_of_two_processes_counts_once_and_goes_on_bit_by_bit(
+    shards, processes, tmp_path, assert_same_run
+):
+    options = shards(workers=1).to_dict()["data"]
+    fields = {f"data.{key}": options[key] for key in ("name", "dir", "train_split", "val_split")}
+    fields |= {f"data.{key}": options[key] for key in ("train_samples", "val_samples", "workers", "img_size")}
+    fields |= {"data.batch_size": 4, "data.val_batch_size": 3, "model.num_classes": 3, "schedule.epochs": 3}
+    fields |= {"model.kwargs.patch_size": 4, "model.kwargs.depth": 1, "model.kwargs.embed_dim": 64, "log.every": 1}
+    fields |= {"run.device": "cpu", "run.threads": 1, "checkpoint.every_steps": 1, "model.drop_path_rate": 0.2}
+    (tmp_path / "base.yaml").write_text("model: {name: hydra_vit_nano}\n")
+    command = ["--config", "base.yaml", *(f"--set={key}={value}" for key, value in fields.items())]
+    whole = processes(*command, "--output", "whole", world=2)
+    assert whole.wait() == [0, 0], whole.output()
+    killed = processes(*command, "--output", "parts", world=2)
+    killed.wait_for_update(tmp_path / "parts", 8)
+    killed.kill(signal.SIGKILL)
+    killed.wait()
+    again = processes(*command, "--output", "parts", "--resume", "auto", world=2)
+    assert again.wait() == [0, 0], again.output()
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert "│     10 │" in whole.output()
