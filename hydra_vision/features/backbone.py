@@ -284,6 +284,9 @@ def _from_timm(
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
         given = f' (weights: {path})' if weights is not None else ''
         raise FeatureError(f'cannot build {name}{given}: {str(error).strip()}') from error
+    trained = (getattr(model, 'pretrained_cfg', None) or {}).get('num_classes')
+    if not random_init and trained and getattr(model, 'num_classes', 0) not in (0, trained):
+        raise FeatureError(f'num_classes = {model.num_classes}, but the weights of {name} have {trained} classes')
     kwargs.pop('pretrained_cfg_overlay', None)
     origin = path if weights is not None else 'random' if random_init else 'pretrained'
     return Backbone.of(model, name=name, weights=origin, build=partial(timm.create_model, name, **kwargs))

@@ -141,18 +141,24 @@ def extract(
             workers=workers,
             amp=card['amp'],
         )
-        with store:
-            for features, errors in loader:
-                features = features.to(getattr(torch, dtype))
-                if not features.isfinite().all():
-                    where = f'{source.paths[store.done]} or one of the {len(errors) - 1} after it'
-                    raise FeatureError(f'the features of {where} are not finite in {dtype} with amp {card["amp"]}')
-                store.add(features.numpy(), errors)
-                if len(store.skipped) > max_unreadable:
-                    raise FeatureError(_too_many(store.skipped, max_unreadable))
-                if on_progress is not None:
-                    on_progress(store.done, len(source))
-        store.finish()
+        try:
+            with store:
+                for features, errors in loader:
+                    features = features.to(getattr(torch, dtype))
+                    if not features.isfinite().all():
+                        where = f'{source.paths[store.done]} or one of the {len(errors) - 1} after it'
+                        raise FeatureError(f'the features of {where} are not finite in {dtype} with amp {card["amp"]}')
+                    store.add(features.numpy(), errors)
+                    if len(store.skipped) > max_unreadable:
+                        raise FeatureError(_too_many(store.skipped, max_unreadable))
+                    if on_progress is not None:
+                        on_progress(store.done, len(source))
+            store.finish()
+        except OSError as error:  # images that cannot be read never come this far
+            raise FeatureError(
+                f'{target} could not be written ({error.strerror or error}); what was committed is kept, the same call '
+                f'goes on from there'
+            ) from error
     return load_features(target)
 
 

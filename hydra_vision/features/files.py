@@ -14,7 +14,17 @@ import numpy as np
 from ..optional import require
 from .errors import FeatureError
 
-__all__ = ['FORMATS', 'Features', 'card_path', 'header', 'load_features', 'log_path', 'read_log', 'to_parquet']
+__all__ = [
+    'FORMATS',
+    'Features',
+    'card_path',
+    'header',
+    'load_features',
+    'log_path',
+    'read_card',
+    'read_log',
+    'to_parquet',
+]
 
 FORMATS = ('.npy', '.safetensors', '.parquet')
 LOG_FIELDS = ('row', 'path', 'class', 'error')
@@ -101,6 +111,18 @@ def header(suffix: str, rows: int, shape: Sequence[int], dtype: str, card: dict[
     return b''
 
 
+def read_card(file: Path) -> dict[str, Any]:
+    """The JSON beside a file of features.
+
+    Raises:
+        FeatureError: It is damaged.
+    """
+    try:
+        return json.loads(card_path(file).read_text())
+    except ValueError as error:
+        raise FeatureError(f'{card_path(file)} is damaged: extract to another file, or remove it') from error
+
+
 def read_log(file: Path) -> list[dict[str, str]]:
     """Lines of the CSV beside a file of features, without one that a kill cut off."""
     with open(log_path(file), newline='', encoding='utf-8', errors='surrogateescape') as stream:
@@ -125,7 +147,7 @@ def load_features(path: Union[str, Path]) -> Features:
     for beside in (card_path(path), log_path(path)):
         if not beside.is_file():
             raise FeatureError(f'{path} has no {beside.name} beside it; it was not written by hydra-vision extract')
-    card = json.loads(card_path(path).read_text())
+    card = read_card(path)
     lines = read_log(path)
     kept = [line for line in lines if line['row'] != '']
     rows = _count_rows(path)

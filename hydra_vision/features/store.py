@@ -15,7 +15,7 @@ from ..train.checkpoint import write_text
 from ..train.errors import TrainError
 from ..version import __version__
 from .errors import FeatureError
-from .files import LOG_FIELDS, card_path, header, log_path, read_log, to_parquet
+from .files import LOG_FIELDS, card_path, header, log_path, read_card, read_log, to_parquet
 from .sources import Images
 
 __all__ = ['RowStore']
@@ -61,9 +61,11 @@ class RowStore:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._commit()
-        self.file.close()
-        self.log.close()
+        try:
+            self._commit()
+        finally:
+            self.file.close()
+            self.log.close()
 
     def add(self, features: np.ndarray, errors: list[str]) -> None:
         """Take the rows of the next images; ``errors`` has an entry for each, '' for those that have a row."""
@@ -127,10 +129,7 @@ class RowStore:
     def _card_before(self) -> Optional[dict[str, Any]]:
         if not (card_path(self.target).is_file() and log_path(self.target).is_file()):
             return None
-        try:
-            return json.loads(card_path(self.target).read_text())
-        except ValueError as error:
-            raise FeatureError(f'{card_path(self.target)} is damaged: remove it, or choose another file') from error
+        return read_card(self.target)
 
     def _conflict(self, before: Optional[dict[str, Any]], lines: list[dict[str, str]]) -> str:
         """Why what is there cannot be continued; '' where it can, or where nothing is there."""

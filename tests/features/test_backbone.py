@@ -127,6 +127,7 @@ def test_random_weights_only_when_asked():
         ('test_hydra_vit', {'random_init': True, 'device': 'tpu9'}, "device = 'tpu9' is not available"),
         ('test_hydra_vit', {'random_init': True, 'data': {'scale': 1}}, r"data = \['scale'\]"),
         ('local-dir:gone', {}, 'cannot build local-dir:gone'),
+        (f'local-dir:{DIGITS}', {'model_kwargs': {'num_classes': 7}}, 'num_classes = 7, but the weights of'),
     ],
 )
 def test_bad_arguments(name, kwargs, match):

@@ -1,6 +1,7 @@
 """Extraction: the rows are the model's features, none is missing in silence, a kill costs nothing."""
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -166,6 +167,26 @@ def test_killed_while_finishing(backbone, folder, tmp_path, monkeypatch):
     assert len(extract(folder, tmp_path / 'f.npy', **kwargs).array) == 12
 
 
+def test_full_disk(backbone, folder, tmp_path, monkeypatch):
+    kwargs = dict(model=backbone, workers=0, batch_size=3)
+    monkeypatch.setattr(store, '_COMMIT_SECONDS', 0.0)
+    calls = []
+
+    def fsync(_):
+        calls.append(0)
+        if len(calls) > 4:  # the card takes two
+            raise OSError(errno.ENOSPC, 'No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.os, 'fsync', fsync)
+        with pytest.raises(FeatureError, match=r'could not be written .*No space left on device.*is kept'):
+            extract(folder, tmp_path / 'f.npy', **kwargs)
+    begun = []
+    features = extract(folder, tmp_path / 'f.npy', on_progress=lambda done, _: begun.append(done), **kwargs)
+    assert 0 < begun[0] < 12
+    np.testing.assert_allclose(features.array, by_hand(backbone, folder, features.paths), atol=1e-5)
+
+
 @pytest.mark.slow
 def test_survives_sigkill(folder, tmp_path):
     paths = [str(folder / path) for path in open_images(folder).paths] * 300
@@ -327,7 +348,12 @@ def test_layers_of_a_file(backbone, folder, tmp_path):
 def test_damaged_files_are_errors(backbone, folder, tmp_path):
     out = tmp_path / 'f.npy'
     extract(folder, out, model=backbone, workers=0)
-    log = tmp_path / 'f.npy.csv'
+    card, log = tmp_path / 'f.npy.json', tmp_path / 'f.npy.csv'
+    text = card.read_text()
+    card.write_text(text[:50])
+    with pytest.raises(FeatureError, match=r'f\.npy\.json is damaged'):
+        load_features(out)
+    card.write_text(text)
     log.write_text(log.read_text().replace('5,', '6,', 1))
     with pytest.raises(FeatureError, match='rows'):
         load_features(out)
