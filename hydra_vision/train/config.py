@@ -215,6 +215,7 @@ class DistributedConfig:
     """Several processes, started by torchrun."""
 
     strategy: Literal["ddp", "fsdp"] = _field("ddp", "ddp: each has the whole model; fsdp: a share of it (FSDP2)")
+    gradients: Literal["fp32", "bf16"] = _field("fp32", "ddp: precision in which gradients are exchanged and averaged")
 
 
 @dataclasses.dataclass
@@ -312,6 +313,8 @@ class Config:
         if self.distributed.strategy == "fsdp" and optim.clip_grad is not None and optim.clip_mode == "agc":
             refuse("optim.clip_mode='agc' needs whole weights; distributed.strategy='fsdp' shards them")
         self._check_fine_tuning(refuse)
+        if self.distributed.strategy == "fsdp" and self.distributed.gradients != "fp32":
+            refuse("distributed.gradients='bf16' belongs to distributed.strategy='ddp'")
         if self.ema.warmup and self.ema.decay is None:
             refuse("ema.warmup=true needs ema.decay")
         if self.run.compile_mode is not None and not self.run.torch_compile:

@@ -87,6 +87,10 @@ class Learner:
             # said of the depthwise convolution's gradient, whose strides differ in a dimension of size 1 only
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             self.task.prepare_distributed(device_ids=device_ids, gradient_as_bucket_view=True)
+            if config.distributed.gradients == "bf16":
+                from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+                self.task.trainable_module.register_comm_hook(None, bf16_compress_hook)
 
     def _compile(self) -> None:
         """Compiles what the recipe wants compiled: after weights are loaded, before the processes are tied together."""

@@ -57,6 +57,14 @@ def test_two_processes_learn_what_one_learns(tiny, run, processes, tmp_path, opt
     assert "(4 x 2 processes" in (tmp_path / "0.log").read_text()
 
 
+def test_gradients_in_bfloat16_are_close_to_those_in_float32(tiny, processes, tmp_path):
+    for name in ("fp32", "bf16"):
+        started = processes(*tiny, *PLAIN, "--set", f"distributed.gradients={name}", "--output", name, world=2)
+        assert started.wait() == [0, 0], started.output()
+    assert losses(tmp_path / "bf16") != losses(tmp_path / "fp32")
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=0.02)
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_processes_that_are_killed_go_on_bit_by_bit(tiny, processes, tmp_path, assert_same_run, strategy):
     random = ("--set", "model.drop_path_rate=0.3", "--set", "augment.mixup=0.2", "--set", "augment.erase_prob=0.5")
