@@ -20,9 +20,10 @@ def run(*command: str, **kwargs) -> str:
 
 def test_import_is_light():
     code = (
-        'import sys, timm; before = set(sys.modules); import hydra_vision, torch;'
+        'import sys, timm; before = set(sys.modules); import hydra_vision, hydra_vision.downstream, torch;'
         'assert not torch.cuda.is_initialized();'
-        'heavy = {"triton", "matplotlib", "sklearn", "rich", "mamba_ssm", "scipy", "pandas"};'
+        'heavy = {"triton", "matplotlib", "sklearn", "rich", "mamba_ssm", "scipy", "pandas", "transformers", "lightly",'
+        '"segmentation_models_pytorch", "onnx", "onnxruntime", "torchao", "captum", "pytorch_grad_cam", "pyarrow"};'
         'print(sorted(heavy & (set(sys.modules) - before)))'
     )
     assert run(sys.executable, '-c', code).strip() == '[]'

@@ -63,7 +63,6 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument('--batch-size', type=int, default=recipe.batch_size, help='(%(default)s)')
     parser.add_argument('--lr', type=float, default=recipe.lr, help='peak, AdamW, cosine (%(default)s)')
     parser.add_argument('--weight-decay', type=float, default=recipe.weight_decay, help='(%(default)s)')
-    parser.add_argument('--layer-decay', type=float, help='factor a layer, for pretrained weights (none)')
     parser.add_argument('--eval-every', type=int, default=recipe.eval_every, help='epochs (%(default)s)')
     parser.add_argument('--workers', type=int, default=4, help='processes that read images (%(default)s)')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda, ... (%(default)s)')
@@ -166,10 +165,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     train, val, test = loader(train_set, True), loader(val_set, False), loader(test_set, False)
     recipe = Recipe(
-        **{
-            name: getattr(arguments, name)
-            for name in ('epochs', 'batch_size', 'lr', 'weight_decay', 'layer_decay', 'eval_every')
-        }
+        **{name: getattr(arguments, name) for name in ('epochs', 'batch_size', 'lr', 'weight_decay', 'eval_every')}
     )
     console = stdout_console()
     console.print(

@@ -7,7 +7,7 @@ from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.utils.data import DataLoader
@@ -31,7 +31,6 @@ class Recipe:
     lr: float = 5e-4
     min_lr: float = 1e-6
     weight_decay: float = 0.05
-    layer_decay: Optional[float] = None
     warmup: float = 0.05  # share of the updates
     clip_grad: float = 1.0
     eval_every: int = 5  # epochs
@@ -159,9 +158,10 @@ def train_segmenter(
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    optimizer = create_optimizer_v2(
-        model, opt='adamw', lr=recipe.lr, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay
-    )
+    backbone = model.encoder.model  # knows what must not decay; smp's wrapper does not pass it on
+    spared = [f'encoder.model.{name}' for name in backbone.no_weight_decay()]
+    groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=spared)
+    optimizer = create_optimizer_v2(groups, opt='adamw', lr=recipe.lr)
     updates = recipe.epochs * len(train)
     schedule = CosineLRScheduler(
         optimizer,
