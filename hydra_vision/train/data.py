@@ -1,22 +1,18 @@
-"""Data sets and loaders of a recipe: timm's, checked before the run starts."""
+"""Loaders of a recipe: timm's, with our rules for images, our samplers and reproducible draws."""
 
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import Mixup, create_dataset, create_loader, resolve_data_config
+from timm.data import Mixup, create_loader, resolve_data_config
 from timm.data.auto_augment import AugmentOp
-from timm.data.readers import add_img_extensions
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from hydra_vision.train.config import Config
 from hydra_vision.train.distributed import World
@@ -24,63 +20,12 @@ from hydra_vision.train.errors import ConfigError, DataError
 from hydra_vision.train.images import ImageRules
 from hydra_vision.train.randomness import seed_from, seeded
 from hydra_vision.train.readable import ReadableDataset
-from hydra_vision.train.sampling import EvalSampler, TrainSampler
+from hydra_vision.train.sampling import EvalSampler, TrainSampler, local_batch
+from hydra_vision.train.sources import Split
 from hydra_vision.train.stream import ReadableStream
-from hydra_vision.train.synthetic import SYNTHETIC, SyntheticImages, SyntheticLoader, synthetic_length
+from hydra_vision.train.synthetic import SYNTHETIC, SyntheticLoader
 
-_SYNONYMS = (("train", "training"), ("val", "validation", "valid", "eval", "test"))
-DIGITS = "sklearn/digits"
-PARQUET = "parquet"
 _ALONE = World()
-
-
-@dataclasses.dataclass
-class Split:
-    """One part of a data set, and what it is called in messages."""
-
-    dataset: Dataset
-    name: str
-    classes: list[str] | None  # None where the reader does not know them
-    readable: Dataset | None = None  # the set with our skipping, once a loader asked for it
-
-
-def open_splits(config: Config, train: bool = True, world: World = _ALONE) -> tuple[Split | None, Split]:
-    """Opens the training split (unless `train` is False) and the validation split and checks one against the other.
-
-    Raises:
-        DataError: a missing folder, an empty class, splits whose classes differ, a set that its reader refuses.
-    """
-    val = _open(config, config.data.val_split, is_training=False, world=world)
-    if not train:
-        return None, val
-    first = _open(config, config.data.train_split, is_training=True, world=world)
-    if first.classes is not None and val.classes is not None and first.classes != val.classes:
-        missing = sorted(set(first.classes) - set(val.classes))
-        extra = sorted(set(val.classes) - set(first.classes))
-        parts = [f"{_some(missing)} only in {first.name}"] if missing else []
-        parts += [f"{_some(extra)} only in {val.name}"] if extra else []
-        raise DataError(
-            f"the classes of {first.name} ({len(first.classes)}) and {val.name} ({len(val.classes)}) differ: "
-            + ("; ".join(parts) or "their order is not the same")
-        )
-    return first, val
-
-
-def count_classes(config: Config, split: Split) -> int:
-    """Number of classes for the model: the recipe's, which must agree with the data, or else the data's.
-
-    Raises:
-        DataError: the two disagree, or neither is known.
-    """
-    wanted, found = config.model.num_classes, None if split.classes is None else len(split.classes)
-    if wanted is None and found is None:
-        raise DataError(f"{split.name} does not say how many classes it has: set model.num_classes")
-    if wanted is not None and found is not None and wanted != found:
-        raise DataError(
-            f"model.num_classes={wanted}, but {split.name} has {found} classes: add --num-classes {found} to train on "
-            f"them, or check that the data set is complete"
-        )
-    return found if wanted is None else wanted
 
 
 def resolve_input(config: Config, model: nn.Module) -> dict[str, Any]:
@@ -271,26 +216,6 @@ def epoch_batches(config: Config, loader: Iterable, epoch: int, start: int = 0) 
     return itertools.islice(loader, skip, None)
 
 
-def local_batch(config: Config, world: World) -> int:
-    """Images a step of one process: its share of data.batch_size.
-
-    Raises:
-        ConfigError: the processes cannot share it equally.
-    """
-    batch = config.data.batch_size
-    if batch % world.size:
-        raise ConfigError(
-            f"data.batch_size={batch} is for all processes together and cannot be shared by {world.size}; allowed: "
-            f"multiples of {world.size}"
-        )
-    if config.mixes and batch // world.size % 2:
-        raise ConfigError(
-            f"data.batch_size={batch} gives {batch // world.size} images to each of {world.size} processes; mixup and "
-            f"cutmix need an even number: multiples of {2 * world.size}"
-        )
-    return batch // world.size
-
-
 class _SeededErasing:
     """timm's random erasing of batches on the device, its draws made to follow from epoch and batch.
 
@@ -405,115 +330,3 @@ def image_rules(config: Config) -> ImageRules:
         exif_rotation=config.data.exif_rotation,
         convert_unusual=config.data.unusual_images == "convert",
     )
-
-
-def _open(config: Config, split: str, is_training: bool, world: World) -> Split:
-    data = config.data
-    batch_size = local_batch(config, world) if is_training else data.val_batch_size or local_batch(config, world)
-    if data.name == SYNTHETIC:
-        samples = synthetic_length(data.train_samples if is_training else data.val_samples, data.batch_size)
-        return Split(SyntheticImages(samples), SYNTHETIC, None)
-    mode = image_rules(config).mode
-    if data.name == DIGITS:
-        from hydra_vision.train.digits import Digits
-
-        dataset = Digits(train=is_training)
-        return Split(dataset, f"{DIGITS} ({'train' if is_training else 'test'})", dataset.classes)
-    if data.name == "":
-        root = _split_root(data.dir, split)
-        name = str(root)
-        add_img_extensions((*IMG_EXTENSIONS, ".gif"))  # timm alone looks for .jpg, .jpeg and .png only
-    else:
-        root, name = data.dir, f"{data.name} ({split})"
-    prefix = data.name.split("/")[0].lower()
-    _check_package(data.name, prefix)
-    reader = f"hfds/{_parquet_folder(data.dir)}" if data.name == PARQUET else data.name
-    root = None if data.name == PARQUET else root
-    streamed = prefix in ("hfids", "tfds", "wds")
-    kwargs = {"input_key": data.input_key, "target_key": data.target_key}
-    if not data.name.lower().startswith("torch/"):
-        kwargs["input_img_mode"] = "" if prefix in ("hfids", "wds") else mode  # ReadableStream converts these
-    if streamed:
-        kwargs["num_samples"] = data.train_samples if is_training else data.val_samples
-        kwargs["seed"] = config.run.seed
-        kwargs["batch_size"] = batch_size
-    try:
-        dataset = create_dataset(
-            reader,
-            root=None if root is None else str(root),
-            split=split,
-            search_split=data.name != "",
-            class_map=data.class_map or "",
-            is_training=is_training,
-            download=data.download,
-            **kwargs,
-        )
-    except ImportError as error:
-        raise DataError(f"data.name={data.name!r} needs a package that is not installed: {error}") from error
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
-        if "trust_remote_code" in str(error):  # an argument that datasets 4 dropped
-            raise DataError(f"cannot open {name}: this timm needs datasets < 4, or take timm >= 1.0.31") from error
-        raise DataError(f"cannot open {name}: {type(error).__name__}: {error}") from error
-    if streamed and not is_training:  # see val_loader
-        dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
-    classes = _class_names(dataset)
-    if data.name == "" and root.is_dir():
-        _check_folder(root, dataset.reader.samples)
-    return Split(dataset, name, classes)
-
-
-def _check_package(name: str, prefix: str) -> None:
-    """Refuses a reader whose package is missing, before timm prints or raises something of its own."""
-    package = {"hfds": "datasets", "hfids": "datasets", PARQUET: "datasets", "wds": "webdataset"}.get(prefix)
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise DataError(f"data.name={name!r} needs the package {package}: pip install 'hydra-vision[data]'")
-
-
-def _parquet_folder(folder: str | None) -> Path:
-    """The folder of parquet files, absolute, so that it is never taken for a name on the Hugging Face Hub."""
-    root = Path("" if folder is None else folder).expanduser().resolve()
-    if folder is None or not root.is_dir() or not any(root.rglob("*.parquet")):
-        raise DataError(f"data.dir={folder!r} is not a folder with .parquet files")
-    return root
-
-
-def _split_root(folder: str | None, split: str) -> Path:
-    """Where a split of an image folder lies: a sub-folder or a .tar of that name or a synonym of it."""
-    if folder is None:
-        raise DataError("no data: give --data-dir PATH (a folder with train/ and val/), or data.name")
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise DataError(f"data.dir={folder!r} is not a folder")
-    names = next((group for group in _SYNONYMS if split in group), ())
-    candidates = [root / part for name in dict.fromkeys((split, *names)) for part in (name, f"{name}.tar")]
-    for path in candidates:
-        if path.is_dir() or path.is_file():
-            return path
-    raise DataError(f"{root} has no {split} split; looked for {', '.join(path.name for path in candidates)}")
-
-
-def _check_folder(root: Path, samples: list[tuple[str, int]]) -> None:
-    """Every class folder must hold an image: timm numbers only those that do, which would shift the other classes."""
-    filled = {Path(path).relative_to(root).parts[0] for path, _ in samples}
-    empty = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name not in filled and not p.name.startswith("."))
-    if empty:
-        noun = "class folder" if len(empty) == 1 else "class folders"
-        raise DataError(f"{len(empty)} {noun} of {root} without an image: {_some(empty)}")
-    loose = [path for path, _ in samples if Path(path).parent == root]
-    if loose:
-        raise DataError(f"{len(loose)} images of {root} are in no class folder, e.g. {Path(loose[0]).name}")
-
-
-def _class_names(dataset: Dataset) -> list[str] | None:
-    """Class names in index order, where the data set knows them."""
-    reader = getattr(dataset, "reader", dataset)
-    for key in ("class_to_idx", "class_name_to_idx"):
-        mapping = getattr(reader, key, None)
-        if mapping:
-            return [str(name) for name, _ in sorted(mapping.items(), key=lambda item: item[1])]
-    classes = getattr(dataset, "classes", None)
-    return [str(name) for name in classes] if classes else None
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

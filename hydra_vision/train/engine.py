@@ -12,7 +12,7 @@ from timm.utils import random_seed
 from torch import nn
 
 from hydra_vision.eval.classification import Result, evaluate
-from hydra_vision.train import build, data, outcome, report
+from hydra_vision.train import build, data, outcome, report, sources
 from hydra_vision.train.checkpoint import LAST, save_checkpoint
 from hydra_vision.train.config import Config
 from hydra_vision.train.cost import measure_cost
@@ -105,9 +105,9 @@ class Trainer:
         if config.distributed.strategy == "fsdp" and world.size == 1:
             raise ConfigError("distributed.strategy='fsdp' needs several processes (torchrun); allowed with one: ddp")
         random_seed(config.run.seed, rank=0)
-        train_split, val_split = data.open_splits(config, world=world)
+        train_split, val_split = sources.open_splits(config, world=world)
         self.classes = train_split.classes
-        self.num_classes = data.count_classes(config, train_split)
+        self.num_classes = sources.count_classes(config, train_split)
         self.model = place_model(build.create_model(config, self.num_classes, state is None), config, self.device)
         build.check_backend(self.model, self.device)
         if config.run.grad_checkpointing:

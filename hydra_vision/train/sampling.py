@@ -6,6 +6,9 @@ from typing import NamedTuple
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import Sampler
 
+from hydra_vision.train.config import Config
+from hydra_vision.train.distributed import World
+from hydra_vision.train.errors import ConfigError
 from hydra_vision.train.randomness import seed_from
 
 
@@ -92,3 +95,23 @@ class EvalSampler(Sampler[Draw]):
     def __iter__(self) -> Iterator[Draw]:
         for position in range(self.rank, len(self) * self.world, self.world):
             yield Draw(position) if position < self.length else Draw(0, counted=False)
+
+
+def local_batch(config: Config, world: World) -> int:
+    """Images a step of one process: its share of data.batch_size.
+
+    Raises:
+        ConfigError: the processes cannot share it equally.
+    """
+    batch = config.data.batch_size
+    if batch % world.size:
+        raise ConfigError(
+            f"data.batch_size={batch} is for all processes together and cannot be shared by {world.size}; allowed: "
+            f"multiples of {world.size}"
+        )
+    if config.mixes and batch // world.size % 2:
+        raise ConfigError(
+            f"data.batch_size={batch} gives {batch // world.size} images to each of {world.size} processes; mixup and "
+            f"cutmix need an even number: multiples of {2 * world.size}"
+        )
+    return batch // world.size

@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 
 from hydra_vision.eval.classification import Result, evaluate
-from hydra_vision.train import build, data, report
+from hydra_vision.train import build, data, report, sources
 from hydra_vision.train.config import Config
 from hydra_vision.train.device import compile_model, configure_torch, place_model
 from hydra_vision.train.distributed import World
@@ -19,8 +19,8 @@ def initial_state(config: Config, world: World) -> dict[str, Any]:
     Raises:
         ConfigError, CheckpointError, DataError: what does not fit.
     """
-    _, split = data.open_splits(config, train=False, world=world)
-    num_classes = data.count_classes(config, split)
+    _, split = sources.open_splits(config, train=False, world=world)
+    num_classes = sources.count_classes(config, split)
     torch.manual_seed(config.run.seed)
     model = build.create_model(config, num_classes)
     return {
@@ -41,7 +41,7 @@ def validate(config: Config, state: dict[str, Any], console: Console, world: Wor
     device = build.pick_device(config, world)
     amp = build.amp_dtype(config, device)
     configure_torch(config, device)
-    _, split = data.open_splits(config, train=False, world=world)
+    _, split = sources.open_splits(config, train=False, world=world)
     if split.classes is not None and len(split.classes) != state["num_classes"]:
         raise DataError(f"{split.name} has {len(split.classes)} classes; the checkpoint has {state['num_classes']}")
     models = {}

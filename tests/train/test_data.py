@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hydra_vision.train import data
+from hydra_vision.train import data, sources
 from hydra_vision.train.config import Config, merge
 from hydra_vision.train.digits import Digits
 from hydra_vision.train.errors import ConfigError, DataError
@@ -24,8 +24,8 @@ def recipe(folder: Path | None, **sections: dict) -> Config:
 
 
 def loaders(config: Config):
-    train, val = data.open_splits(config)
-    classes = data.count_classes(config, train)
+    train, val = sources.open_splits(config)
+    classes = sources.count_classes(config, train)
     model = torch.nn.Identity()
     return data.train_loader(config, train, classes, model, CPU), data.val_loader(config, val, classes, model, CPU)
 
@@ -43,7 +43,7 @@ def test_batches_of_a_folder(image_folder):
 def test_the_validation_folder_may_have_any_usual_name(image_folder, val_name):
     folder = image_folder()
     (folder / "val").rename(folder / val_name)
-    assert len(data.open_splits(recipe(folder))[1].dataset) == 9
+    assert len(sources.open_splits(recipe(folder))[1].dataset) == 9
 
 
 def test_tar_files_give_the_same_samples_as_folders(image_folder):
@@ -62,7 +62,7 @@ def test_tar_files_give_the_same_samples_as_folders(image_folder):
 
 @pytest.mark.parametrize("suffix", [".webp", ".bmp", ".jpeg"])
 def test_images_in_other_formats_are_found(image_folder, suffix):
-    assert len(data.open_splits(recipe(image_folder(suffix=suffix)))[0].dataset) == 24
+    assert len(sources.open_splits(recipe(image_folder(suffix=suffix)))[0].dataset) == 24
 
 
 def test_torchvision_sets_are_read(image_folder):
@@ -86,55 +86,55 @@ def test_digits_split_is_fixed_balanced_and_disjoint():
 
 def test_missing_folder(tmp_path):
     with pytest.raises(DataError, match=r"data.dir='.*nowhere' is not a folder"):
-        data.open_splits(recipe(tmp_path / "nowhere"))
+        sources.open_splits(recipe(tmp_path / "nowhere"))
     with pytest.raises(DataError, match=r"give --data-dir"):
-        data.open_splits(recipe(None))
+        sources.open_splits(recipe(None))
 
 
 def test_missing_split(image_folder):
     folder = image_folder()
     shutil.rmtree(folder / "val")
     with pytest.raises(DataError, match=r"has no validation split; looked for validation, .*val\.tar"):
-        data.open_splits(recipe(folder))
+        sources.open_splits(recipe(folder))
 
 
 def test_empty_class_folder_is_named(image_folder):
     folder = image_folder()
     (folder / "train" / "yellow").mkdir()
     with pytest.raises(DataError, match=r"1 class folder of .* without an image: yellow"):
-        data.open_splits(recipe(folder))
+        sources.open_splits(recipe(folder))
 
 
 def test_folder_without_any_image(tmp_path):
     for split in ("train", "val"):
         (tmp_path / split / "red").mkdir(parents=True)
     with pytest.raises(DataError, match=r"Found 0 images"):
-        data.open_splits(recipe(tmp_path))
+        sources.open_splits(recipe(tmp_path))
 
 
 def test_images_outside_of_class_folders(image_folder):
     folder = image_folder()
     shutil.copy(folder / "train" / "red" / "000.png", folder / "train" / "loose.png")
     with pytest.raises(DataError, match=r"1 images of .* are in no class folder, e\.g\. loose\.png"):
-        data.open_splits(recipe(folder))
+        sources.open_splits(recipe(folder))
 
 
 def test_splits_with_other_classes(image_folder):
     folder = image_folder()
     (folder / "val" / "red").rename(folder / "val" / "rouge")
     with pytest.raises(DataError, match=r"differ: red only in .*train; rouge only in .*val"):
-        data.open_splits(recipe(folder))
+        sources.open_splits(recipe(folder))
 
 
 def test_class_count_that_disagrees_with_the_model(image_folder):
     config = recipe(image_folder(), model={"num_classes": 1000})
     with pytest.raises(DataError, match=r"model.num_classes=1000, but .*train has 3 classes: add --num-classes 3"):
-        data.count_classes(config, data.open_splits(config)[0])
+        sources.count_classes(config, sources.open_splits(config)[0])
 
 
 def test_unknown_reader_says_why(tmp_path):
     with pytest.raises(DataError, match=r"cannot open torch/nothing"):
-        data.open_splits(recipe(tmp_path, data={"name": "torch/nothing"}))
+        sources.open_splits(recipe(tmp_path, data={"name": "torch/nothing"}))
 
 
 def test_batch_larger_than_the_set(image_folder):

@@ -12,7 +12,7 @@ import timm
 import torch
 from PIL import Image
 
-from hydra_vision.train import data
+from hydra_vision.train import data, sources
 from hydra_vision.train.config import Config, merge
 from hydra_vision.train.errors import ConfigError, DataError
 
@@ -58,8 +58,8 @@ def recipe(folder: Path, name: str, **sections: dict) -> Config:
 
 
 def loaders(config: Config):
-    train, val = data.open_splits(config)
-    classes = data.count_classes(config, train)
+    train, val = sources.open_splits(config)
+    classes = sources.count_classes(config, train)
     model = torch.nn.Identity()
     return data.train_loader(config, train, classes, model, CPU), data.val_loader(config, val, classes, model, CPU)
 
@@ -194,7 +194,7 @@ def test_parquet_files(tmp_path, no_hub):
     train, val = loaders(recipe(tmp_path / "set", "parquet", data={"val_split": "validation"}))
     assert sum(len(targets) for _, targets in train) == 24
     assert train.dataset.unreadable() == ["5.png"]
-    assert data.open_splits(recipe(tmp_path / "set", "parquet"))[0].classes == ["a", "b", "c"]
+    assert sources.open_splits(recipe(tmp_path / "set", "parquet"))[0].classes == ["a", "b", "c"]
     assert sorted(torch.cat([targets for _, targets in val]).tolist()) == [0] * 3 + [1] * 3 + [2] * 3
 
 
@@ -228,13 +228,13 @@ def test_streams_of_too_few_shards(tmp_path, no_hub):
 
 def test_bad_folders_and_missing_packages(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"is not a folder with \.parquet files"):
-        data.open_splits(recipe(tmp_path, "parquet"))
+        sources.open_splits(recipe(tmp_path, "parquet"))
     with pytest.raises(ConfigError, match=r"data.download has no effect for data.name='wds/'"):
         recipe(tmp_path, "wds/", data={"download": True})
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     for name in ("parquet", "wds/", "hfds/x"):
         with pytest.raises(DataError, match=r"pip install 'hydra-vision\[data\]'"):
-            data.open_splits(recipe(tmp_path, name))
+            sources.open_splits(recipe(tmp_path, name))
 
 
 def test_a_killed_loader_process_is_a_clear_error(tiny, fails, monkeypatch):
