@@ -31,7 +31,9 @@ def test_version(capsys):
     assert hydra_vision.__version__ in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('command', [[], ['env'], ['models'], ['bench']])
+@pytest.mark.parametrize(
+    'command', [[], ['env'], ['models'], ['bench'], ['extract'], ['knn'], ['probe'], ['visualize']]
+)
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([*command, '--help'])
@@ -44,7 +46,7 @@ def test_help_lists_every_command(capsys):
     with pytest.raises(SystemExit):
         main(['--help'])
     out = capsys.readouterr().out
-    for command in ('env', 'models', 'train', 'bench', 'tune'):
+    for command in ('env', 'models', 'train', 'bench', 'tune', 'extract', 'knn', 'probe', 'visualize'):
         assert f'  {command} ' in out
 
 

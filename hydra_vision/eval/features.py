@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 from timm.utils.misc import natural_key
 
 from ..features import FeatureError, Features
 
-__all__ = ['Split', 'paired_splits', 'top_accuracy']
+__all__ = ['Split', 'class_names', 'paired_splits', 'top_accuracy']
 
 # What has to be the same on both sides for features to be comparable.
 _SAME = ('model', 'fingerprint', 'pool', 'layers', 'data')
@@ -49,19 +49,7 @@ def paired_splits(train: Features, test: Features) -> tuple[Split, Split, list[s
                 f'{features.path.name} has {features.card["shape"]} values an image; a probe takes one vector: pool '
                 'avg, max or cls'
             )
-        if features.classes is None:
-            raise FeatureError(
-                f'{features.card["images"]} has no classes (a folder a class, or a tab and a class a line)'
-            )
-    names = sorted(set(train.classes), key=natural_key)
-    unknown = sorted(set(test.classes) - set(names), key=natural_key)
-    if unknown:
-        shown = ', '.join(unknown[:5]) + (f' and {len(unknown) - 5} more' if len(unknown) > 5 else '')
-        raise FeatureError(
-            f'{len(unknown)} classes of the test images are not in the {len(names)} to train on: {shown}'
-        )
-    if len(names) < 2:
-        raise FeatureError(f'the images to train on have one class, {names[0]}; a probe needs two')
+    names = class_names(train.classes, test.classes)
     index = {name: i for i, name in enumerate(names)}
 
     def split(features: Features) -> Split:
@@ -69,6 +57,25 @@ def paired_splits(train: Features, test: Features) -> tuple[Split, Split, list[s
         return Split(np.array(features.array, np.float32), y, features.card['images'])
 
     return split(train), split(test), names
+
+
+def class_names(train: Optional[Sequence[str]], test: Optional[Sequence[str]]) -> list[str]:
+    """Classes to train on, in natural order.
+
+    Raises:
+        FeatureError: Images without classes, a test class that is not trained on, a single class.
+    """
+    for part, classes in (('train on', train), ('test on', test)):
+        if classes is None:
+            raise FeatureError(f'the images to {part} have no classes (a folder a class, or a tab and a class a line)')
+    names = sorted(set(train), key=natural_key)
+    unknown = sorted(set(test) - set(names), key=natural_key)
+    if unknown:
+        shown = ', '.join(unknown[:5]) + (f' and {len(unknown) - 5} more' if len(unknown) > 5 else '')
+        raise FeatureError(f'{len(unknown)} classes to test on are not among the {len(names)} to train on: {shown}')
+    if len(names) < 2:
+        raise FeatureError(f'the images to train on have one class, {names[0]}; a probe needs two')
+    return names
 
 
 def top_accuracy(scores: np.ndarray, y: np.ndarray, ks: Sequence[int] = (1, 5)) -> dict[str, float]:

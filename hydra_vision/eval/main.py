@@ -16,7 +16,7 @@ from ..features.options import add_model_options, add_run_options, backbone_from
 from ..features.pooling import check_layers
 from ..tables import make_table, stdout_console
 from . import knn, probe
-from .features import Split, paired_splits
+from .features import Split, class_names, paired_splits
 
 __all__ = ['knn_main', 'probe_main']
 
@@ -111,6 +111,12 @@ def _parser(prog: str, description: str) -> Parser:
 
 def _evaluate(arguments: argparse.Namespace, run: Callable[..., list[dict[str, Any]]], protocol: str) -> int:
     sources = [_open(arguments.train), _open(arguments.test)]
+    class_names(*(source.classes for source in sources))
+    most = max(getattr(arguments, 'k', (1,)))
+    if most > len(sources[0].paths):
+        raise UserError(f'--k {most}: there are {len(sources[0].paths)} images to train on')
+    if arguments.pool not in (None, 'avg', 'max', 'cls'):
+        raise UserError(f'--pool {arguments.pool}: a probe takes one vector an image: avg, max or cls')
     backbone = _backbone(arguments, sources)
     with tempfile.TemporaryDirectory(prefix='hydra-vision-') as scratch:
         features = [
@@ -144,13 +150,10 @@ def _evaluate(arguments: argparse.Namespace, run: Callable[..., list[dict[str, A
 
 
 def _open(text: str) -> Any:
-    """Features, or images to extract them from; images without classes fail here."""
+    """Features, or images to extract them from."""
     if Path(text).suffix in FORMATS:
         return load_features(text)
-    images = open_images(text)
-    if images.classes is None:
-        raise FeatureError(f'{text} has no classes (a folder a class, or a tab and a class a line)')
-    return images
+    return open_images(text)
 
 
 def _backbone(arguments: argparse.Namespace, sources: Sequence[Any]) -> Optional[Backbone]:

@@ -205,6 +205,12 @@ def test_features_that_do_not_belong_together(digits, tmp_path, capsys, monkeypa
     assert 'no model' in fails(capsys, 'knn', *DIGITS)
     assert "'test_hydra_vit'" in fails(capsys, 'knn', *DIGITS, '--model', 'test_hydra_vi')
     assert '--epochs is for --head linear' in fails(capsys, 'probe', str(train.path), str(test.path), '--epochs', '3')
+    assert '--k 1438: there are 1437' in fails(capsys, 'knn', *DIGITS, '--k', '1,1438', *model)
+    assert 'avg, max or cls' in fails(capsys, 'probe', *DIGITS, '--pool', 'tokens', *model)
+    (tmp_path / 'one' / 'cat').mkdir(parents=True)
+    Image.new('L', (8, 8)).save(tmp_path / 'one' / 'cat' / 'a.png')
+    assert 'classes to test on' in fails(capsys, 'knn', DIGITS[0], str(tmp_path / 'one'), *model)
+    assert 'have one class, cat' in fails(capsys, 'knn', str(tmp_path / 'one'), str(tmp_path / 'one'), *model)
     assert '--holdout' in fails(capsys, 'probe', str(train.path), str(test.path), '--holdout', '1.5')
 
 
@@ -215,8 +221,8 @@ def test_classes_that_do_not_fit(digits, tmp_path):
         Image.new('L', (8, 8)).save(tmp_path / name / 'a.png')
     backbone = load_backbone(CHECKPOINT)
     odd = extract(tmp_path, tmp_path / 'odd.npy', model=backbone, workers=0)
-    with pytest.raises(FeatureError, match='1 classes of the test images are not in the 10 to train on: cat'):
+    with pytest.raises(FeatureError, match='1 classes to test on are not among the 10 to train on: cat'):
         paired_splits(train, odd)
     flat = extract(tmp_path / 'cat', tmp_path / 'flat.npy', model=backbone, workers=0)
-    with pytest.raises(FeatureError, match='has no classes'):
+    with pytest.raises(FeatureError, match='the images to test on have no classes'):
         paired_splits(train, flat)
