@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hydra_vision.streams import keep_on_stream
+
 Result = dict[str, float]
 
 
@@ -40,6 +42,7 @@ def evaluate(
     for images, targets in loader:
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
+        keep_on_stream(images, targets)
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         for name, model in models.items():

@@ -12,6 +12,7 @@ from timm.utils import random_seed
 from torch import nn
 
 from hydra_vision.eval.classification import Result, evaluate
+from hydra_vision.streams import keep_on_stream
 from hydra_vision.train import build, data, outcome, report, sources
 from hydra_vision.train.checkpoint import LAST, save_checkpoint
 from hydra_vision.train.config import Config
@@ -282,10 +283,7 @@ class Trainer:
 
     def _backward(self, images: torch.Tensor, targets: torch.Tensor, group: int, last: bool = True) -> torch.Tensor:
         """Adds the gradient of one batch; returns its loss."""
-        if images.is_cuda:
-            # The prefetcher allocated these on its own stream: keep it from reusing the memory while we read it.
-            images.record_stream(torch.cuda.current_stream(images.device))
-            targets.record_stream(torch.cuda.current_stream(images.device))
+        keep_on_stream(images, targets)
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
         if self.config.run.channels_last:
