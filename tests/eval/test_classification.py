@@ -24,7 +24,7 @@ class Brightness(torch.nn.Module):
 def test_counts_and_leaves_out_images_without_a_class():
     levels = torch.tensor([0, 1, 2, 3, 4, 5])
     images = levels[:, None, None, None].expand(-1, 3, 4, 4).float()
-    targets = torch.tensor([0, 1, 3, 0, -1, 5])  # right, right, second best, fourth best, not counted, right
+    targets = torch.tensor([0, 1, 3, 1, -1, 5])  # right, right, near, further off, not counted, right
     loader = [(images[:4], targets[:4]), (images[4:], targets[4:])]
     model = Brightness(7).train()
     found = evaluate({'a': model, 'b': model}, loader, torch.device('cpu'))
