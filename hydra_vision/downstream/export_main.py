@@ -40,15 +40,17 @@ def main(kind: str, argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vis
     if arguments.dynamic_size and arguments.checkpoint is None:
         arguments.model_kwargs = [*arguments.model_kwargs, ('dynamic_img_size', True)]
     backbone = backbone_from(arguments)
+    console = stdout_console()
     try:
-        report = export(
-            backbone.model,
-            arguments.output,
-            img_size=backbone.img_size,
-            dynamic_size=arguments.dynamic_size,
-            overwrite=arguments.overwrite,
-            tolerance=arguments.tolerance,
-        )
+        with console.status(f'exporting {backbone.name} (a minute or more for a deep model)'):
+            report = export(
+                backbone.model,
+                arguments.output,
+                img_size=backbone.img_size,
+                dynamic_size=arguments.dynamic_size,
+                overwrite=arguments.overwrite,
+                tolerance=arguments.tolerance,
+            )
     except (ValueError, FileExistsError, RuntimeError) as error:
         raise UserError(str(error)) from error
     rows = [
@@ -59,5 +61,5 @@ def main(kind: str, argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vis
         ['one image', f'{report.milliseconds:.2f} ms (eager PyTorch {report.torch_milliseconds:.2f} ms)'],
         ['export took', f'{report.seconds:.0f} s'],
     ]
-    stdout_console().print(make_table(f'{backbone.name}, weights: {backbone.weights}', ['', ''], rows))
+    console.print(make_table(f'{backbone.name}, weights: {backbone.weights}', ['', ''], rows))
     return 0
