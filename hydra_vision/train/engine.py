@@ -163,7 +163,8 @@ class Trainer:
             self.sinks.insert(0, CsvLog(self.folder, self.learner.updates))
         if self.world.primary:
             self.sinks += create_loggers(self.config, self.folder, self.learner.updates, self.facts())
-        meter = report.Meter(self.console, self.epochs, len(self.train_loader), self.epoch)
+        done = self.epoch + self.progress.batches / len(self.train_loader)
+        meter = report.Meter(self.console, self.epochs, len(self.train_loader), done)
         try:
             with meter.bar, self.signals:
                 while self.epoch < self.epochs:

@@ -125,7 +125,7 @@ class Meter:
         done: epochs that were trained before this process.
     """
 
-    def __init__(self, console: Console, epochs: int, batches: int, done: int):
+    def __init__(self, console: Console, epochs: int, batches: int, done: float):
         self.console = console
         self.epochs = epochs
         self.batches = batches
