@@ -9,7 +9,7 @@ M is (L, L), one a head (and image, where it depends on the data). Source: the m
 Dao, Gu, "Hydra", NeurIPS 2024, section 2, and goombalab/hydra, ``hydra/modules/matrix_mixer.py``.
 """
 
-from typing import ClassVar, Optional, Set, Tuple
+from typing import ClassVar, Dict, Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -217,16 +217,27 @@ class MatrixMixer(nn.Module):
         return self.resampled(name, getattr(self, name), self.tokens, tokens)
 
     @torch.no_grad()
+    def carried(self, grid_size: GridSize) -> Dict[str, Tensor]:
+        """Values at another grid of the parameters that belong to tokens. The mixer stays as it is.
+
+        Raises:
+            ValueError: They cannot be carried there.
+        """
+        new = self.tokens.resized(grid_size)
+        return {name: self._at(name, new).clone() for name in self.grid_parameters()}
+
+    @torch.no_grad()
     def set_input_size(self, grid_size: GridSize) -> None:
-        """Carry the parameters that belong to tokens to another grid, for good."""
+        """Carry the parameters that belong to tokens to another grid, for good.
+
+        Raises:
+            ValueError: They cannot be carried there; the mixer stays as it was.
+        """
         if not self.takes_grid:
             return
-        new = self.tokens.resized(grid_size)
-        for name in self.grid_parameters():
-            old = getattr(self, name)
-            value = self.resampled(name, old, self.tokens, new)
-            setattr(self, name, nn.Parameter(value.clone(), requires_grad=old.requires_grad))
-        self.tokens = new
+        for name, value in self.carried(grid_size).items():
+            setattr(self, name, nn.Parameter(value, requires_grad=getattr(self, name).requires_grad))
+        self.tokens = self.tokens.resized(grid_size)
 
     def extra_repr(self) -> str:
         text = f'headdim={self.headdim}, nheads={self.nheads}, data_dependent={self.data_dependent}'

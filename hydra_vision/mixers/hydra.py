@@ -6,7 +6,7 @@ Paper: Hwang, Lahoti, Dao, Gu, "Hydra: Bidirectional State Space Models Through 
 """
 
 import math
-from typing import Optional, Tuple
+from typing import Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -65,6 +65,22 @@ def _hydra_inner(
     )
 
 
+def check_step_sizes(dt_min: float, dt_max: float, dt_limit: Tuple[float, float]) -> None:
+    """Raises ValueError for an empty range of initial step sizes or of the clamp."""
+    if not 0 < dt_min <= dt_max:
+        raise ValueError(f'dt_min = {dt_min}, dt_max = {dt_max}; needed is 0 < dt_min <= dt_max')
+    if len(dt_limit) != 2 or not 0.0 <= dt_limit[0] <= dt_limit[1]:
+        raise ValueError(f'dt_limit = {dt_limit}; it must be (min, max) with 0 <= min <= max')
+
+
+@torch.no_grad()
+def init_dt_bias_(dt_bias: Tensor, dt_min: float, dt_max: float, floor: float) -> None:
+    """softplus(dt_bias) = dt, log-uniform in [dt_min, dt_max] and not below the floor; drawn in float32."""
+    dt = torch.empty_like(dt_bias, dtype=torch.float32)
+    dt.uniform_(math.log(dt_min), math.log(dt_max)).exp_().clamp_(min=floor)
+    dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
 class GatedRMSNorm(nn.Module):
     """Weight of y = RMSNorm(y) * weight * SiLU(z); the arithmetic belongs to ``hydra_inner``."""
 
@@ -88,7 +104,7 @@ class Hydra(nn.Module):
         d_model: Width of the tokens.
         d_state: State size N of each head.
         d_conv: Width of the depthwise non-causal convolution; odd.
-        expand: ``d_inner = expand * d_model``.
+        expand: ``d_inner = expand * d_model``; need not be whole.
         headdim: Head width P; divides ``d_inner``. H = d_inner / headdim.
         ngroups: Groups G of B and C; divides H.
         dt_min: Smallest step size at initialisation (log-uniform in [dt_min, dt_max]).
@@ -112,7 +128,7 @@ class Hydra(nn.Module):
         d_model: int,
         d_state: int = 64,
         d_conv: int = 7,
-        expand: int = 2,
+        expand: float = 2,
         headdim: int = 64,
         ngroups: int = 1,
         *,
@@ -134,16 +150,13 @@ class Hydra(nn.Module):
                 raise ValueError(f'{name} = {value}; it must be at least 1')
         if d_conv < 1 or d_conv % 2 == 0:
             raise ValueError(f'd_conv = {d_conv}; it must be odd, so that the convolution keeps the length')
-        d_inner = int(expand * d_model)
+        d_inner = round(expand * d_model)  # int() would take 1.14 * 100 for 113
         if d_inner < 1 or d_inner % headdim:
             raise ValueError(f'headdim = {headdim} does not divide d_inner = expand * d_model = {d_inner}')
         nheads = d_inner // headdim
         if nheads % ngroups:
             raise ValueError(f'ngroups = {ngroups} does not divide the number of heads {nheads}')
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f'dt_min = {dt_min}, dt_max = {dt_max}; needed is 0 < dt_min <= dt_max')
-        if len(dt_limit) != 2 or not 0.0 <= dt_limit[0] <= dt_limit[1]:
-            raise ValueError(f'dt_limit = {dt_limit}; it must be (min, max) with 0 <= min <= max')
+        check_step_sizes(dt_min, dt_max, dt_limit)
         check_backend_name(backend)
         dd = {'device': device, 'dtype': dtype}
         self.d_model, self.d_inner, self.nheads = d_model, d_inner, nheads
@@ -175,15 +188,12 @@ class Hydra(nn.Module):
         """Initialise the parameters that this module owns itself; its submodules have a ``reset_parameters`` each."""
         nn.init.zeros_(self.A_log)
         nn.init.ones_(self.D)
-        # dt_bias is the inverse of softplus: softplus(dt_bias) = dt, drawn in float32 whatever the dtype
-        dt = torch.empty_like(self.dt_bias, dtype=torch.float32)
-        dt.uniform_(math.log(self.dt_min), math.log(self.dt_max)).exp_().clamp_(min=self.dt_init_floor)
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        init_dt_bias_(self.dt_bias, self.dt_min, self.dt_max, self.dt_init_floor)
         if self.init_states is not None:
             nn.init.zeros_(self.init_states)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
+    def no_weight_decay(self) -> Set[str]:
         """Parameters, relative to this module, that should not use weight decay."""
         return {'A_log', 'D', 'dt_bias', 'init_states'}
 

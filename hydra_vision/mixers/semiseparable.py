@@ -7,7 +7,6 @@ empty token appended, row i + 1 of its lower triangle is row i of SS. Paper: Hwa
 tables 3 and 10.
 """
 
-import math
 from typing import Optional, Set, Tuple
 
 import torch
@@ -20,6 +19,7 @@ from ..ops.dispatch import check_backend_name, choose_backend
 from ..ops.reference import accumulation_dtype
 from .base import MatrixMixer
 from .grid import TokenGrid
+from .hydra import check_step_sizes, init_dt_bias_
 
 __all__ = ['Quasiseparable', 'Semiseparable']
 
@@ -96,10 +96,7 @@ class Semiseparable(MatrixMixer):
                 raise ValueError(f'{name} = {value}; it must be at least 1')
         if heads % ngroups:
             raise ValueError(f'ngroups = {ngroups} does not divide the number of heads {heads}')
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f'dt_min = {dt_min}, dt_max = {dt_max}; needed is 0 < dt_min <= dt_max')
-        if len(dt_limit) != 2 or not 0.0 <= dt_limit[0] <= dt_limit[1]:
-            raise ValueError(f'dt_limit = {dt_limit}; it must be (min, max) with 0 <= min <= max')
+        check_step_sizes(dt_min, dt_max, dt_limit)
         check_backend_name(backend)
         self.d_state, self.ngroups, self.backend = d_state, ngroups, backend
         self.variant, self.share_bc = variant, share_bc
@@ -127,9 +124,7 @@ class Semiseparable(MatrixMixer):
     def reset_parameters(self) -> None:
         """Initialise the parameters that this module owns itself, as in ``Hydra``."""
         nn.init.zeros_(self.A_log)
-        dt = torch.empty_like(self.dt_bias, dtype=torch.float32)
-        dt.uniform_(math.log(self.dt_min), math.log(self.dt_max)).exp_().clamp_(min=self.dt_init_floor)
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        init_dt_bias_(self.dt_bias, self.dt_min, self.dt_max, self.dt_init_floor)
         if self.diagonal:
             nn.init.ones_(self.D)
         if not self.data_dependent:
@@ -146,9 +141,8 @@ class Semiseparable(MatrixMixer):
         if old.size == new.size:
             return value
         # columns [B, C] or [B_f, C_f, B_b, C_b]: B writes less a token where there are more tokens
-        B_and_C = value.unflatten(-1, (-1, 2, self.ngroups * self.d_state))
-        factor = torch.tensor([old.num_tokens / new.num_tokens, 1.0], device=value.device, dtype=value.dtype)
-        return (B_and_C * factor[:, None]).flatten(-3)
+        B, C = value.unflatten(-1, (-1, 2, self.ngroups * self.d_state)).unbind(-2)
+        return torch.stack([B * (old.num_tokens / new.num_tokens), C], dim=-2).flatten(-3)
 
     def _terms(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tuple:
         """A (H,); dt, B and C of each direction, a list; the diagonal (B, L, H) or None."""

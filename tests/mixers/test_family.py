@@ -68,6 +68,34 @@ def test_length(case):
         mixer(tokens(13), (3, 5))
 
 
+def test_initial_values():
+    """As in the paper's code: xavier over the whole tensor, c = 0.5, A = -1, D = 1, dt log-uniform in [1e-3, 0.1]."""
+    torch.manual_seed(0)
+
+    def made(name, **kwargs):
+        return mixers.create(name, 64, headdim=16, grid_size=(8, 8), **kwargs)  # 8 heads, L = 64
+
+    def xavier(fan_in, fan_out):
+        return (2 / (fan_in + fan_out)) ** 0.5
+
+    M = made('dense').M
+    assert M.std().item() == pytest.approx(xavier(64 * 64, 8 * 64), rel=0.05)
+    t = made('toeplitz', data_dependent=False).t
+    assert t.std().item() == pytest.approx(xavier(127, 8), rel=0.05)
+    assert t.abs().max().item() == pytest.approx(3**0.5 * xavier(127, 8), rel=0.05)  # uniform
+    for name in ('low_rank', 'cauchy', 'attention'):
+        mixer = made(name, data_dependent=False, qk_dim=16)
+        for p in (mixer.q, mixer.k):
+            assert p.std().item() == pytest.approx(xavier(8 * 16, 64 * 16), rel=0.05)
+    assert mixers.create('cauchy', 64).c.tolist() == [0.5]
+    for mixer in (mixers.create('semiseparable', 64), made('quasiseparable', data_dependent=False)):
+        assert not mixer.A_log.any()
+        dt = torch.nn.functional.softplus(mixer.dt_bias)
+        assert dt.min() > 0.99e-3
+        assert dt.max() < 0.101
+    assert (mixer.D == 1).all()
+
+
 def block_ranks(M: torch.Tensor, rows: slice, columns: slice) -> int:
     return int(torch.linalg.matrix_rank(M[..., rows, columns], rtol=1e-9).max())
 

@@ -175,6 +175,10 @@ def test_bad_sizes_are_named(kwargs, message):
         Hydra(64, **kwargs)
 
 
+def test_expand_need_not_be_whole():
+    assert Hydra(100, expand=114 / 100, headdim=57).d_inner == 114  # 114 / 100 * 100 is a little less
+
+
 def test_unknown_argument_is_a_type_error():
     with pytest.raises(TypeError):
         Hydra(64, chunk=3)
