@@ -35,6 +35,7 @@ from timm.layers import (
     get_norm_layer,
     resample_abs_pos_embed,
     resample_patch_embed,
+    to_2tuple,
     trunc_normal_,
 )
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -123,7 +124,7 @@ class HydraViT(nn.Module):
         mlp_ratio: float = 0.0,
         d_state: int = 64,
         d_conv: int = 7,
-        expand: int = 2,
+        expand: float = 2,
         headdim: int = 64,
         ngroups: int = 1,
         share_bc: bool = False,
@@ -168,7 +169,7 @@ class HydraViT(nn.Module):
             mlp_ratio: Ratio of mlp hidden dim to embedding dim; 0 (the paper) for blocks without MLP.
             d_state: State size of the mixer.
             d_conv: Width of the mixer's depthwise convolution, odd.
-            expand: Inner width of the mixer over embed_dim.
+            expand: Inner width of the mixer over embed_dim; need not be whole.
             headdim: Head width of the mixer.
             ngroups: Groups of B and C in the mixer.
             share_bc: Both directions of the mixer share B and C.
@@ -211,12 +212,26 @@ class HydraViT(nn.Module):
         _check_choice('scan_order', scan_order, SCAN_ORDERS)
         if scan_order == 'alternate' and patch_drop_rate > 0:
             raise ValueError("scan_order = 'alternate' needs the whole grid in each block; set patch_drop_rate=0")
-        if global_pool == 'token' and not class_token:
-            raise ValueError("global_pool = 'token' needs class_token=True")
+        if not class_token:
+            if global_pool == 'token':
+                raise ValueError("global_pool = 'token' needs class_token=True")
+            if class_token_position != 'first':
+                raise ValueError(f'class_token_position = {class_token_position!r} needs class_token=True')
         if depth < 1 or embed_dim < 1:
             raise ValueError(f'depth = {depth}, embed_dim = {embed_dim}; both must be at least 1')
-        if mlp_ratio < 0:
-            raise ValueError(f'mlp_ratio = {mlp_ratio}; it must be 0 (no MLP) or positive')
+        if mlp_ratio != 0 and mlp_ratio * embed_dim < 1:
+            raise ValueError(
+                f'mlp_ratio = {mlp_ratio}; it must be 0 (no MLP) or at least 1 / embed_dim = {1 / embed_dim:.3g}'
+            )
+        for name, rate in (
+            ('drop_rate', drop_rate),
+            ('pos_drop_rate', pos_drop_rate),
+            ('patch_drop_rate', patch_drop_rate),
+            ('proj_drop_rate', proj_drop_rate),
+            ('drop_path_rate', drop_path_rate),
+        ):
+            if not 0 <= rate < 1:
+                raise ValueError(f'{name} = {rate}; allowed: 0 <= {name} < 1')
         _check_choice('mlp', mlp, ('dense', 'blockdiag'))
         if mlp == 'blockdiag' and mlp_ratio == 0:
             raise ValueError("mlp = 'blockdiag' needs an mlp_ratio above 0")
@@ -239,6 +254,9 @@ class HydraViT(nn.Module):
         self.dynamic_img_size = dynamic_img_size
         self.grad_checkpointing = False
 
+        grid_size = _check_grid_size(
+            img_size, patch_size, pos_embed == 'learn' and not dynamic_img_size, dynamic_img_pad
+        )
         embed_args = {}
         if dynamic_img_size:
             # flatten deferred until after pos embed
@@ -253,14 +271,6 @@ class HydraViT(nn.Module):
             **dd,
         )
         num_patches = self.patch_embed.num_patches
-        if num_patches < 1:
-            raise ValueError(f'img_size = {img_size} is smaller than patch_size = {patch_size}')
-        padded_grid = tuple(self.patch_embed.dynamic_feat_size(self.patch_embed.img_size))
-        if pos_embed == 'learn' and not dynamic_img_size and padded_grid != tuple(self.patch_embed.grid_size):
-            raise ValueError(
-                f"pos_embed = 'learn' with dynamic_img_pad=True needs dynamic_img_size=True where patch_size = "
-                f'{patch_size} does not divide img_size = {img_size}'
-            )
         reduction = self.patch_embed.feat_ratio()
 
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if class_token else None
@@ -297,7 +307,7 @@ class HydraViT(nn.Module):
             mixer_params,
             model=HydraViT,
             d_model=embed_dim,
-            grid_size=padded_grid,
+            grid_size=grid_size,
             num_prefix_tokens=self.num_prefix_tokens,
             prefix_position=class_token_position,
             patch_drop_rate=patch_drop_rate,
@@ -416,12 +426,25 @@ class HydraViT(nn.Module):
         Args:
             img_size: New input resolution, if None current resolution is used.
             patch_size: New patch size, if None existing patch size is used.
+
+        Raises:
+            ValueError: A size that does not fit, or to which the mixer's parameters cannot be carried; the model stays
+                as it was.
         """
-        if self.scan_order != 'row' and self.blocks[0].takes_grid:
-            raise ValueError(
-                f"scan_order = {self.scan_order!r}: this mixer's parameters a patch are carried to another grid by rows"
-            )
         prev_grid_size = self.patch_embed.grid_size
+        grid_size = _check_grid_size(
+            self.patch_embed.img_size if img_size is None else img_size,
+            self.patch_embed.patch_size if patch_size is None else patch_size,
+            self.pos_embed is not None and not self.dynamic_img_size,
+            self.patch_embed.dynamic_img_pad,
+        )
+        if self.blocks[0].takes_grid and grid_size != self.blocks[0].mixer.tokens.size:
+            if self.scan_order != 'row':
+                raise ValueError(
+                    f"scan_order = {self.scan_order!r}: this mixer's parameters a patch are carried to another grid by "
+                    'rows'
+                )
+            self.blocks[0].mixer.carried(grid_size)  # what it refuses it refuses before anything is changed
         self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
         if self.pos_embed is not None and self.patch_embed.grid_size != prev_grid_size:
             self.pos_embed = nn.Parameter(
@@ -436,7 +459,7 @@ class HydraViT(nn.Module):
             )
         for blk in self.blocks:
             if blk.takes_grid:
-                blk.mixer.set_input_size(self.patch_embed.dynamic_feat_size(self.patch_embed.img_size))
+                blk.mixer.set_input_size(grid_size)
         if patch_size is not None:
             reduction = self.patch_embed.feat_ratio()
             for info in self.feature_info:
@@ -738,6 +761,30 @@ class HydraViT(nn.Module):
 def _check_choice(name: str, value: str, allowed: Tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f'{name} = {value!r}; allowed: {", ".join(map(repr, allowed))}')
+
+
+def _check_grid_size(
+    img_size: Union[int, Tuple[int, int]],
+    patch_size: Union[int, Tuple[int, int]],
+    fixed_pos_embed: bool,
+    dynamic_img_pad: bool,
+) -> Tuple[int, int]:
+    """Grid of patches that the blocks see, before a model is built or changed for it."""
+    sizes = {'img_size': to_2tuple(img_size), 'patch_size': to_2tuple(patch_size)}
+    for name, size in sizes.items():
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f'{name} = {size}; it must be a number or (H, W), each at least 1')
+    (H, W), (h, w) = sizes.values()
+    grid_size = H // h, W // w
+    if min(grid_size) < 1:
+        raise ValueError(f'img_size = {img_size} is smaller than patch_size = {patch_size}')
+    padded = math.ceil(H / h), math.ceil(W / w)
+    if fixed_pos_embed and dynamic_img_pad and padded != grid_size:
+        raise ValueError(
+            f"pos_embed = 'learn' with dynamic_img_pad=True needs dynamic_img_size=True where patch_size = "
+            f'{patch_size} does not divide img_size = {img_size}'
+        )
+    return padded if dynamic_img_pad else grid_size
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: HydraViT) -> Dict[str, torch.Tensor]:
