@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..optional import require
 from ..train.images import READ_ERRORS
-from .backbone import Backbone, Size, load_backbone
+from .backbone import Backbone, Size, load_backbone, pick_device
 from .errors import FeatureError
 from .files import FORMATS, Features, load_features
 from .pooling import POOLS, check_layers, image_features
@@ -98,6 +98,9 @@ def extract(
         given = [key for key, value in given.items() if value is not None] + ['random_init'] * random_init
         if given:
             raise FeatureError(f'{", ".join(given)}: a loaded model is taken as it is')
+        here = next(model.model.parameters()).device
+        if device != 'auto' and pick_device(device).type != here.type:
+            raise FeatureError(f'device = {device!r}, but the model is on {here}: a loaded model is taken as it is')
         backbone = model
     else:
         backbone = load_backbone(

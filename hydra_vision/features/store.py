@@ -21,6 +21,7 @@ from .sources import Images
 __all__ = ['RowStore']
 
 _TEXT = dict(newline='', encoding='utf-8', errors='surrogateescape')
+_NAMES = {'weights', 'images'}  # the same by another path; fingerprint and lines say whether they are
 _COMMIT_SECONDS = 1.0  # at most this much work is lost in a kill
 
 
@@ -135,7 +136,7 @@ class RowStore:
         """Why what is there cannot be continued; '' where it can, or where nothing is there."""
         if before is None:
             return f'{self.target} exists and is not of this extraction' if self.target.exists() else ''
-        differs = {key for key in self.card if before.get(key) != self.card[key]}
+        differs = {key for key in self.card if before.get(key) != self.card[key]} - _NAMES
         if 'fingerprint' in differs:
             differs = {'fingerprint'} if before['model'] == self.card['model'] else {'model'}
         if differs:

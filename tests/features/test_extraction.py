@@ -157,6 +157,12 @@ def test_resumes_to_the_same_file(backbone, folder, tmp_path, suffix, damage):
     extract(folder, out, on_progress=lambda done, total: pytest.fail('read again'), **kwargs)
 
 
+def test_the_same_folder_by_another_path_goes_on(backbone, folder, tmp_path, monkeypatch):
+    extract(folder, tmp_path / 'f.npy', model=backbone, workers=0)
+    monkeypatch.chdir(tmp_path)
+    extract('images', 'f.npy', model=backbone, workers=0, on_progress=lambda *_: pytest.fail('read again'))
+
+
 def test_killed_while_finishing(backbone, folder, tmp_path, monkeypatch):
     kwargs = dict(model=backbone, workers=0)
     with monkeypatch.context() as patch:
@@ -269,6 +275,7 @@ def test_other_features_are_not_overwritten(backbone, folder, tmp_path):
         (dict(amp='bf8'), 'allowed: auto, none, bf16, fp16'),
         (dict(images='nowhere'), "'nowhere' is neither a folder nor a file"),
         (dict(img_size=64), 'a loaded model is taken as it is'),
+        (dict(device='meta'), 'but the model is on cpu'),
     ],
 )
 def test_bad_input_before_any_work(backbone, folder, tmp_path, monkeypatch, changed, match):
