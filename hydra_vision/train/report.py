@@ -73,7 +73,8 @@ def speed_line(history: Sequence[Row]) -> str:
     waited = sum(row["seconds"] * row.get("data_wait", 0.0) for row in history) / max(seconds, 1e-9)
     mfu = [row["mfu"] for row in history if row.get("mfu") is not None]
     memory = [row["peak_memory_gib"] for row in history if row.get("peak_memory_gib") is not None]
-    limit = "the loader is the limit" if waited > 0.1 else "the loader keeps up"
+    limit = "the loader keeps up" if waited < 0.1 else "a faster loader would save up to that"
+    limit = "the loader is the limit" if waited > 0.5 else limit
     parts = [f"training {duration(seconds)}", f"{images / max(seconds, 1e-9):.0f} img/s"]
     parts += [f"waiting for data {100 * waited:.0f} % of it ({limit})"]
     parts += [f"MFU {100 * sum(mfu) / len(mfu):.1f} %"] if mfu else []

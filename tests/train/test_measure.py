@@ -1,6 +1,7 @@
 import pytest
 
 from hydra_vision.train import measure
+from hydra_vision.train.report import speed_line
 
 
 def test_a_dry_run_prints_the_cost_and_writes_nothing(tiny, run, tmp_path):
@@ -36,3 +37,15 @@ def test_the_verdict(loader, device, text):
 def test_measurements_take_no_output_folder(fails):
     assert "leave out --output" in fails("--dry-run", "--output", "x", code=2)
     assert "not allowed with" in fails("--dry-run", "--bench-data", code=2)
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0.03, "3 % of it (the loader keeps up)"), (0.3, "would save up to that"), (0.8, "the loader is the limit")],
+)
+def test_the_summary_says_how_long_training_waited_for_data(share, text):
+    rows = [{"seconds": 10.0, "images_per_second": 50.0, "data_wait": share, "mfu": None, "peak_memory_gib": 1.5}]
+    line = speed_line(rows * 2)
+    assert line.startswith("training 0:00:20, 50 img/s, waiting for data ")
+    assert text in line
+    assert line.endswith("peak memory 1.50 GiB")
