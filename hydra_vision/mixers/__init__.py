@@ -12,7 +12,7 @@ from .hydra import Hydra
 from .monarch import LongConv, Monarch
 from .pairwise import Cauchy, Vandermonde
 from .query_key import LowRank
-from .registry import arguments, count_parameters, create, match_parameters, needs_grid
+from .registry import arguments, create, needs_grid
 from .registry import list_mixers as list
 from .semiseparable import Quasiseparable, Semiseparable
 from .toeplitz import Toeplitz
@@ -35,9 +35,7 @@ __all__ = [
     'Vandermonde',
     'VitAttention',
     'arguments',
-    'count_parameters',
     'create',
     'list',
-    'match_parameters',
     'needs_grid',
 ]

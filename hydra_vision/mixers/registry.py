@@ -15,15 +15,7 @@ from .query_key import LowRank
 from .semiseparable import Quasiseparable, Semiseparable
 from .toeplitz import Toeplitz
 
-__all__ = [
-    'arguments',
-    'count_parameters',
-    'create',
-    'list_mixers',
-    'match_parameters',
-    'mixer_class',
-    'needs_grid',
-]
+__all__ = ['arguments', 'create', 'list_mixers', 'mixer_class', 'needs_grid']
 
 MIXERS: Dict[str, Type[nn.Module]] = {
     'hydra': Hydra,
@@ -108,60 +100,6 @@ def create(name: str, d_model: int, *, device=None, dtype=None, **kwargs) -> nn.
     cls = mixer_class(name)
     check_arguments(name, tuple(kwargs))
     return cls(d_model, device=device, dtype=dtype, **kwargs)
-
-
-def count_parameters(name: str, d_model: int, **kwargs) -> int:
-    """Parameters of ``create(name, d_model, **kwargs)``, which is not built."""
-    return sum(p.numel() for p in create(name, d_model, device='meta', **kwargs).parameters())
-
-
-def match_parameters(name: str, d_model: int, parameters: int, *, tolerance: float = 0.02, **kwargs) -> Dict[str, Any]:
-    """Arguments that give a mixer nearly so many parameters: as many heads, each wider or narrower.
-
-    Args:
-        name: One of ``list_mixers()``.
-        d_model: Width of the tokens.
-        parameters: Wanted number.
-        tolerance: Largest relative difference that is accepted.
-        **kwargs: The mixer's other arguments; its number of heads is the one that they give.
-
-    Returns:
-        The arguments to change, for ``create(name, d_model, **{**kwargs, **changed})``.
-
-    Raises:
-        ValueError: No width of the heads comes within the tolerance.
-    """
-    allowed = arguments(name)
-    check_arguments(name, tuple(kwargs))
-    settings = {**allowed, **kwargs}
-    if 'num_heads' in allowed:
-        heads = settings['num_heads'] or d_model // settings['headdim']
-    else:
-        heads = round(settings['expand'] * d_model) // settings.get('headdim', 1)
-
-    def changes(width: int) -> Dict[str, Any]:
-        """For a head (where every channel is a head: all of them) ``width`` channels wide."""
-        if 'num_heads' in allowed:
-            return {'num_heads': heads, 'headdim': width}
-        if 'headdim' in allowed:
-            return {'headdim': width, 'expand': heads * width / d_model}
-        return {'expand': width / d_model}
-
-    def count(width: int) -> int:
-        return count_parameters(name, d_model, **{**kwargs, **changes(width)})
-
-    # but for rounding the number is affine in the width
-    one = count(1)
-    slope = max(1, (count(9) - one) / 8)
-    guess = round(1 + (parameters - one) / slope)
-    width = min((max(1, guess + n) for n in (-1, 0, 1)), key=lambda n: abs(count(n) - parameters))
-    found = count(width)
-    if abs(found - parameters) > tolerance * parameters:
-        raise ValueError(
-            f'mixer {name!r} cannot have {parameters} parameters at d_model = {d_model}: {heads} heads {width} wide '
-            f'give {found}, tolerance = {tolerance}; another headdim or expand gives another number of heads'
-        )
-    return changes(width)
 
 
 def _nearest(name: str, names: List[str]) -> str:

@@ -2,7 +2,7 @@
 
 import inspect
 from functools import partial
-from typing import Any, Callable, Dict, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -16,10 +16,8 @@ def mixer_factory(
     mixer: str,
     options: Dict[str, Any],
     mixer_kwargs: Optional[Dict[str, Any]],
-    mixer_params: Optional[Union[int, str]],
     *,
     model: Callable,
-    d_model: int,
     grid_size: Tuple[int, int],
     num_prefix_tokens: int,
     prefix_position: str,
@@ -31,20 +29,19 @@ def mixer_factory(
         mixer: A name of `hydra_vision.mixers.list()`.
         options: The model's own arguments for its mixer, by name. Those that this mixer takes go to it.
         mixer_kwargs: The mixer's arguments by their own names.
-        mixer_params: How many parameters the mixer shall have, see `mixers.match_parameters`; or the mixer that has as
-            many with these options.
         model: The model's class, whose signature says what the defaults of `options` are.
         grid_size: Patches that the model is made for.
         num_prefix_tokens: Class tokens.
         prefix_position: Where they stand.
         patch_drop_rate: Of the model.
-        d_model: Width of the model.
 
     Raises:
         ValueError: An unknown mixer; an option with another value than its default that the mixer does not have, or
             that is in `mixer_kwargs` as well; dropped patches with a mixer that has parameters for each patch.
-        TypeError: A key of `mixer_kwargs` that the mixer does not take.
+        TypeError: `mixer_kwargs` is no dict, or has a key that the mixer does not take.
     """
+    if not isinstance(mixer_kwargs, (dict, type(None))):
+        raise TypeError(f'mixer_kwargs = {mixer_kwargs!r}; it must be a dict')
     given = dict(mixer_kwargs or {})
     for argument in ('grid_size', 'num_prefix_tokens', 'prefix_position'):
         if argument in given:
@@ -57,10 +54,9 @@ def mixer_factory(
     }
     options = {'bias' if option == 'mixer_bias' else option: (option, value) for option, value in options.items()}
     allowed = mixers.arguments(mixer)
-    reference = mixers.arguments(mixer_params) if isinstance(mixer_params, str) else ()
     for argument, (option, value) in options.items():
         if argument not in allowed:
-            if option in changed and argument not in reference:
+            if option in changed:
                 raise ValueError(
                     f'{option} = {value}: the mixer {mixer!r} has no {argument}; it takes: {", ".join(sorted(allowed))}'
                 )
@@ -68,21 +64,13 @@ def mixer_factory(
             given[argument] = value
         elif option in changed and given[argument] != value:
             raise ValueError(f'{option} = {value}, but mixer_kwargs has {argument} = {given[argument]}')
-    tokens = dict(grid_size=grid_size, num_prefix_tokens=num_prefix_tokens, prefix_position=prefix_position)
     if mixers.needs_grid(mixer, **given):
         if patch_drop_rate > 0:
             raise ValueError(
                 f'patch_drop_rate = {patch_drop_rate}: this mixer ({mixer!r}) has parameters for each patch, none may '
                 'be dropped'
             )
-        given.update(tokens)
-    if mixer_params is not None:
-        if isinstance(mixer_params, str):
-            like = {argument: value for argument, (_, value) in options.items() if argument in reference}
-            if mixers.needs_grid(mixer_params):
-                like.update(tokens)
-            mixer_params = mixers.count_parameters(mixer_params, d_model, **like)
-        given.update(mixers.match_parameters(mixer, d_model, mixer_params, **given))
+        given.update(grid_size=grid_size, num_prefix_tokens=num_prefix_tokens, prefix_position=prefix_position)
     return partial(mixers.create, mixer, **given)
 
 

@@ -138,7 +138,6 @@ class HydraViT(nn.Module):
         backend: str = 'auto',
         mixer: str = 'hydra',
         mixer_kwargs: Optional[Dict[str, Any]] = None,
-        mixer_params: Optional[Union[int, str]] = None,
         mlp: Literal['dense', 'blockdiag'] = 'dense',
         mlp_blocks: int = 4,
         pos_embed: Literal['none', 'learn'] = 'none',
@@ -184,8 +183,6 @@ class HydraViT(nn.Module):
             mixer: Name of the mixer, one of `hydra_vision.mixers.list()`. The options above go to it as far as it has
                 them; one that it does not have must keep its default.
             mixer_kwargs: Further arguments of the mixer, see `hydra_vision.mixers.arguments(mixer)`.
-            mixer_params: Parameters that one mixer shall have, by the width of its heads: a number, or the name of a
-                mixer, for as many as that one has with the options above; None leaves the heads as they are.
             mlp: 'dense', or 'blockdiag' for the block-diagonal MLP of Monarch Mixer (with mlp_ratio).
             mlp_blocks: Blocks of its layers.
             pos_embed: Type of position embedding: 'none' (the paper) or 'learn'.
@@ -304,9 +301,7 @@ class HydraViT(nn.Module):
                 backend=backend,
             ),
             mixer_kwargs,
-            mixer_params,
             model=HydraViT,
-            d_model=embed_dim,
             grid_size=grid_size,
             num_prefix_tokens=self.num_prefix_tokens,
             prefix_position=class_token_position,
@@ -366,8 +361,7 @@ class HydraViT(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
         """Set of parameters (patterns) that should not use weight decay."""
-        mixer_params = self.blocks[0].mixer.no_weight_decay()
-        return {'pos_embed', 'cls_token'} | {f'*.mixer.{name}' for name in mixer_params}
+        return {'pos_embed', 'cls_token'} | {f'*.mixer.{name}' for name in self.blocks[0].mixer.no_weight_decay()}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Union[str, List]]:

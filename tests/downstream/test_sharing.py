@@ -19,7 +19,7 @@ VARIANTS = [
     dict(num_classes=3, img_size=(32, 64), class_token=True, class_token_position='middle', global_pool='token'),
     dict(num_classes=0, mlp_ratio=2.0, d_state=16, share_bc=True, dynamic_img_size=True),
     dict(num_classes=4, learnable_init_states=True, dt_limit=(0.01, float('inf')), d_conv=3, drop_path_rate=0.1),
-    dict(num_classes=4, scan_order='hilbert', mixer='cauchy', mixer_params='hydra', depth=2),
+    dict(num_classes=4, scan_order='hilbert', mixer='cauchy', mixer_kwargs=dict(qk_dim=4), depth=2),
     dict(num_classes=4, mixer='dft', mlp='blockdiag', mlp_ratio=2.0, depth=2),
 ]
 
