@@ -167,7 +167,7 @@ class Meter:
         parts += [f"wait {100 * row['data_wait']:.0f} %"]
         parts += [f"MFU {100 * row['mfu']:.1f} %"] if row["mfu"] is not None else []
         left = self.eta(row["epoch"])
-        parts += [f"ETA {duration(left)}"] if row["epoch"] < self.epochs else []
+        parts += [f"ETA {duration(left)}"] if row["epoch"] < self.epochs and left == left else []  # not known: NaN
         self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
 
 

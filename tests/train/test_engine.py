@@ -190,13 +190,6 @@ def test_bfloat16_and_mixing_that_is_switched_off(tiny, run, tmp_path):
     )
 
 
-@pytest.mark.slow
-def test_a_compiled_run(tiny, run, tmp_path):
-    options = ("--compile", "true", "--epochs", "2")
-    assert run(*tiny, *options, "--output", "run")[0] == 0
-    assert not any("_orig_mod" in name for name in load_checkpoint(tmp_path / "run" / LAST)["state_dict"])
-
-
 def test_validation_may_be_rarer_than_epochs(tiny, run, tmp_path):
     assert run(*tiny, "--set", "run.validate_every=2", "--output", "run")[0] == 0
     assert [row["val_top1"] != "" for row in summary(tmp_path / "run")] == [False, True, True]

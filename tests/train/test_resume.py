@@ -155,6 +155,19 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_run_goes_on_before_it(
     assert "no checkpoint of parts is intact" in fails(*tiny, "--output", "parts", "--resume", "auto", code=1)
 
 
+def test_a_run_that_goes_on_with_nothing_but_the_validation_of_an_epoch_left(tiny, run, monkeypatch):
+    """No pace is known then, of which the remaining time would follow."""
+    validate = engine.Trainer._validate_epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Trainer, "_validate_epoch", lambda *_: interrupt())
+        assert run(*tiny, "--set", "checkpoint.every_steps=6", "--output", "run")[0] == 130
+    assert engine.Trainer._validate_epoch is validate
+    code, out, _ = run("--resume", "run", "--epochs", "2")
+    assert code == 0
+    assert "from epoch 0" not in out
+    assert "epoch   1/2" in out
+
+
 def test_a_run_that_goes_on_before_its_end_sets_later_checkpoints_aside(tiny, run, tmp_path, assert_same_run):
     assert run(*tiny, "--output", "run")[0] == 0
     whole = load_checkpoint(tmp_path / "run" / LAST)

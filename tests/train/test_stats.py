@@ -9,6 +9,7 @@ import hydra_vision  # noqa: F401  registers the models
 from hydra_vision.mixers import Hydra
 from hydra_vision.ops.inner import unpack_zxbcdt
 from hydra_vision.train import engine
+from hydra_vision.train.checkpoint import LAST, load_checkpoint
 from hydra_vision.train.log import CsvLog, across_layers
 from hydra_vision.train.stats import mixer_statistics, total_norm
 
@@ -113,10 +114,11 @@ def test_rows_after_the_checkpoint_are_dropped_and_a_torn_one_as_well(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_is_measured_as_a_plain_one(tiny, run, tmp_path):
+def test_a_compiled_run_is_measured_and_saved_as_a_plain_one(tiny, run, tmp_path):
     for name, compiled in (("plain", "false"), ("compiled", "true")):
         command = (*tiny, "--epochs", "2", "--set", "log.every=5", "--compile", compiled, "--output", name)
         assert run(*command)[0] == 0
+    assert not any("_orig_mod" in name for name in load_checkpoint(tmp_path / "compiled" / LAST)["state_dict"])
     for first, second in zip(*(read(tmp_path / name / "mixers.csv") for name in ("plain", "compiled")), strict=True):
         for key in ("dt_mean", "dt_max", "decay_q50"):
             assert float(first[key]) == pytest.approx(float(second[key]), rel=1e-2)
