@@ -42,7 +42,7 @@ def main(kind: str, argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vis
     backbone = backbone_from(arguments)
     console = stdout_console()
     try:
-        with console.status(f'exporting {backbone.name} (a minute or more for a deep model)'):
+        with console.status(f'exporting {backbone.name} (many minutes for a deep model)'):
             report = export(
                 backbone.model,
                 arguments.output,
