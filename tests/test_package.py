@@ -31,10 +31,11 @@ def test_import_is_light():
 
 def test_import_takes_at_most_a_fifth_longer_than_timm():
     def seconds(module: str) -> float:
-        code = f'import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)'
+        code = f'import time; t = time.process_time(); import {module}; print(time.process_time() - t)'
         return float(run(sys.executable, '-c', code))
 
-    pairs = [(seconds('timm'), seconds('hydra_vision')) for _ in range(4)]  # interleaved: the machine may be busy
+    # CPU time, interleaved: the machine may be busy
+    pairs = [(seconds('timm'), seconds('hydra_vision')) for _ in range(4)]
     assert min(ours for _, ours in pairs) <= 1.2 * min(theirs for theirs, _ in pairs), pairs
 
 

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models._features_fx import create_feature_extractor
 from timm.models._manipulate import group_parameters
 from timm.models.vision_transformer import VisionTransformer
 
@@ -67,6 +68,7 @@ def test_features_groups_and_weight_decay(name, kwargs):
     with torch.no_grad():
         final, taps = model.forward_intermediates(x)
         torch.testing.assert_close(final, model.forward_features(x))
+        torch.testing.assert_close(create_feature_extractor(model, {'norm': 'final'})(x)['final'], final)
     assert [t.shape for t in taps] == [(2, 64, 4, 4)] * 2
     layers = group_parameters(model, model.group_matcher(), reverse=True)
     names = [n for n, _ in model.named_parameters()]
@@ -162,6 +164,15 @@ def test_no_graph_breaks(name, kwargs):
     model(images()).sum().backward()
     for a, p in zip(got, model.parameters()):
         torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['attention', 'cauchy', 'dft', 'm2', 'monarch', 'semiseparable', 'toeplitz'])
+def test_export_with_dynamic_batch(name):
+    model = create(name, {}, depth=1)
+    batch = ({0: torch.export.Dim('batch', min=1, max=64)},)
+    exported = torch.export.export(model, (images(),), dynamic_shapes=batch).module()
+    torch.testing.assert_close(exported(images(5)), model(images(5)))
 
 
 def test_vit_attention_is_timms_block():
