@@ -149,7 +149,7 @@ def swap_mixers(
     wanted = _wanted(blocks, len(found))
     for name in ('grid_size', 'num_prefix_tokens', 'prefix_position'):
         if name in mixer_kwargs:
-            raise ValueError(f'{name} = {mixer_kwargs[name]}; the model knows its tokens, leave it away')
+            raise ValueError(f'{name} = {mixer_kwargs[name]}; the model knows its tokens, leave it out')
     has_position = _hands_over_positions(model) or any(_has_relative_position(found[i][1]) for i in wanted)
     if has_position and not drop_position:
         raise ValueError(

@@ -121,4 +121,4 @@ class VitAttention(TimmAttention):
 
 def _softmax_scores(q: Tensor, k: Tensor) -> Tensor:
     acc = accumulation_dtype(q.dtype)
-    return (q.to(acc) @ k.to(acc).mT * q.shape[-1] ** -0.5).softmax(-1)
+    return (q.to(acc) @ k.to(acc).mT * q.shape[-1] ** -0.5).softmax(-1, dtype=acc)  # autocast narrows products

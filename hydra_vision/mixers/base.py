@@ -100,7 +100,7 @@ class MatrixMixer(nn.Module):
             raise ValueError(
                 f'{type(self).__name__}: grid_size = {grid_size}, num_prefix_tokens = {num_prefix_tokens}, '
                 f'prefix_position = {prefix_position!r}; nothing in this mixer depends on the number of tokens, leave '
-                'them away'
+                'them out'
             )
         self.tokens = TokenGrid(grid_size, num_prefix_tokens, prefix_position) if self.takes_grid else None
         self._projections = dict(d_conv=d_conv, bias=bias, conv_bias=conv_bias, device=device, dtype=dtype)

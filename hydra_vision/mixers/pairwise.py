@@ -89,7 +89,7 @@ class Cauchy(_PairwiseMixer):
         super().__init__(d_model, qk_dim, data_dependent=data_dependent, device=device, dtype=dtype, **wrapper)
         if data_dependent:
             self.c = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
-            nn.init.constant_(self.c, 0.5)
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

@@ -45,7 +45,7 @@ def mixer_factory(
     given = dict(mixer_kwargs or {})
     for argument in ('grid_size', 'num_prefix_tokens', 'prefix_position'):
         if argument in given:
-            raise ValueError(f'mixer_kwargs: {argument} = {given[argument]}; the model knows its tokens, leave it away')
+            raise ValueError(f'mixer_kwargs: {argument} = {given[argument]}; the model knows its tokens, leave it out')
     defaults = inspect.signature(model).parameters
     changed = {
         option

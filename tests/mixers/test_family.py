@@ -185,6 +185,29 @@ def test_quasiseparable_is_hydra(share_bc):
     assert 'variant' not in mixers.arguments('quasiseparable')
 
 
+def test_a_negative_c_counts_as_zero():
+    mixer = make('cauchy', dict(qk_dim=3))
+    with torch.no_grad():
+        before = mixer.matrix(tokens(12))
+        mixer.c.zero_()
+        zero = mixer.matrix(tokens(12))
+        mixer.c.fill_(-5.0)
+        M = mixer.matrix(tokens(12))
+    assert torch.equal(M, zero)
+    assert not torch.allclose(M, before)
+
+
+@pytest.mark.parametrize('name', mixers.list())
+def test_matrix_under_autocast_is_wide(name):
+    mixer = mixers.create(name, 64, **(dict(grid_size=13) if mixers.needs_grid(name) else {}))
+    u = tokens(13, d_model=64).float()
+    expected = mixer.matrix(u)
+    with torch.autocast('cpu', torch.bfloat16):
+        M = mixer.matrix(u)
+    assert M.dtype == torch.float32
+    assert (M - expected).norm() < 0.03 * expected.norm()
+
+
 def test_vit_attention():
     mixer = mixers.create('vit_attention', 16, headdim=8, dtype=torch.float64)
     u = tokens(13, d_model=16)
