@@ -61,7 +61,8 @@ class Toeplitz(MatrixMixer):
     convolved like v. Any length. Data-independent: 2L - 1 parameters a head; at another grid the kernel over (dy, dx)
     is resampled in two dimensions (``resample_offsets``), without prefix tokens, which have no place on the grid.
 
-    The released module computes t_{i-j+1}, with the last coefficient wrapped around; this is the definition.
+    The released module computes t_{i-j+1}, with the last coefficient wrapped around, and swaps tokens with the channels
+    of a head (it runs for L = headdim only); this is the definition.
 
     Args:
         d_model: Width of the tokens.

@@ -169,6 +169,19 @@ def test_released_toeplitz_is_off_by_one(dd):
     assert (ours_y - theirs).norm() > 0.5 * ours_y.norm()
 
 
+@torch.no_grad()
+def test_released_toeplitz_swaps_tokens_and_channels():
+    """Their coefficients rolled by one give their matrix here; their result (B, P, H, L) is read as (B, L, H, P)."""
+    mixer = mixers.create('toeplitz', 12, headdim=6, data_dependent=False, grid_size=6, dtype=torch.float64)
+    v = torch.randn(2, 6, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    padded = F.pad(v.permute(0, 3, 2, 1), (5, 0))
+    theirs = torch.fft.ifft(torch.fft.fft(padded) * torch.fft.fft(mixer.t)).real[..., :6] * 0.5 / 6**0.5
+    mixer.t.copy_(mixer.t.roll(-1, -1))
+    ours = mixer.mix(v, None, mixer.tokens)
+    torch.testing.assert_close(ours, theirs.permute(0, 3, 2, 1))
+    assert (ours - theirs).norm() > 0.5 * ours.norm()
+
+
 def test_released_vandermonde_without_data_learns_nothing_and_ours_does():
     """Theirs multiplies token t by a sum over l of M[t, l], and starts where every cosine has gradient zero."""
     q = torch.zeros(QK, L, requires_grad=True)
