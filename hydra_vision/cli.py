@@ -178,9 +178,9 @@ def _efficiency_length(argv: list[str]) -> int:
 
 
 def _show_matrix(argv: list[str]) -> int:
-    from .visualize.show_matrix import main as show_matrix
+    from .visualize.main import main as visualize
 
-    return show_matrix(argv, prog=f'{PROG} show-matrix')
+    return visualize(argv, prog=f'{PROG} show-matrix', kind='matrix')
 
 
 def _extract(argv: list[str]) -> int:

@@ -12,7 +12,7 @@ from ..features import Backbone, FeatureError, Features, extract, load_features,
 from ..features.backbone import pick_device
 from ..features.files import FORMATS
 from ..features.main import show_progress
-from ..features.options import add_model_options, add_run_options, backbone_from, integers, numbers
+from ..features.options import add_image_options, add_model_options, add_run_options, backbone_from, integers, numbers
 from ..features.pooling import check_layers
 from ..tables import make_table, stdout_console
 from . import knn, probe
@@ -105,6 +105,7 @@ def _parser(prog: str, description: str) -> Parser:
     parser.add_argument('--layers', type=integers, metavar='I,J', help='of images: layers, joined, as --layers=-2,-1')
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
     add_model_options(parser)
+    add_image_options(parser)
     add_run_options(parser)
     return parser
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import pickle
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -204,6 +205,13 @@ def _check_data(data: Optional[Mapping[str, Any]]) -> None:
     unknown = sorted(set(data or {}) - set(allowed))
     if unknown:
         raise FeatureError(f'data = {unknown}; allowed keys: {", ".join(allowed)}')
+    for key, value in (data or {}).items():
+        if key == 'crop_pct' and not 0 < value <= 1:
+            raise FeatureError(f'crop_pct = {value}; allowed: 0 < crop_pct <= 1')
+        if key == 'mean' and not all(map(math.isfinite, value)):
+            raise FeatureError(f'mean = {tuple(value)}; allowed: finite numbers')
+        if key == 'std' and not all(0 < each < math.inf for each in value):
+            raise FeatureError(f'std = {tuple(value)}; allowed: numbers above 0')
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

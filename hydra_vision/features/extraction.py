@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..optional import require
+from ..paths import why_unwritable
 from ..train.images import READ_ERRORS
 from .backbone import Backbone, Size, load_backbone, pick_device
 from .errors import FeatureError
@@ -234,7 +235,7 @@ def check_target(out: Union[str, Path]) -> Path:
     """The path of a file of features that can be written.
 
     Raises:
-        FeatureError: A suffix that is not known, no such folder, no permission.
+        FeatureError: A suffix that is not known, a folder that is not there or cannot be written to.
         MissingExtraError: .parquet without pyarrow.
     """
     target = Path(out).expanduser()
@@ -242,12 +243,9 @@ def check_target(out: Union[str, Path]) -> Path:
         raise FeatureError(f'out = {str(out)!r}; its name must end in {", ".join(FORMATS)}')
     if target.suffix == '.parquet':
         require('pyarrow', 'eval')
-    if target.is_dir() or not target.parent.is_dir():
-        raise FeatureError(
-            f'out = {str(out)!r} cannot be written: {"it is a folder" if target.is_dir() else "no such folder"}'
-        )
-    if not os.access(target.parent, os.W_OK):
-        raise FeatureError(f'out = {str(out)!r} cannot be written: no permission in {target.parent}')
+    reason = 'it is a folder' if target.is_dir() else why_unwritable(target.parent)
+    if reason:
+        raise FeatureError(f'out = {str(out)!r} cannot be written: {reason}')
     return target
 
 

@@ -13,7 +13,7 @@ from ..command_line import Parser
 from ..tables import make_table, stdout_console
 from .extraction import check_target, extract
 from .files import card_path, log_path
-from .options import add_model_options, add_run_options, backbone_from, integers
+from .options import add_image_options, add_model_options, add_run_options, backbone_from, integers
 from .pooling import POOLS
 from .sources import open_images
 
@@ -48,6 +48,7 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision extract
     parser.add_argument('--dtype', default='float32', help='float32 or float16')
     parser.add_argument('--overwrite', action='store_true', help='replace features that were made in another way')
     add_model_options(parser)
+    add_image_options(parser)
     add_run_options(parser)
     arguments = parser.parse_args(argv)
     check_target(arguments.out)

@@ -6,7 +6,15 @@ from typing import Any
 
 from .backbone import Backbone, load_backbone
 
-__all__ = ['add_model_options', 'add_run_options', 'backbone_from', 'img_size', 'integers', 'numbers']
+__all__ = [
+    'add_image_options',
+    'add_model_options',
+    'add_run_options',
+    'backbone_from',
+    'img_size',
+    'integers',
+    'numbers',
+]
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -21,12 +29,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         '--model-kwargs', nargs='+', type=_key_value, default=[], metavar='KEY=VALUE', help='for timm.create_model'
     )
     group.add_argument('--img-size', type=img_size, metavar='N|H,W', help="input size; default: the model's")
+    group.add_argument('--device', default='auto', help='auto, cpu, cuda, ...')
+
+
+def add_image_options(parser: argparse.ArgumentParser, *, crop: bool = True) -> None:
+    """What becomes of an image before the model sees it; without ``crop`` for commands that take it whole."""
+    group = parser.add_argument_group('preprocessing')
     group.add_argument('--mean', type=numbers, metavar='R,G,B', help="default: the model's")
     group.add_argument('--std', type=numbers, metavar='R,G,B', help="default: the model's")
-    group.add_argument(
-        '--crop-pct', type=float, metavar='X', help="share of the image that is used; default: the model's"
-    )
-    group.add_argument('--device', default='auto', help='auto, cpu, cuda, ...')
+    if crop:
+        group.add_argument(
+            '--crop-pct', type=float, metavar='X', help="share of the image that is used; default: the model's"
+        )
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +53,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def backbone_from(arguments: argparse.Namespace) -> Backbone:
-    """The model that the options of ``add_model_options`` mean."""
-    given = {'mean': arguments.mean, 'std': arguments.std, 'crop_pct': arguments.crop_pct}
+    """The model that the options of ``add_model_options`` and, where the command has them, of images mean."""
+    given = {key: getattr(arguments, key, None) for key in ('mean', 'std', 'crop_pct')}
     return load_backbone(
         arguments.model,
         checkpoint=arguments.checkpoint,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..features import Backbone, FeatureError, Images
+from ..paths import why_unwritable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,13 +91,14 @@ def check_picture(path: Union[str, Path], overwrite: bool = False) -> Path:
     """A path that a picture can be written to.
 
     Raises:
-        FeatureError: Not a .png, no such folder, there already.
+        FeatureError: Not a .png, a folder that cannot be written to, a file that is there already.
     """
     path = Path(path).expanduser()
     if path.suffix.lower() != '.png':
         raise FeatureError(f'output = {str(path)!r}; pictures are .png')
-    if not path.parent.is_dir():
-        raise FeatureError(f'output = {str(path)!r}: there is no folder {str(path.parent)!r}')
+    reason = 'it is a folder' if path.is_dir() else why_unwritable(path.parent)
+    if reason:
+        raise FeatureError(f'output = {str(path)!r} cannot be written: {reason}')
     if path.exists() and not overwrite:
         raise FeatureError(f'{path} exists: choose another name, or overwrite it')
     return path

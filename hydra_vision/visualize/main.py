@@ -4,13 +4,13 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 
 from ..command_line import Parser, UserError, nearest
 from ..features import Backbone, FeatureError, Images, image_features, open_images
-from ..features.options import add_model_options, backbone_from, integers
+from ..features.options import add_image_options, add_model_options, backbone_from, integers
 from ..features.pooling import check_layers
 from ..optional import require
 from ..tables import make_table, stdout_console
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 __all__ = ['main']
 
 
-def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision visualize') -> int:
-    """Draw pictures.
+def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision visualize', kind: Optional[str] = None) -> int:
+    """Draw pictures: of the kind that the first argument names, or of ``kind`` for a command that has only that.
 
     Returns:
         Exit code 0.
@@ -35,14 +35,15 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision visuali
     Raises:
         UserError: Arguments that do not fit.
     """
-    arguments = _parser(prog).parse_args(argv)
+    arguments = _parser(prog, kind).parse_args(argv)
     _check_options(arguments)
     kinds = [kind for kind in KINDS if kind != 'gallery'] if arguments.kind == 'gallery' else [arguments.kind]
     paths = _outputs(arguments, kinds)
     if 'gradcam' in kinds:
         require('pytorch_grad_cam', 'explain')
     images = open_images(arguments.images)
-    arguments.index = arguments.index or tuple(range(min(4, len(images))))
+    many = 1 if arguments.kind == 'matrix' else 4
+    arguments.index = arguments.index or tuple(range(min(many, len(images))))
     backbone = backbone_from(arguments)
     drawn, rows = {}, []
     for kind in kinds:
@@ -98,7 +99,7 @@ def _matrix(backbone: Backbone, images: Images, arguments: argparse.Namespace) -
     block = -1 if arguments.layer is None else arguments.layer
     (matrices,) = mixing_matrices(backbone.model, x, blocks=[block], heads=arguments.heads)
     patch = _patch(arguments, matrices.grid)
-    title = f'{_title(backbone)}: {matrices.name} on image {arguments.index[0]}'
+    title = f'{_title(backbone)}: {matrices.name} on {caption(images, arguments.index[0])}'
     return plot_block(matrices, pictures[0], patch, heads=arguments.heads, title=title)
 
 
@@ -112,36 +113,57 @@ KINDS: dict[str, tuple[Optional[Callable[..., 'Figure']], str, tuple[str, ...]]]
 }
 
 
-def _parser(prog: str) -> Parser:
-    parser = Parser(
-        prog=prog,
-        description='Draw what a model computes.',
-        epilog='kinds: ' + '; '.join(f'{name} = {text}' for name, (_, text, _) in KINDS.items()),
-    )
+# What not every kind takes: flags and settings of argparse.
+OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    'layer': (
+        ('--layer', '--block'),
+        dict(type=int, metavar='N', help='negative from the end; default: the final features; matrix: the last block'),
+    ),
+    'patch': (
+        ('--patch',),
+        dict(type=integers, metavar='ROW,COLUMN', help='similarity, matrix: default the middle one'),
+    ),
+    'target': (('--target',), dict(metavar='CLASS', help='gradcam: name or number; default: the predicted class')),
+    'heads': (('--heads',), dict(type=integers, metavar='I,J', help='matrix: default all')),
+}
+
+
+def _parser(prog: str, kind: Optional[str]) -> Parser:
+    if kind is None:
+        kinds = 'kinds: ' + '; '.join(f'{name} = {text}' for name, (_, text, _) in KINDS.items())
+        parser = Parser(prog=prog, description='Draw what a model computes.', epilog=kinds)
+        parser.add_argument('kind', metavar='KIND', help=', '.join(KINDS) + ' (see below)')
+    else:
+        parser = Parser(prog=prog, description=f'Draw {KINDS[kind][1]} (visualize {kind}).')
+        parser.set_defaults(kind=kind)
+    options = set(OPTIONS) if kind is None else set(KINDS[kind][2])
     add = parser.add_argument
-    add('kind', metavar='KIND', help=', '.join(KINDS) + ' (see below)')
     add('images', help='folder, .tar, .txt list, an image, sklearn/digits/test or sklearn/photos')
-    add('--index', type=integers, metavar='I,J', help='which images of them; default: the first four')
-    add('--output', type=Path, metavar='PATH', help='KIND.png; for gallery a folder, which must exist')
+    add('--index', type=integers, metavar='I,J', help='which images of them; default: the first four; matrix: one')
+    add('--output', type=Path, metavar='PATH', help='default KIND.png; for gallery a folder, which must exist')
     add('--overwrite', action='store_true', help='replace pictures')
     add('--dpi', type=int, default=80, metavar='N', help='default 80')
-    add('--layer', type=int, metavar='N', help='block, negative from the end; default: the final features')
-    add('--patch', type=integers, metavar='ROW,COLUMN', help='similarity, matrix: default the middle one')
-    add('--target', metavar='CLASS', help='gradcam: name or number; default: the predicted class')
-    add('--heads', type=integers, metavar='I,J', help='matrix: default all')
+    for name, (flags, settings) in OPTIONS.items():
+        if name in options:
+            add(*flags, dest=name, **settings)
+        else:
+            parser.set_defaults(**{name: None})
     add_model_options(parser)
+    add_image_options(parser, crop=False)  # pictures show whole images
     return parser
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
     if arguments.kind not in KINDS:
         raise UserError(f'kind {arguments.kind!r}{nearest(arguments.kind, KINDS)}; allowed: {", ".join(KINDS)}')
-    for option in ('layer', 'patch', 'target', 'heads'):
+    for option in OPTIONS:
         if getattr(arguments, option) is not None and option not in KINDS[arguments.kind][2]:
             kinds = [kind for kind, (_, _, options) in KINDS.items() if option in options]
             raise UserError(f'--{option} is for {", ".join(kinds)}')
     if arguments.patch is not None and len(arguments.patch) != 2:
         raise UserError(f'--patch {arguments.patch}: write ROW,COLUMN')
+    if arguments.kind == 'matrix' and len(arguments.index or ()) > 1:
+        raise UserError(f'--index {",".join(map(str, arguments.index))}: matrix draws one image')
     if arguments.dpi < 10:
         raise UserError(f'--dpi {arguments.dpi}; it must be at least 10')
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Optional
 import torch
 from torch import Tensor, nn
 
+from .figures import frame_patch
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -164,7 +166,7 @@ def draw_row(axes: 'Axes', values: Tensor, patch: tuple[int, int], title: str) -
     """
     limit = _limit(_others(values, patch))
     picture = axes.imshow(values.numpy(), cmap='RdBu_r', vmin=-limit, vmax=limit, interpolation='nearest')
-    _frame(axes, patch[1] - 0.5, patch[0] - 0.5, 1, 1)
+    frame_patch(axes, patch, color='black')
     axes.set(title=title, xlabel='patch column', ylabel='patch row')
     axes.figure.colorbar(picture, ax=axes, fraction=0.046, pad=0.03)
 
@@ -202,13 +204,13 @@ def plot_block(
 
     height, width = picture.shape[0] / block.grid[0], picture.shape[1] / block.grid[1]
     axes[0][0].imshow(picture.numpy())
-    _frame(axes[0][0], patch[1] * width - 0.5, patch[0] * height - 0.5, width, height, color='lime')
+    frame_patch(axes[0][0], patch, (height, width))
     axes[0][0].set(title=f'patch at row {patch[0]}, column {patch[1]}', xlabel='x (px)', ylabel='y (px)')
     mean = rows.abs().mean(0)
     shown = axes[1][0].imshow(
         mean.numpy(), cmap='magma', vmin=0, vmax=_limit(_others(mean, patch)), interpolation='nearest'
     )
-    _frame(axes[1][0], patch[1] - 0.5, patch[0] - 0.5, 1, 1, color='white')
+    frame_patch(axes[1][0], patch, color='white')
     axes[1][0].set(title='|row of M|, mean of the heads', xlabel='patch column', ylabel='patch row')
     figure.colorbar(shown, ax=axes[1][0], fraction=0.046, pad=0.03)
     for place in range(1, bands * columns):
@@ -241,9 +243,3 @@ def _limit(values: Tensor) -> float:
         return 1.0
     rank = max(1, min(size.numel(), round(_QUANTILE * size.numel())))
     return float(size.kthvalue(rank).values) or float(size.max()) or 1.0
-
-
-def _frame(axes: 'Axes', x: float, y: float, width: float, height: float, color: str = 'black') -> None:
-    from matplotlib.patches import Rectangle
-
-    axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=color, linewidth=1.5))

@@ -8,9 +8,9 @@ from PIL import Image
 
 import hydra_vision  # noqa: F401
 from hydra_vision.cli import main
-from hydra_vision.command_line import UserError
 from hydra_vision.visualize.matrix import find_mixers, mixing_matrices, plot_block
-from hydra_vision.visualize.show_matrix import main as show_matrix
+
+RANDOM = ['--model', 'test_hydra_vit', '--random-init', '--device', 'cpu']
 
 
 def tiny(**kwargs):
@@ -111,41 +111,50 @@ def test_a_head_a_channel_does_not_make_a_wall_of_panels():
     assert 'head 27: M' not in titles
 
 
-def test_command(photo, tmp_path, capsys):
-    out = tmp_path / 'matrix.png'
-    kwargs = ['--model-kwargs', 'depth=2', 'expand=4']
-    argv = [str(photo), '--model', 'test_hydra_vit', *kwargs, '--block', '1', '--head', '0,3', '--patch', '2,3']
-    assert main(['show-matrix', *argv, '--img-size', '96', '--output', str(out)]) == 0
-    text = capsys.readouterr().out
-    assert 'blocks.1.mixer (random weights) (block 1 of 2), 2 heads, 36 tokens on a 6 x 6 grid, patch 2,3' in text
-    with Image.open(out) as picture:
-        assert picture.format == 'PNG'
+def test_command_is_that_of_visualize(photo, tmp_path, capsys):
+    out, same = tmp_path / 'a.png', tmp_path / 'b.png'
+    options = ['--block', '1', '--heads', '0,3', '--patch', '2,3', '--img-size', '96', *RANDOM]
+    options += ['--model-kwargs', 'depth=2', 'expand=4']
+    assert main(['show-matrix', str(photo), *options, '--output', str(out)]) == 0
+    assert 'test_hydra_vit, random weights' in capsys.readouterr().out
+    assert main(['visualize', 'matrix', str(photo), *options, '--output', str(same)]) == 0
+    with Image.open(out) as picture, Image.open(same) as other:
         assert min(picture.size) > 400
-    with pytest.raises(UserError, match='exists'):
-        show_matrix([*argv, '--output', str(out)])
+        assert np.array_equal(np.asarray(picture), np.asarray(other))
 
 
 @pytest.mark.parametrize(
     ('argv', 'message'),
     [
         (['--model', 'hydra_vit_tny'], "'hydra_vit_tiny'"),
-        (['--model', 'test_hydra_vit', '--block', '9'], 'block = 9'),
-        (['--model', 'test_hydra_vit', '--patch', '99,0'], 'rows 0 to'),
-        (['--model', 'test_hydra_vit', '--model-kwargs', 'depht=2'], 'depht'),
+        (['--model', 'test_hydra_vit'], 'no published weights'),  # random ones only where they are asked for
+        ([*RANDOM, '--block', '9'], 'block = 9'),
+        ([*RANDOM, '--heads', '2'], 'head = 2'),
+        ([*RANDOM, '--patch', '99,0'], 'rows 0 to'),
+        ([*RANDOM, '--patch', '1'], 'ROW,COLUMN'),
+        ([*RANDOM, '--model-kwargs', 'depht=2'], 'depht'),
         (['--model', 'test_hydra_vit', '--checkpoint', 'missing.pt'], 'missing.pt'),
-        (['--model', 'test_hydra_vit', '--output', 'nowhere/a.png'], 'no folder'),
-        (['--model', 'test_hydra_vit', '--index', '1'], 'has 1 images'),
-        (['--model', 'test_hydra_vit', '--patch', '1'], 'ROW,COLUMN'),
+        ([*RANDOM, '--output', 'nowhere/a.png'], 'no folder'),
+        ([*RANDOM, '--output', 'photo.png'], 'photo.png exists'),
+        ([*RANDOM, '--index', '1'], 'image 1 is out of range'),
+        ([*RANDOM, '--target', '1'], '--target'),
         (['--model', 'test_vit', '--random-init'], 'no mixer with a matrix'),
         ([], 'no model'),
     ],
 )
-def test_command_says_what_is_wrong(photo, argv, message):
-    with pytest.raises(UserError, match=message):
-        show_matrix([str(photo), *argv])
+def test_command_says_what_is_wrong(photo, argv, message, monkeypatch, capsys):
+    monkeypatch.chdir(photo.parent)
+    try:
+        code = main(['show-matrix', 'photo.png', *argv])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in photo.parent.iterdir()] == ['photo.png']
 
 
-def test_command_refuses_what_is_no_image(tmp_path):
+def test_command_refuses_what_is_no_image(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / 'text.png').write_text('no image')
-    with pytest.raises(UserError, match=r'text\.png'):
-        show_matrix([str(tmp_path / 'text.png'), '--model', 'test_hydra_vit'])
+    assert main(['show-matrix', 'text.png', *RANDOM]) == 2
+    assert 'text.png cannot be read' in capsys.readouterr().err

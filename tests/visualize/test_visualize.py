@@ -223,6 +223,9 @@ def test_gallery_is_what_the_page_shows(tmp_path, capsys):
         (['pca', 'photo.png', '--index', '0', '--output', 'no/p.png', *RANDOM], "there is no folder 'no'"),
         (['pca', 'photo.png', '--index', '0', '--output', 'photo.png', *RANDOM], 'photo.png exists'),
         (['pca', 'photo.png', '--index', '0', '--layer', '4', *RANDOM], 'layer 4 is out of range'),
+        (['pca', 'photo.png', '--output', '/proc/self/p.png', *RANDOM], 'cannot be written: '),
+        (['pca', 'photo.png', '--crop-pct', '0.5', *RANDOM], '--crop-pct'),  # pictures show whole images
+        (['matrix', 'photo.png', '--index', '0,0', *RANDOM], 'matrix draws one image'),
         (['matrix', 'photo.png', '--index', '0', '--layer', '4', *RANDOM], 'block = 4'),
         (['matrix', 'photo.png', '--index', '0', '--patch', '2,0', *RANDOM], 'outside of the grid'),
         (['gradcam', 'photo.png', '--index', '0', '--target', 'cat', *RANDOM], 'no class names'),
@@ -236,7 +239,11 @@ def test_command_says_what_is_wrong(argv, match, photo, tmp_path, monkeypatch, c
         pytest.importorskip('pytorch_grad_cam')
     monkeypatch.chdir(tmp_path)
     before = photo.read_bytes()
-    assert main(['visualize', *argv]) == 2
+    try:
+        code = main(['visualize', *argv])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
     captured = capsys.readouterr()
     assert captured.out == ''
     assert match in captured.err
