@@ -55,6 +55,21 @@ def test_rows_get_the_parameters_of_the_reference():
             assert row.parameters == sum(p.numel() for p in model.parameters())
 
 
+def test_every_width_is_reached_and_what_is_too_large_is_refused():
+    recipe = read_recipe('ablation/cifar10')
+    wide = merge(recipe, {'model': {'kwargs': {'embed_dim': 768, 'depth': 1}}})
+    rows = {row.name: row for row in read_family('table2').rows}
+    reference = rows['quasiseparable-dd']
+    target = fit_rows((reference,), reference, wide)[0].parameters
+    for row in fit_rows((rows['m2'], rows['toeplitz-dd']), reference, wide):
+        kwargs = merge(wide['model']['kwargs'], row.model_kwargs)
+        model = timm.create_model('hydra_vit_nano', img_size=32, num_classes=10, device='meta', **kwargs)
+        assert sum(p.numel() for p in model.parameters()) == row.parameters == pytest.approx(target, rel=0.02)
+    many_patches = merge(recipe, {'model': {'kwargs': {'patch_size': 1}}})
+    with pytest.raises(UserError, match=r'row dense: .* parameters where it is narrowest'):
+        fit_rows((rows['dense'],), reference, many_patches)
+
+
 def test_family_files_are_checked(tmp_path):
     def read(text):
         (tmp_path / 'mine.yaml').write_text(text)

@@ -127,7 +127,11 @@ def fit_rows(rows: tuple[Row, ...], reference: Row, recipe: Mapping[str, Any]) -
 
 
 def fit_row(row: Row, target: int, recipe: Mapping[str, Any], own: bool) -> FittedRow:
-    """The value of ``row.adjust`` whose model is nearest to ``target`` parameters."""
+    """The value of ``row.adjust`` whose model is nearest to ``target`` parameters.
+
+    Raises:
+        UserError: the model refuses the row, or has too many parameters however narrow the row is.
+    """
     config = _config(recipe, _model_kwargs(row, {}), row)
     if own:
         return FittedRow(row, _model_kwargs(row, {}), parameters(config))
@@ -138,13 +142,18 @@ def fit_row(row: Row, target: int, recipe: Mapping[str, Any], own: bool) -> Fitt
         return _count(recipe, _model_kwargs(row, {row.adjust: step(n)}), row)
 
     high = 1
-    while count(high) < target and high < 1024:
+    while count(high) < target:  # the number grows with every step
         high *= 2
     low = max(1, high // 2)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if count(middle) < target else (low, middle)
     best = min((low, high), key=lambda n: abs(count(n) - target))
+    if best == 1 and count(1) > 1.1 * target:
+        raise UserError(
+            f'row {row.name}: {count(1):,} parameters where it is narrowest, the reference has {target:,}; leave it '
+            'out (--rows) or take fewer patches'
+        )
     return FittedRow(row, _model_kwargs(row, {row.adjust: step(best)}), count(best))
 
 
