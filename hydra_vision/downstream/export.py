@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from ..optional import require
+from ..paths import why_unwritable
 
 __all__ = ['ExportReport', 'export_aoti', 'export_onnx']
 
 TOLERANCE = 1e-5
+_DATA = '.data'  # what the exporter appends for the weights of models above 1.5 GiB, in a file of their own
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class ExportReport:
 
     Args:
         path: the file.
-        size: of the file, bytes.
+        size: of the file, bytes, with those of a .data file beside it.
         difference: largest difference to PyTorch over all checked inputs, relative to max(1, largest output).
         checked: shapes of those inputs.
         milliseconds: of one image, median of 10, on the CPU.
@@ -56,7 +58,7 @@ def export_onnx(
 
     Args:
         model: in float32 on the CPU.
-        path: of the .onnx file.
+        path: of the .onnx file. Weights of a model above 1.5 GiB go into `path` + '.data' beside it.
         img_size: height and width; by default the model's own.
         dynamic_size: any height and width that the patch divides; the model has to be built with
             `dynamic_img_size=True` and `pos_embed='none'`.
@@ -66,7 +68,8 @@ def export_onnx(
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
         FileExistsError: the file exists and `overwrite` is False.
-        ValueError: a model that does not fit `dynamic_size`, is not float32 on the CPU, or a wrong size.
+        ValueError: a model that does not fit `dynamic_size`, is not float32 on the CPU, a wrong size, or a folder that
+            cannot be written to.
         RuntimeError: the model cannot be exported, or onnxruntime computes something else.
     """
     for module in ('onnx', 'onnxscript', 'onnxruntime'):
@@ -137,10 +140,12 @@ def _prepare(
 ) -> tuple[Path, torch.Tensor, list[tuple[int, ...]]]:
     """Checks everything; returns the path, an example and the shapes to compare at."""
     path = Path(path).expanduser()
-    if path.exists() and not overwrite:
-        raise FileExistsError(f'{path} exists; pass overwrite=True (--overwrite) to replace it')
-    if not path.parent.is_dir():
-        raise ValueError(f'path = {str(path)!r}: no folder {path.parent}')
+    for file in (path, path.with_name(path.name + _DATA)):
+        if file.exists() and not overwrite:
+            raise FileExistsError(f'{file} exists; pass overwrite=True (--overwrite) to replace it')
+    reason = 'it is a folder' if path.is_dir() else why_unwritable(path.parent)
+    if reason:
+        raise ValueError(f'path = {str(path)!r} cannot be written: {reason}')
     first = next(model.parameters())
     if first.dtype != torch.float32 or first.device.type != 'cpu':
         raise ValueError(f'the model is {first.dtype} on {first.device}; export wants torch.float32 on the CPU')
@@ -216,8 +221,10 @@ def _export(
             worst = max(worst, difference)
         x = torch.randn(shapes[0], generator=generator)
         milliseconds, torch_milliseconds = _median_ms(lambda: run(x)), _median_ms(lambda: model(x))
-        size = file.stat().st_size
-        file.replace(path)
+        parts = sorted(Path(folder).iterdir(), key=lambda part: part == file)  # the file that names the others is last
+        size = sum(part.stat().st_size for part in parts)
+        for part in parts:
+            part.replace(path.with_name(part.name))
     return ExportReport(path, size, worst, tuple(shapes), milliseconds, torch_milliseconds, seconds)
 
 

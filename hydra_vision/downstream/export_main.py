@@ -51,7 +51,7 @@ def main(kind: str, argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vis
                 overwrite=arguments.overwrite,
                 tolerance=arguments.tolerance,
             )
-    except (ValueError, FileExistsError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         raise UserError(str(error)) from error
     rows = [
         ['file', str(report.path)],

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,18 +12,26 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.progress import Progress
-from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from ..command_line import Parser, UserError
 from ..environment import device_name, environment
+from ..features.backbone import pick_device
 from ..optional import require
 from ..tables import stdout_console
+from .sharing import WEIGHTS, write_tensors
 
 __all__ = ['main']
 
 _DESCRIPTION = """Train a semantic segmenter: an smp decoder on a timm backbone, on a folder with
 train/, val/ and test/, each with images/NAME.jpg and masks/NAME.png, and classes.txt beside them."""
+
+
+# What the two modes without training take.
+_COMPARED = ('output',)
+_MEASURED = (
+    *('output', 'model', 'decoder', 'pretrained', 'drop_path', 'crop', 'num_classes', 'batch_size', 'device', 'amp'),
+)
 
 
 def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision segment') -> int:
@@ -34,9 +43,16 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision segment
     Raises:
         UserError: arguments or data that do not fit.
     """
-    arguments = _parser(prog).parse_args(argv)
+    parser = _parser(prog)
+    arguments = parser.parse_args(argv)
+    for mode, used in (('compare', _COMPARED), ('measure', _MEASURED)):
+        if getattr(arguments, mode):
+            given = [key for key, value in vars(arguments).items() if value != parser.get_default(key)]
+            unused = [key for key in given if key not in (mode, *used)]
+            if unused:
+                raise UserError(f'--{unused[0].replace("_", "-")} has no meaning with --{mode}')
     if arguments.compare:
-        return _compare([Path(run) for run in arguments.compare], _folder(arguments.output))
+        return _compare([Path(run) for run in arguments.compare], arguments.output)
     require('segmentation_models_pytorch', 'seg')
     if arguments.measure:
         return _measure(arguments)
@@ -56,7 +72,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument('--decoder', default='DPT', help='smp architecture (%(default)s)')
     parser.add_argument('--pretrained', action='store_true', help='start from the weights of that name')
     parser.add_argument('--drop-path', type=float, default=0.1, help='stochastic depth (%(default)s)')
-    parser.add_argument('--crop', type=int, nargs=2, default=(352, 480), metavar=('H', 'W'), help='(352 480)')
+    parser.add_argument('--crop', type=int, nargs=2, default=[352, 480], metavar=('H', 'W'), help='(352 480)')
     parser.add_argument('--num-classes', type=int, help='where there is no classes.txt')
     parser.add_argument('--ignore-index', type=int, default=255, help='class number without a class (%(default)s)')
     parser.add_argument('--epochs', type=int, default=recipe.epochs, help='(%(default)s)')
@@ -74,17 +90,6 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         '--compare', nargs='+', metavar='RUN', help='no training: a table and a picture of finished runs'
     )
     return parser
-
-
-def _device(name: str) -> torch.device:
-    if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'cpu'
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f'--device {name} is not available: {str(error).splitlines()[0]}') from error
-    return device
 
 
 def _amp(choice: str, device: torch.device) -> Optional[torch.dtype]:
@@ -106,9 +111,13 @@ def _folder(path: Path) -> Path:
 def _check(arguments: argparse.Namespace) -> None:
     from .segmentation import DIVISOR
 
-    for name in ('epochs', 'batch_size', 'eval_every'):
-        if getattr(arguments, name) < 1:
-            raise UserError(f'--{name.replace("_", "-")} {getattr(arguments, name)}; it must be at least 1')
+    lowest = {'epochs': 1, 'batch_size': 1, 'eval_every': 1, 'num_classes': 1, 'workers': 0, 'pictures': 0}
+    for name, low in {**lowest, 'weight_decay': 0}.items():
+        value = getattr(arguments, name)
+        if value is not None and value < low:
+            raise UserError(f'--{name.replace("_", "-")} {value}; it must be at least {low}')
+    if not 0 < arguments.lr < math.inf:
+        raise UserError(f'--lr {arguments.lr}; it must be a number above 0')
     if min(arguments.crop) < 1 or any(side % DIVISOR for side in arguments.crop):
         raise UserError(f'--crop {arguments.crop[0]} {arguments.crop[1]}; both must be multiples of {DIVISOR}')
 
@@ -137,7 +146,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from .segmentation_report import iou_table, plot_predictions, save_mask, summary_table, write_curve
 
     _check(arguments)
-    device = _device(arguments.device)
+    device = pick_device(arguments.device)
     amp = _amp(arguments.amp, device)
     classes = read_classes(arguments.data_dir, arguments.num_classes)
     labels = dict(num_classes=len(classes), ignore_index=arguments.ignore_index)
@@ -210,7 +219,7 @@ def _train(arguments: argparse.Namespace) -> int:
         'seconds': curve[-1]['seconds'],
     }
     (output / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
-    save_file({key: t.contiguous() for key, t in model.state_dict().items()}, output / 'model.safetensors')
+    write_tensors(model.state_dict(), output / WEIGHTS)
 
     # images spread over the test set, for the picture
     indices = np.linspace(0, len(test_set) - 1, min(arguments.pictures, len(test_set))).round().astype(int)
@@ -239,7 +248,7 @@ def _measure(arguments: argparse.Namespace) -> int:
     from .segmentation import measure_speed
 
     _check(arguments)
-    device = _device(arguments.device)
+    device = pick_device(arguments.device)
     amp = _amp(arguments.amp, device)
     num_classes = arguments.num_classes or 11
     model = _build(arguments, num_classes, device)
@@ -267,7 +276,15 @@ def _measure(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _compare(runs: list[Path], output: Path) -> int:
+def _titles(runs: list[Path], summaries: list[dict[str, Any]]) -> list[str]:
+    """A name for each run: its model's, with the folder's where one model ran more than once."""
+    models = [summary['model'] for summary in summaries]
+    return [
+        model if models.count(model) == 1 else f'{model} ({run.resolve().name})' for run, model in zip(runs, models)
+    ]
+
+
+def _compare(runs: list[Path], folder: Path) -> int:
     from .segmentation_data import SegmentationFolder
     from .segmentation_report import plot_predictions, summary_table
 
@@ -275,15 +292,19 @@ def _compare(runs: list[Path], output: Path) -> int:
         summaries = [json.loads((run / 'summary.json').read_text()) for run in runs]
         data = json.loads((runs[0] / 'pictures.json').read_text())
         predictions = {
-            summary['model']: [
-                np.asarray(Image.open(run / 'predictions' / f'{Path(name).stem}.png')) for name in data['images']
-            ]
-            for run, summary in zip(runs, summaries)
+            title: [np.asarray(Image.open(run / 'predictions' / f'{Path(name).stem}.png')) for name in data['images']]
+            for run, title in zip(runs, _titles(runs, summaries))
         }
     except FileNotFoundError as error:
         raise UserError(f'{error.filename} is missing: not a finished run, or one with other pictures') from error
+    if len(predictions) < len(runs):
+        raise UserError(f'--compare: two of the runs are {max(predictions)}; name different ones')
+    for run, summary in zip(runs, summaries):
+        if summary['classes'] != summaries[0]['classes']:
+            raise UserError(f'--compare: {run} has other classes than {runs[0]}')
     classes = summaries[0]['classes']
     test = SegmentationFolder(Path(data['root']), 'test', num_classes=len(classes), ignore_index=data['ignore_index'])
+    output = _folder(folder)
     chosen = [test[i] for i, path in enumerate(test.images) if path.name in data['images']]
     plot_predictions(
         output / 'predictions.png',

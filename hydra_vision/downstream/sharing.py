@@ -21,7 +21,7 @@ from torch import nn
 
 from ..version import __version__
 
-__all__ = ['CONFIG', 'WEIGHTS', 'push_to_hub', 'save_pretrained']
+__all__ = ['CONFIG', 'WEIGHTS', 'push_to_hub', 'save_pretrained', 'write_tensors']
 
 CONFIG, WEIGHTS, CODE, CARD = 'config.json', 'model.safetensors', 'hydra_vision_auto.py', 'README.md'
 
@@ -104,14 +104,21 @@ def save_pretrained(
     folder.mkdir(parents=True, exist_ok=True)
     # Written beside the old files and then moved over them: a full disk costs nothing that was there.
     with tempfile.TemporaryDirectory(dir=folder, prefix='.saving_') as temporary:
-        tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-        save_file(tensors, Path(temporary) / WEIGHTS, metadata={'format': 'pt'})
+        write_tensors(model.state_dict(), Path(temporary) / WEIGHTS)
         (Path(temporary) / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
         if auto_map:
             (Path(temporary) / CODE).write_text(_CODE)
         for name in files:
             (Path(temporary) / name).replace(folder / name)
     return folder
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a .safetensors file with the permissions of any new file: safetensors alone makes it private (0600)."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata={'format': 'pt'})
+    path.chmod(mode)
 
 
 def push_to_hub(

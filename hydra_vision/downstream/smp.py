@@ -29,9 +29,11 @@ def register_smp_encoder(model_name: str, *, name: str = '', **kwargs: Any) -> s
 
     Raises:
         ImportError: smp is not installed.
-        ValueError: an unknown model, one that is not isotropic, or a name that means another encoder to smp.
+        ValueError: an unknown model, one that is not isotropic, a name that means another encoder to smp, in_chans.
     """
     encoders = require('segmentation_models_pytorch', 'seg').encoders.encoders
+    if 'in_chans' in kwargs:
+        raise ValueError('in_chans: smp counts the channels; pass in_channels= to its model')
     name = name or model_name
     taken = name in encoders and encoders[name]['encoder'] is not PyramidEncoder
     if taken or name.startswith(('tu-', 'timm-')):

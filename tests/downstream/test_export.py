@@ -11,7 +11,7 @@ import timm
 import torch
 
 from hydra_vision import cli
-from hydra_vision.downstream import export_aoti, export_onnx, quantized
+from hydra_vision.downstream import export, export_aoti, export_onnx, quantized
 
 DIGITS = Path(__file__).resolve().parents[2] / 'weights' / 'hydra_vit_nano_digits'
 
@@ -108,11 +108,27 @@ def test_bfloat16_on_trained_weights():
     assert accuracy(model, torch.bfloat16) >= before - 0.01
 
 
+def test_weights_in_a_file_of_their_own_come_along(tmp_path):
+    """What the exporter does with models above 1.5 GiB."""
+    model, path = torch.nn.Identity().eval(), tmp_path / 'm.onnx'
+
+    def write(file: Path) -> None:
+        file.write_text('graph')
+        file.with_name(file.name + '.data').write_text('weights')
+
+    report = export._export(model, path, write, lambda file: model, [(1, 3)], 1e-5)
+    assert report.size == len('graph') + len('weights')
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {'m.onnx': 'graph', 'm.onnx.data': 'weights'}
+
+
 def test_bad_input(tmp_path, capsys):
-    (tmp_path / 'there.onnx').write_text('')
+    for name in ('there.onnx', 'big.onnx.data'):
+        (tmp_path / name).write_text('')
     new = tmp_path / 'new.onnx'
     for error, match, call in [
         (FileExistsError, 'overwrite', lambda: export_onnx(create(), tmp_path / 'there.onnx')),
+        (FileExistsError, 'big.onnx.data', lambda: export_onnx(create(), tmp_path / 'big.onnx')),
+        (ValueError, 'cannot be written', lambda: export_onnx(create(), '/proc/self/m.onnx')),
         (ValueError, 'no folder', lambda: export_onnx(create(), tmp_path / 'none' / 'm.onnx')),
         (ValueError, 'dynamic_img_size=True', lambda: export_onnx(create(), new, dynamic_size=True)),
         (
@@ -132,4 +148,6 @@ def test_bad_input(tmp_path, capsys):
     assert '.onnx' in capsys.readouterr().err
     assert cli.main(['export-onnx', '--model', 'test_hydra_vti', '--random-init', '--output', str(new)]) == 2
     assert 'nearest' in capsys.readouterr().err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['there.onnx']
+    with pytest.raises(SystemExit, match='2'):  # a model has no preprocessing
+        cli.main(['export-onnx', '--model', 'test_hydra_vit', '--random-init', '--output', str(new), '--mean', '0,0,0'])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['big.onnx.data', 'there.onnx']

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -98,8 +99,15 @@ def test_a_run_learns_and_reports(drawn_folder, tmp_path, capsys):
     scores = evaluate(model, batches, num_classes=3, ignore_index=255, device=torch.device('cpu'))
     assert scores.miou == pytest.approx(summary['test']['miou'], abs=1e-3)
 
-    assert cli.main(['segment', '--compare', str(out), str(out), '--output', str(tmp_path / 'both')]) == 0
-    assert (tmp_path / 'both' / 'predictions.png').is_file()
+    again = shutil.copytree(out, tmp_path / 'again')  # the same model twice: both are in the picture
+    assert cli.main(['segment', '--compare', str(out), str(again), '--output', str(tmp_path / 'both')]) == 0
+    with Image.open(out / 'predictions.png') as one, Image.open(tmp_path / 'both' / 'predictions.png') as both:
+        assert both.width > one.width
+    capsys.readouterr()
+    assert cli.main(['segment', '--compare', str(out), str(out), '--output', str(tmp_path / 'twice')]) == 2
+    assert 'name different ones' in capsys.readouterr().err
+    assert not (tmp_path / 'twice').exists()
+    assert (out / 'model.safetensors').stat().st_mode == (out / 'summary.json').stat().st_mode
     assert cli.main(arguments) == 2  # the folder is not empty
 
 
@@ -117,6 +125,11 @@ def test_bad_input(drawn_folder, tmp_path, capsys):
         ('UPerNet', [*data, '--decoder', 'Unett']),
         ('multiples of 32', [*data, '--crop', '60', '64']),
         ('at least 1', [*data, '--epochs', '0']),
+        ('--num-classes 0', [*data, '--num-classes', '0']),
+        ('--lr -1.0', [*data, '--lr', '-1']),
+        ('--workers -1', [*data, '--workers', '-1']),
+        ('--epochs has no meaning with --measure', ['segment', '--measure', '--epochs', '3']),
+        ('--model has no meaning with --compare', ['segment', '--compare', 'a', '--model', 'test_vit']),
         ('names 3', [*data, '--num-classes', '4']),
         ('no folder', ['segment', '--data-dir', str(tmp_path / 'none'), '--num-classes', '3', *RUN]),
         ('classes.txt', ['segment', '--data-dir', str(tmp_path), *RUN]),
@@ -127,6 +140,7 @@ def test_bad_input(drawn_folder, tmp_path, capsys):
         assert cli.main(arguments) == 2, arguments
         assert match in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()
+    assert not (tmp_path / 'c').exists()
 
     two = SegmentationFolder(drawn_folder, 'train', num_classes=2, ignore_index=255)
     with pytest.raises(UserError, match='holds the class 2'):

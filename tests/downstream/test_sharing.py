@@ -1,6 +1,8 @@
 """Saved folders: what timm and transformers open is bitwise the model that was saved."""
 
 import json
+import os
+import stat
 import subprocess
 import sys
 from typing import ClassVar
@@ -51,6 +53,16 @@ def test_timm_round_trip(tmp_path, kwargs):
     data = timm.data.resolve_model_data_config(again)
     assert tuple(data['input_size']) == (model.in_chans, *model.patch_embed.img_size)
     assert len(data['mean']) == model.in_chans
+
+
+def test_the_files_are_as_readable_as_any_other(tmp_path):
+    before = os.umask(0o022)
+    try:
+        save_pretrained(create(num_classes=2, depth=1), tmp_path, auto_map=True)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.filemode(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(('config.json', 'model.safetensors', 'hydra_vision_auto.py'), '-rw-r--r--')
 
 
 def test_later_changes_are_saved(tmp_path):

@@ -78,6 +78,7 @@ def test_bad_input():
         ('isotropic', lambda: downstream.register_smp_encoder('resnet26d')),
         ('another encoder', lambda: downstream.register_smp_encoder('test_hydra_vit', name='resnet34')),
         ('another encoder', lambda: downstream.register_smp_encoder('test_hydra_vit', name='tu-x')),
+        ('in_channels=', lambda: downstream.register_smp_encoder('test_hydra_vit', in_chans=4)),
         ('depht', lambda: downstream.register_smp_encoder('test_hydra_vit', depht=3)),
     ]:
         with pytest.raises(ValueError, match=match):
