@@ -61,7 +61,7 @@ def evaluate(
 def _batch_sums(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sums of loss, top-1 hits, top-5 hits and images over a batch, float64 (4,)."""
     counted = targets >= 0  # (B,)
-    loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+    loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction='sum')
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
     hits = (best == targets[:, None]) & counted[:, None]
     return torch.stack([loss, hits[:, 0].sum(), hits.sum(), counted.sum()]).double()
@@ -69,4 +69,4 @@ def _batch_sums(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def _result(loss: float, top1: float, top5: float, images: float) -> Result:
     count = max(images, 1.0)
-    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count, "images": int(images)}
+    return {'top1': 100 * top1 / count, 'top5': 100 * top5 / count, 'loss': loss / count, 'images': int(images)}

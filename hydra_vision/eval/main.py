@@ -20,7 +20,11 @@ from .features import Split, class_names, paired_splits
 
 __all__ = ['knn_main', 'probe_main']
 
-_MODEL_OPTIONS = ('model', 'checkpoint', 'random_init', 'model_kwargs', 'img_size', 'mean', 'std', 'crop_pct', 'layers')
+# How features are made of images; features that are there already take none of them.
+_IMAGE_OPTIONS = (
+    *('model', 'checkpoint', 'random_init', 'model_kwargs', 'img_size', 'mean', 'std', 'crop_pct', 'layers', 'pool'),
+    *('batch_size', 'workers', 'amp', 'max_unreadable'),
+)
 
 
 def knn_main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision knn') -> int:
@@ -46,7 +50,7 @@ def knn_main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision knn
             train, test, num_classes=classes, k=arguments.k, temperature=arguments.temperature, device=device
         )
 
-    return _evaluate(arguments, run, f'{knn.PROTOCOL}; T = {arguments.temperature}')
+    return _evaluate(parser, arguments, run, f'{knn.PROTOCOL}; T = {arguments.temperature}')
 
 
 def probe_main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision probe') -> int:
@@ -60,14 +64,12 @@ def probe_main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision p
     """
     parser = _parser(prog, 'Train a linear classifier on frozen features and judge it on others.')
     parser.add_argument(
-        '--head', choices=tuple(probe.PROTOCOLS), default='logistic', help='logistic (scikit-learn), linear (timm)'
+        '--head', choices=probe.HEADS, default='logistic', help='logistic (scikit-learn), linear (timm)'
     )
     parser.add_argument(
         '--sweep', type=numbers, metavar='X,...', help='C of logistic, learning rates of linear; one: no sweep'
     )
-    parser.add_argument(
-        '--holdout', type=float, default=0.2, metavar='X', help='share of the training set for the sweep (0.2)'
-    )
+    parser.add_argument('--holdout', type=float, metavar='X', help='share of the training set for the sweep (0.2)')
     parser.add_argument('--seed', type=int, default=0, metavar='N')
     parser.add_argument('--max-iter', type=int, metavar='N', help='of logistic; default 1000')
     parser.add_argument('--epochs', type=int, metavar='N', help='of linear; default 100')
@@ -82,10 +84,12 @@ def probe_main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision p
             if value is not None and value < 1:
                 raise UserError(f'--{name.replace("_", "-")} = {value}; it must be at least 1')
             options[name] = default if value is None else value
-    if not 0 < arguments.holdout < 1:
+    if arguments.holdout is not None and not 0 < arguments.holdout < 1:
         raise UserError(f'--holdout = {arguments.holdout}; it must be between 0 and 1')
+    if arguments.holdout is not None and len(arguments.sweep or (0, 0)) == 1:
+        raise UserError('--holdout is for choosing among several values; --sweep gives one')
     options = {key.removeprefix('head_'): value for key, value in own[arguments.head].items()}
-    options |= {'holdout': arguments.holdout, 'seed': arguments.seed}
+    options |= {'holdout': 0.2 if arguments.holdout is None else arguments.holdout, 'seed': arguments.seed}
 
     def run(train: Split, test: Split, classes: int, device: str) -> list[dict[str, Any]]:
         kwargs = {**options, **({'values': arguments.sweep} if arguments.sweep else {})}
@@ -93,7 +97,7 @@ def probe_main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision p
             return [probe.logistic_probe(train, test, num_classes=classes, **kwargs)]
         return [probe.linear_probe(train, test, num_classes=classes, device=device, **kwargs)]
 
-    return _evaluate(arguments, run, probe.PROTOCOLS[arguments.head].format(**options))
+    return _evaluate(parser, arguments, run, probe.protocol(arguments.head, arguments.sweep, **options))
 
 
 def _parser(prog: str, description: str) -> Parser:
@@ -110,7 +114,9 @@ def _parser(prog: str, description: str) -> Parser:
     return parser
 
 
-def _evaluate(arguments: argparse.Namespace, run: Callable[..., list[dict[str, Any]]], protocol: str) -> int:
+def _evaluate(
+    parser: Parser, arguments: argparse.Namespace, run: Callable[..., list[dict[str, Any]]], protocol: str
+) -> int:
     sources = [_open(arguments.train), _open(arguments.test)]
     class_names(*(source.classes for source in sources))
     most = max(getattr(arguments, 'k', (1,)))
@@ -118,7 +124,7 @@ def _evaluate(arguments: argparse.Namespace, run: Callable[..., list[dict[str, A
         raise UserError(f'--k {most}: there are {len(sources[0].paths)} images to train on')
     if arguments.pool not in (None, 'avg', 'max', 'cls'):
         raise UserError(f'--pool {arguments.pool}: a probe takes one vector an image: avg, max or cls')
-    backbone = _backbone(arguments, sources)
+    backbone = _backbone(parser, arguments, sources)
     with tempfile.TemporaryDirectory(prefix='hydra-vision-') as scratch:
         features = [
             source
@@ -157,9 +163,9 @@ def _open(text: str) -> Any:
     return open_images(text)
 
 
-def _backbone(arguments: argparse.Namespace, sources: Sequence[Any]) -> Optional[Backbone]:
+def _backbone(parser: Parser, arguments: argparse.Namespace, sources: Sequence[Any]) -> Optional[Backbone]:
     """The model, where there are images; what its options say must then fit the features beside it."""
-    given = [name for name in (*_MODEL_OPTIONS, 'pool') if getattr(arguments, name)]
+    given = [name for name in _IMAGE_OPTIONS if getattr(arguments, name) != parser.get_default(name)]
     if all(isinstance(source, Features) for source in sources):
         if given:
             raise UserError(f'--{given[0].replace("_", "-")}: both sets are features already')

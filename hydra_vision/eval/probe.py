@@ -6,7 +6,7 @@ of the *training* set that is held out for it, and are then trained once on all 
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -19,21 +19,37 @@ from torch import nn
 from ..features import FeatureError
 from .features import Split, top_accuracy
 
-__all__ = ['CS', 'LRS', 'PROTOCOLS', 'linear_probe', 'logistic_probe']
+__all__ = ['CS', 'HEADS', 'LRS', 'linear_probe', 'logistic_probe', 'protocol']
 
 CS = tuple(10.0**n for n in range(-4, 4))  # inverse strengths of the L2 penalty
 LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-_CHOSEN = 'chosen on {holdout:.0%} of the training images (stratified, seed {seed})'
-PROTOCOLS = {
+_PROTOCOLS = {
     'logistic': (
-        'scikit-learn logistic regression (L-BFGS, at most {max_iter} iterations) on standardised features; '
-        f'C {_CHOSEN}, then refit on all of them'
+        'scikit-learn logistic regression (L-BFGS, at most {max_iter} iterations) on standardised features; {value}'
     ),
     'linear': (
         'linear head of timm on standardised features without augmentation: SGD, momentum 0.9, no weight decay, '
-        f'batches of {{batch_size}}, cosine over {{epochs}} epochs; lr {_CHOSEN}, then trained on all of them'
+        'batches of {batch_size}, cosine over {epochs} epochs, seed {seed}; {value}'
     ),
 }
+HEADS = tuple(_PROTOCOLS)
+
+
+def protocol(head: str, values: Optional[Sequence[float]] = None, *, holdout: float, seed: int, **options: int) -> str:
+    """What is done, in words for the one who reads the numbers.
+
+    Args:
+        head: One of ``HEADS``.
+        values: That are tried; None for the default ones.
+        holdout: As in the function of that head, like the other options.
+        seed: Likewise.
+        **options: Likewise.
+    """
+    name = {'logistic': 'C', 'linear': 'lr'}[head]
+    value = f'{name} chosen on {holdout:.0%} of the training images (stratified, seed {seed}), then fit to all of them'
+    if values is not None and len(values) == 1:
+        value = f'{name} {values[0]:g} was given, none chosen'
+    return _PROTOCOLS[head].format(value=value, seed=seed, **options)
 
 
 def logistic_probe(

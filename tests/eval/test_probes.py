@@ -130,7 +130,7 @@ def test_commands_on_files(digits, capsys):
     assert main(['probe', *files, '--head', 'linear', '--sweep', '0.1', '--epochs', '5', '--json']) == 0
     result = json.loads(capsys.readouterr().out)
     assert result['results'][0]['top1'] > 96
-    assert 'cosine over 5 epochs' in result['protocol']
+    assert 'cosine over 5 epochs, seed 0; lr 0.1 was given, none chosen' in result['protocol']
 
 
 def test_command_on_images(tmp_path, capsys):
@@ -204,6 +204,11 @@ def test_features_that_do_not_belong_together(digits, tmp_path, capsys, monkeypa
     assert 'both sets are features already' in fails(capsys, 'knn', str(train.path), str(test.path), *model)
     assert 'no model' in fails(capsys, 'knn', *DIGITS)
     assert "'test_hydra_vit'" in fails(capsys, 'knn', *DIGITS, '--model', 'test_hydra_vi')
+    assert '--batch-size: both sets are features' in fails(
+        capsys, 'knn', *(str(f.path) for f in digits), '--batch-size', '8'
+    )
+    one = fails(capsys, 'probe', *(str(f.path) for f in digits), '--sweep', '1', '--holdout', '0.3')
+    assert '--holdout is for choosing' in one
     assert '--epochs is for --head linear' in fails(capsys, 'probe', str(train.path), str(test.path), '--epochs', '3')
     assert '--k 1438: there are 1437' in fails(capsys, 'knn', *DIGITS, '--k', '1,1438', *model)
     assert 'avg, max or cls' in fails(capsys, 'probe', *DIGITS, '--pool', 'tokens', *model)
