@@ -9,6 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hydra_vision.train.distributed import local_processes, world_from_environment
 from hydra_vision.train.errors import DataError
 
 _SHARE = 0.8  # of the memory that is free now: workers, batches and the model need some as well
@@ -29,9 +30,10 @@ def decode_all(decode: Callable[[int], np.ndarray | None], count: int, split: st
     images: list[np.ndarray | None] = []
     threads = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     console = Console()
+    shown = console.is_terminal and world_from_environment().primary
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+        Progress(*columns, console=console, transient=True, disable=not shown) as bar,
         ThreadPoolExecutor(threads) as pool,
     ):
         task = bar.add_task(f"decoding {split}", total=count)
@@ -63,9 +65,11 @@ def _check_memory(images: list[np.ndarray | None], count: int, split: str) -> No
     free = free_memory()
     if not read or free is None:
         return
-    needed = sum(read) / len(read) * count
+    processes = local_processes()
+    needed = sum(read) / len(read) * count * processes
     if needed > _SHARE * free:
+        each = f" in each of {processes} processes" if processes > 1 else ""
         raise DataError(
-            f"data.cache='ram': {split} needs about {needed / 2**30:.1f} GiB decoded, {free / 2**30:.1f} GiB are free "
-            f"here (up to {_SHARE:.0%} of them may be used); set data.cache=none"
+            f"data.cache='ram': {split} needs about {needed / processes / 2**30:.1f} GiB decoded{each}, "
+            f"{free / 2**30:.1f} GiB are free here (up to {_SHARE:.0%} of them may be used); set data.cache=none"
         )

@@ -15,12 +15,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from hydra_vision.train.config import Config
-from hydra_vision.train.distributed import World
+from hydra_vision.train.distributed import World, local_processes
 from hydra_vision.train.errors import ConfigError, DataError
 from hydra_vision.train.images import ImageRules
 from hydra_vision.train.randomness import seed_from, seeded
 from hydra_vision.train.readable import ReadableDataset
 from hydra_vision.train.sampling import EvalSampler, TrainSampler, local_batch
+from hydra_vision.train.signals import outlive_stop
 from hydra_vision.train.sources import Split
 from hydra_vision.train.stream import ReadableStream
 from hydra_vision.train.synthetic import SYNTHETIC, SyntheticLoader
@@ -207,6 +208,8 @@ def epoch_batches(config: Config, loader: Iterable, epoch: int, start: int = 0) 
         loader.dataset.set_epoch(epoch)
     skip = start
     if isinstance(sampler, TrainSampler):
+        if start >= sampler.steps:  # nothing is left but the validation; timm 1.0.29 fails on a loader without a batch
+            return iter(())
         sampler.set_epoch(epoch, start)
         skip = 0
     if isinstance(getattr(loader, "random_erasing", None), _SeededErasing):
@@ -267,6 +270,7 @@ def _create_loader(dataset: Dataset, sampler: Sampler | None, rank: int, **kwarg
             worker_init_fn=inner.worker_init_fn,
             persistent_workers=inner.persistent_workers,
         )
+    inner.worker_init_fn = functools.partial(outlive_stop, inner.worker_init_fn)
     inner.generator = torch.Generator()
     loader.rank = rank
     return loader
@@ -289,7 +293,7 @@ def _loader_kwargs(config: Config, device: torch.device) -> dict[str, Any]:
     workers = config.data.workers
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = max(1, min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 16))  # torchrun: processes here
+        workers = max(1, min(cores // local_processes(), 16))
     # The prefetching loader moves uint8 batches and normalises and erases them on the device.
     return {"num_workers": workers, "device": device, "use_prefetcher": True, "pin_memory": device.type == "cuda"}
 

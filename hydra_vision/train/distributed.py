@@ -107,6 +107,11 @@ def world_from_environment() -> World:
     return World(rank, size, local_rank)
 
 
+def local_processes() -> int:
+    """Processes of the run on this machine, which share its cores and its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @contextlib.contextmanager
 def connected(world: World) -> Iterator[None]:
     """Connects the processes of a run for the length of a block.

@@ -251,6 +251,24 @@ def test_a_set_that_does_not_fit_into_memory_is_refused_at_once(image_folder, mo
         loaders(recipe(image_folder(), data={"cache": "ram"}))
 
 
+def test_every_process_of_a_machine_needs_the_memory(image_folder, monkeypatch):
+    config = recipe(image_folder(), data={"cache": "ram"})
+    monkeypatch.setattr("hydra_vision.train.cache.free_memory", lambda: 2 * 24 * 24 * 24 * 3)
+    loaders(config)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(DataError, match=r"needs about 0.0 GiB decoded in each of 2 processes, 0.0 GiB are free"):
+        loaders(config)
+
+
+def test_an_epoch_of_which_nothing_is_left_does_not_ask_the_loader(image_folder, monkeypatch):
+    """timm 1.0.29 fails where its loader has no batch."""
+    config = recipe(image_folder())
+    train, _ = loaders(config)
+    assert len(list(data.epoch_batches(config, train, 0, len(train) - 1))) == 1
+    monkeypatch.setattr(type(train), "__iter__", lambda self: pytest.fail("asked"))
+    assert list(data.epoch_batches(config, train, 0, len(train))) == []
+
+
 def test_streamed_sets_are_not_held_in_memory():
     with pytest.raises(ConfigError, match=r"data.cache has no effect for data.name='wds/x'"):
         recipe(None, data={"name": "wds/x", "cache": "ram", "dir": "x"})

@@ -1,9 +1,11 @@
 """Runs that are interrupted and go on: the end is that of a run that never was."""
 
 import csv
+import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import time
 
 import numpy as np
@@ -104,6 +106,26 @@ def test_a_signal_saves_and_ends_the_run_at_once(tiny, run, tmp_path, monkeypatc
     state = load_checkpoint(tmp_path / "parts" / LAST)
     assert (state["updates"], state["progress"]["batches"]) == (5, 4)
     shake_generators()
+    assert run(*arguments, "--output", "parts", "--resume", "auto")[0] == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_signal_to_the_loader_processes_as_well_loses_nothing(tiny, run, tmp_path, monkeypatch, assert_same_run):
+    """torchrun and SLURM send it to all of them."""
+    arguments = (*tiny, "--workers", 2)
+    assert run(*arguments, "--output", "whole")[0] == 0
+
+    def stop_all():
+        stopped = (*multiprocessing.active_children(), multiprocessing.current_process())
+        # By another process: from this one, PyTorch's loader processes take it for an orderly end.
+        subprocess.run(["kill", "-TERM", *(str(process.pid) for process in stopped)], check=True)
+        time.sleep(0.2)  # PyTorch looks after its processes
+
+    with monkeypatch.context() as patch:
+        at_update(patch, 8, stop_all)
+        code, _, error = run(*arguments, "--output", "parts")
+    assert code == 143, error
+    assert "step 8" in error
     assert run(*arguments, "--output", "parts", "--resume", "auto")[0] == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
