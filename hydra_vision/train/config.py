@@ -181,6 +181,9 @@ class RunConfig:
     threads: int | None = _field(None, "CPU threads of an operation; null: PyTorch's own choice", low=1)
     amp: Literal["auto", "none", "bf16", "fp16"] = _field("auto", "auto: bf16 on CUDA, none elsewhere")
     tf32: bool = _field(True, "TF32 for what stays float32 on CUDA")
+    cudnn_attention: bool = _field(
+        False, "let PyTorch choose cuDNN's attention on CUDA; its gradients are NaN in cases (PyTorch issue 196678)"
+    )
     channels_last: bool = _field(False, "NHWC memory format of images and convolutions")
     torch_compile: bool = _field(False, "compile the model")
     compile_mode: str | None = _field(None, "mode of torch.compile, e.g. max-autotune")

@@ -8,12 +8,18 @@ from hydra_vision.train.errors import ConfigError, first_line
 
 
 def configure_torch(config: Config, device: torch.device) -> None:
-    """Threads, and TF32 for float32 products on CUDA, as the recipe says."""
+    """Threads, and on CUDA: TF32 for float32 products and which attention kernels may run, as the recipe says.
+
+    PyTorch prefers cuDNN's attention on Hopper. Its bf16 backward pass turns finite inputs into NaN for some numbers of
+    tokens, 64 being one (github.com/pytorch/pytorch/issues/196678, github.com/NVIDIA/cudnn-frontend/issues/1072), so it
+    is left out unless it is asked for; flash attention takes its place.
+    """
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.run.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = config.run.tf32
+        torch.backends.cuda.enable_cudnn_sdp(config.run.cudnn_attention)
 
 
 def place_model(model: nn.Module, config: Config, device: torch.device) -> nn.Module:

@@ -6,6 +6,7 @@ import torch
 
 from hydra_vision.train import build
 from hydra_vision.train.config import Config, merge
+from hydra_vision.train.device import configure_torch
 from hydra_vision.train.errors import CheckpointError, ConfigError
 
 NANO = {"model": {"name": "hydra_vit_nano", "kwargs": {"patch_size": 4, "depth": 2}}, "data": {"img_size": 16}}
@@ -149,6 +150,20 @@ def test_device_and_precision_that_are_not_here():
         build.pick_device(recipe(run={"device": "gpu"}))
     with pytest.raises(ConfigError, match=r"run.amp='fp16' needs CUDA"):
         build.amp_dtype(recipe(run={"amp": "fp16"}), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_attention_by_cudnn_runs_where_it_is_asked_for(monkeypatch, asked):
+    """Its backward pass gives NaN for some numbers of tokens, so it must not be PyTorch's choice."""
+    calls = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", calls.append)
+    config = recipe(run={"cudnn_attention": True}) if asked else recipe()
+    configure_torch(config, torch.device("cpu"))
+    assert calls == []
+    configure_torch(config, torch.device("cuda"))
+    assert calls == [asked]
 
 
 @pytest.mark.parametrize("classes", [10, 3])
