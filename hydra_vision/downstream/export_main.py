@@ -28,12 +28,11 @@ def main(kind: str, argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vis
     """
     export, suffix, description = _KINDS[kind]
     parser = Parser(prog=prog, description=description)
-    add_model_options(parser)
+    add_model_options(parser, device=False)
     parser.add_argument('--output', type=Path, required=True, metavar='FILE', help=f'the {suffix} file')
     parser.add_argument('--dynamic-size', action='store_true', help='any height and width that the patch divides')
     parser.add_argument('--tolerance', type=float, default=TOLERANCE, help='difference to PyTorch (%(default)s)')
     parser.add_argument('--overwrite', action='store_true', help='replace an existing file')
-    parser.set_defaults(device='cpu')
     arguments = parser.parse_args(argv)
     if arguments.output.suffix != suffix:
         raise UserError(f'--output {arguments.output}; it must end in {suffix}')

@@ -5,6 +5,7 @@ https://arxiv.org/abs/1805.01978): features are normalised to length 1; each of 
 its class with the weight exp(cosine similarity / T), T = 0.07; k = 20 is what is usually reported.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Optional
 
@@ -34,12 +35,12 @@ def knn_probe(
         For each k: `k`, `top1` and `top5` in percent.
 
     Raises:
-        FeatureError: k below 1 or above the number of training images; a temperature that is not positive.
+        FeatureError: k below 1 or above the number of training images; a temperature that is not a positive number.
     """
     for each in k:
         if not 1 <= each <= len(train.x):
             raise FeatureError(f'k = {each}; allowed: 1 to {len(train.x)}, the number of training images')
-    if temperature <= 0:
+    if not 0 < temperature < math.inf:
         raise FeatureError(f'temperature = {temperature}; it must be positive')
     rows = []
     for each in k:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,8 +43,8 @@ def knn_main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision knn
     )
     parser.add_argument('--temperature', type=float, default=0.07, metavar='T', help='default 0.07')
     arguments = parser.parse_args(argv)
-    if min(arguments.k) < 1 or arguments.temperature <= 0:
-        raise UserError('--k and --temperature must be positive')
+    if min(arguments.k) < 1 or not 0 < arguments.temperature < math.inf:
+        raise UserError('--k and --temperature must be numbers above 0')
 
     def run(train: Split, test: Split, classes: int, device: str) -> list[dict[str, Any]]:
         return knn.knn_probe(

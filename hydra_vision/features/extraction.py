@@ -18,7 +18,7 @@ from .backbone import Backbone, Size, load_backbone, pick_device
 from .errors import FeatureError
 from .files import FORMATS, Features, load_features
 from .pooling import POOLS, check_layers, image_features
-from .sources import Images, open_images
+from .sources import Images, open_images, sample_digest
 from .store import RowStore
 
 __all__ = ['check_target', 'default_workers', 'extract', 'feature_batches']
@@ -128,6 +128,7 @@ def extract(
         'amp': _resolve_amp(amp, backbone),
         'images': source.name,
         'count': len(source),
+        'sample': sample_digest(source),
         'labelled': source.classes is not None,
     }
     # A card holds what json gives back, so that a resumed extraction can compare it.

@@ -17,8 +17,8 @@ __all__ = [
 ]
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which model, with which weights, at which size."""
+def add_model_options(parser: argparse.ArgumentParser, *, device: bool = True) -> None:
+    """Which model, with which weights, at which size; without ``device`` for commands that work on the CPU alone."""
     group = parser.add_argument_group('model')
     group.add_argument('--model', metavar='NAME', help='any timm model; hf-hub:... and local-dir:PATH too')
     group.add_argument(
@@ -29,7 +29,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         '--model-kwargs', nargs='+', type=_key_value, default=[], metavar='KEY=VALUE', help='for timm.create_model'
     )
     group.add_argument('--img-size', type=img_size, metavar='N|H,W', help="input size; default: the model's")
-    group.add_argument('--device', default='auto', help='auto, cpu, cuda, ...')
+    if device:
+        group.add_argument('--device', default='auto', help='auto, cpu, cuda, ...')
 
 
 def add_image_options(parser: argparse.ArgumentParser, *, crop: bool = True) -> None:
@@ -62,7 +63,7 @@ def backbone_from(arguments: argparse.Namespace) -> Backbone:
         model_kwargs=dict(arguments.model_kwargs),
         img_size=arguments.img_size,
         data={key: value for key, value in given.items() if value is not None},
-        device=arguments.device,
+        device=getattr(arguments, 'device', 'cpu'),
     )
 
 

@@ -1,5 +1,6 @@
 """Where images come from: a folder, a text list, a tar, an open data set. Names first, pixels when asked for."""
 
+import hashlib
 import io
 import os
 import tarfile
@@ -14,9 +15,10 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils.misc import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from ..train.images import READ_ERRORS
 from .errors import FeatureError
 
-__all__ = ['Images', 'open_images']
+__all__ = ['Images', 'open_images', 'sample_digest']
 
 DIGITS = {'sklearn/digits/train': True, 'sklearn/digits/test': False}
 PHOTOS = 'sklearn/photos'
@@ -88,6 +90,21 @@ def open_images(source: Union[str, os.PathLike, Images, Any]) -> Images:
     if not len(images):
         raise FeatureError(f'{path} holds no image; file names must end in {", ".join(IMG_EXTENSIONS)}')
     return images
+
+
+def sample_digest(images: Images, count: int = 8) -> str:
+    """SHA-256 over the pixels of a few images spread over the source: the same for the same images by another path.
+
+    File names do not tell two sources apart: train/cat/0.png and val/cat/0.png are both cat/0.png.
+    """
+    digest = hashlib.sha256()
+    for index in sorted({round(i * (len(images) - 1) / (count - 1)) for i in range(count)}):
+        try:
+            with images.load(index) as image:
+                digest.update(f'{image.mode} {image.size}'.encode() + image.tobytes())
+        except READ_ERRORS as error:
+            digest.update(type(error).__name__.encode())
+    return digest.hexdigest()
 
 
 def _photos() -> Images:

@@ -21,7 +21,7 @@ from .sources import Images
 __all__ = ['RowStore']
 
 _TEXT = dict(newline='', encoding='utf-8', errors='surrogateescape')
-_NAMES = {'weights', 'images'}  # the same by another path; fingerprint and lines say whether they are
+_NAMES = {'weights', 'images'}  # the same by another path; fingerprint, sample and lines say whether they are
 _COMMIT_SECONDS = 1.0  # at most this much work is lost in a kill
 
 
@@ -139,6 +139,8 @@ class RowStore:
         differs = {key for key in self.card if before.get(key) != self.card[key]} - _NAMES
         if 'fingerprint' in differs:
             differs = {'fingerprint'} if before['model'] == self.card['model'] else {'model'}
+        if differs == {'sample'}:
+            return f'{self.target} was begun with other images ({before["images"]}, now {self.card["images"]})'
         if differs:
             parts = [f'{key} {_brief(before.get(key))}, now {_brief(self.card[key])}' for key in sorted(differs)]
             return f'{self.target} holds features made in another way ({"; ".join(parts)})'

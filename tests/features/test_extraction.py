@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,6 +161,20 @@ def test_the_same_folder_by_another_path_goes_on(backbone, folder, tmp_path, mon
     extract(folder, tmp_path / 'f.npy', model=backbone, workers=0)
     monkeypatch.chdir(tmp_path)
     extract('images', 'f.npy', model=backbone, workers=0, on_progress=lambda *_: pytest.fail('read again'))
+
+
+def test_other_images_of_the_same_names_are_told_apart(backbone, folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / 'val')
+    for path in other.rglob('*.png'):
+        with Image.open(path) as image:
+            flipped = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        flipped.save(path)
+    out = tmp_path / 'f.npy'
+    before = extract(folder, out, model=backbone, workers=0).array.copy()
+    with pytest.raises(FeatureError, match=f'begun with other images \\({folder}, now {other}\\)'):
+        extract(other, out, model=backbone, workers=0)
+    after = extract(other, out, model=backbone, workers=0, overwrite=True).array
+    assert not np.allclose(before, after)
 
 
 def test_killed_while_finishing(backbone, folder, tmp_path, monkeypatch):
