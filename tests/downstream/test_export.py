@@ -1,5 +1,6 @@
 """ONNX, AOTInductor, int8, bfloat16: what comes out computes what the model computes."""
 
+import io
 import os
 import re
 import shutil
@@ -76,6 +77,12 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     return (x[:, None] - 0.305) / 0.376, torch.as_tensor(held_out.targets)
 
 
+def state_bytes(model: torch.nn.Module) -> int:
+    stream = io.BytesIO()
+    torch.save(model.state_dict(), stream)
+    return stream.tell()
+
+
 @torch.inference_mode()
 def accuracy(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> float:
     x, labels = digits()
@@ -91,6 +98,7 @@ def test_int8_on_trained_weights():
         changed = [name for name, p in small.named_parameters() if type(p.data) is not torch.Tensor]
         assert {name.split('.')[-2] for name in changed} == {'in_proj', 'out_proj', 'head'}
         assert accuracy(small) >= before - 0.01, kind
+        assert state_bytes(small) < state_bytes(model) / 3
         x, _ = digits()
         assert not torch.equal(small(x), model(x))
     assert accuracy(model) == before  # the model itself is untouched
