@@ -53,6 +53,9 @@ def create_model(config: Config, num_classes: int, load_weights: bool = True) ->
     if from_file:
         weights, head = _read_weights(model.checkpoint, cfg.classifier if cfg else "head")
         kwargs["pretrained_cfg_overlay"] = {"state_dict": weights, "num_classes": head}
+        stem = weights.get(f"{cfg.first_conv}.weight") if cfg and isinstance(cfg.first_conv, str) else None
+        if stem is not None and stem.ndim == 4:  # the channels of the file, which need not be those of the model's cfg
+            kwargs["pretrained_cfg_overlay"]["input_size"] = (stem.shape[1], *cfg.input_size[1:])
     drop = {key: getattr(model, key) for key in ("drop_rate", "drop_path_rate") if getattr(model, key)}
     try:
         built = timm.create_model(

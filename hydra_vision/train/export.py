@@ -42,6 +42,9 @@ def main(argv: Sequence[str], prog: str) -> int:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to write")
     parser.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto", help="auto: those that are best")
     arguments = parser.parse_args(argv)
+    taken = [name for name in ("config.json", "model.safetensors") if (arguments.folder / name).exists()]
+    if taken:
+        raise UserError(f"{arguments.folder} holds {' and '.join(taken)} already; nothing is overwritten")
     from hydra_vision.downstream.sharing import save_pretrained
 
     path = find_checkpoint(arguments.run, BEST)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hydra_vision.streams import keep_on_stream
 from hydra_vision.train.cost import estimate
 from hydra_vision.train.device import peak_memory
 from hydra_vision.train.report import print_table
@@ -101,6 +102,7 @@ def _train(trainer: "Trainer", batches: Any, accum: int) -> int:
     for index, (inputs, targets) in enumerate(batches):
         # A copy: mixing changes its input, and here a batch may come again.
         last = (index + 1) % accum == 0
+        keep_on_stream(inputs)
         trainer._backward(inputs.clone(), targets, accum, last)
         images += len(inputs)
         if last:

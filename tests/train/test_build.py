@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from hydra_vision.train import build
+from hydra_vision.train import build, data
 from hydra_vision.train.config import Config, merge
 from hydra_vision.train.device import configure_torch
 from hydra_vision.train.errors import CheckpointError, ConfigError
@@ -179,6 +179,19 @@ def test_initial_weights_keep_the_head_only_where_the_classes_agree(tmp_path, cl
     assert model.head.weight.shape[0] == classes
     if classes == 10:
         assert torch.equal(model.head.weight, source.head.weight)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_initial_weights_for_grey_images(tmp_path, caplog, channels):
+    """Those of a grey model are taken as they are, those of a coloured one are added up over the channels."""
+    kwargs = NANO["model"]["kwargs"]
+    source = timm.create_model("hydra_vit_nano", img_size=16, num_classes=10, in_chans=channels, **kwargs)
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "weights.pt")
+    start = recipe(model={"checkpoint": str(tmp_path / "weights.pt"), "in_chans": 1})
+    model = build.create_model(start, 10)
+    assert torch.allclose(model.patch_embed.proj.weight, source.patch_embed.proj.weight.sum(dim=1, keepdim=True))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    assert data.resolve_input(start, model)["input_size"] == (1, 16, 16)
 
 
 def test_initial_weights_that_do_not_fit(tmp_path):

@@ -75,7 +75,7 @@ def test_a_run_becomes_a_timm_folder(runs, capsys, weights):
     assert model.pretrained_cfg["input_size"] == (3, 8, 8) or model.pretrained_cfg["input_size"] == [3, 8, 8]
     assert model(torch.zeros(1, 3, 8, 8)).shape == (1, 3)
     assert main(["export-run", str(runs[0]), "exported"]) == 2  # nothing is overwritten
-    assert "already" in capsys.readouterr().err
+    assert "exported holds config.json and model.safetensors already" in capsys.readouterr().err
 
 
 def test_another_timm_model_is_exported_too(tiny, run, capsys):
