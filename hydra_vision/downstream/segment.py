@@ -186,6 +186,9 @@ def _train(arguments: argparse.Namespace) -> int:
         task = progress.add_task('epochs', total=recipe.epochs)
 
         def on_epoch(row: dict[str, Any]) -> None:
+            best = max((before['val_miou'] for before in curve if before['val_miou'] is not None), default=-1.0)
+            if row['val_miou'] is not None and row['val_miou'] > best:
+                write_tensors(model.state_dict(), output / WEIGHTS)  # an interrupted run leaves its best weights
             curve.append(row)
             write_curve(output / 'curve.csv', curve)
             progress.advance(task)

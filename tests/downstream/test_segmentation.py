@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 from hydra_vision import cli
@@ -85,8 +86,6 @@ def test_a_run_learns_and_reports(drawn_folder, tmp_path, capsys):
     assert 'test mIoU' in capsys.readouterr().out
 
     # the weights are those of the summary
-    from safetensors.torch import load_file
-
     model = build_segmenter('test_hydra_vit', 'FPN', 3, img_size=(64, 64))
     model.load_state_dict(load_file(out / 'model.safetensors'))
     data = SegmentationFolder(drawn_folder, 'test', num_classes=3, ignore_index=255)
@@ -109,6 +108,25 @@ def test_a_run_learns_and_reports(drawn_folder, tmp_path, capsys):
     assert not (tmp_path / 'twice').exists()
     assert (out / 'model.safetensors').stat().st_mode == (out / 'summary.json').stat().st_mode
     assert cli.main(arguments) == 2  # the folder is not empty
+
+
+def test_an_interrupted_run_leaves_its_best_weights(drawn_folder, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def interrupt(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr('hydra_vision.downstream.segmentation.evaluate', interrupt)
+    out = tmp_path / 'run'
+    arguments = ['segment', '--data-dir', str(drawn_folder), *RUN, '--decoder', 'FPN', '--output', str(out)]
+    assert cli.main([*arguments, '--epochs', '3', '--eval-every', '1']) == 130
+    assert {path.name for path in out.iterdir()} == {'curve.csv', 'model.safetensors'}
+    assert len(load_file(out / 'model.safetensors')) > 20
+    assert cli.main(['segment', '--compare', str(out), '--output', str(tmp_path / 'c')]) == 2
+    assert 'not a finished run' in capsys.readouterr().err
 
 
 def test_speed():
