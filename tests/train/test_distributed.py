@@ -176,7 +176,8 @@ def test_batch_norms_share_their_statistics(tiny, run, processes, tmp_path):
 @pytest.mark.slow
 def test_torchrun_forwards_a_signal_and_one_process_can_go_on(tiny, run, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, "-m", "hydra_vision.train", *tiny, *PLAIN, "--epochs", "300", "--output", "run"]
+    command = [*torchrun, "-m", "hydra_vision.train", *tiny, *PLAIN, "--workers", "1"]
+    command += ["--epochs", "300", "--output", "run"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with open(tmp_path / "log", "w") as log:
         started = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=environment)
