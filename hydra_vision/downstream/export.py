@@ -87,7 +87,9 @@ def export_onnx(
             input_names=['images'],
             output_names=['logits'],
             verbose=False,
+            optimize=False,
         )
+        _fold(program.model)
         _name_axes(program.model.graph.inputs[0], dynamic_size)
         program.save(str(file))
 
@@ -180,6 +182,29 @@ def _prepare(
 def _dynamic(dynamic_size: bool) -> dict[int, Any]:
     dynamic = torch.export.Dim.DYNAMIC
     return {0: dynamic, 2: dynamic, 3: dynamic} if dynamic_size else {0: dynamic}
+
+
+def _fold(model: Any) -> None:
+    """What the exporter's own optimizer does, without its rewriting of patterns.
+
+    That takes time quadratic in the number of nodes, most of the export of a deep model, and onnxruntime has its own.
+    """
+    import onnx_ir.passes.common as passes
+    from onnxscript.optimizer import fold_constants
+
+    passes.InlinePass()(model)
+    fold_constants(model, output_size_limit=1024)  # masks stay operations, which all blocks share
+    for step in (
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.ClearMetadataAndDocStringPass(),  # paths of this machine, and more bytes than the nodes themselves
+        passes.NameFixPass(),
+    ):
+        step(model)
 
 
 def _name_axes(value: Any, dynamic_size: bool) -> None:

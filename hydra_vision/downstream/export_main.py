@@ -41,7 +41,7 @@ def main(kind: str, argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vis
     backbone = backbone_from(arguments)
     console = stdout_console()
     try:
-        with console.status(f'exporting {backbone.name} (many minutes for a deep model)'):
+        with console.status(f'exporting {backbone.name}'):
             report = export(
                 backbone.model,
                 arguments.output,

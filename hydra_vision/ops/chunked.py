@@ -34,7 +34,6 @@ __all__ = ['mix_chunked']
 _SINGLE_CHUNK = 256  # a sequence up to this long is one chunk: pairs of tiles cost less there than states
 _CHUNK = 128  # Q, at most, of longer sequences
 _TILE = 32  # q, at most
-_SYMBOLIC_CHUNK = 32  # Q and q where L is symbolic: the graph must not depend on it
 _SCAN_WIDTH = 32  # chunks (then groups of chunks, ...) combined by one small matrix product
 
 
@@ -63,24 +62,19 @@ def mix_chunked(
     batch, L, H, P = x.shape
     G = B_f.shape[2]
     acc = accumulation_dtype(x.dtype)
-    symbolic = isinstance(L, torch.SymInt)  # torch.export with a dynamic L: one graph, no branch on L
-    if symbolic:
-        q = Q = _SYMBOLIC_CHUNK
-        chunks = (L + Q - 1) // Q + 1  # one of padding: a number that might be 1 would be asked whether it is
-    else:
-        if chunk_size is None:
-            chunk_size = _SINGLE_CHUNK if L <= _SINGLE_CHUNK else _CHUNK
-        chunks = -(-L // chunk_size)
-        levels = 0  # a chunk is 2 ** levels tiles
-        while -(-L // (chunks << levels)) > tile_size:
-            levels += 1
-        q = -(-L // (chunks << levels))
-        Q = q << levels
+    if chunk_size is None:
+        chunk_size = _SINGLE_CHUNK if L <= _SINGLE_CHUNK else _CHUNK
+    chunks = -(-L // chunk_size)
+    levels = 0  # a chunk is 2 ** levels tiles
+    while -(-L // (chunks << levels)) > tile_size:
+        levels += 1
+    q = -(-L // (chunks << levels))
+    Q = q << levels
     padding = chunks * Q - L
 
     def cut(t: Tensor) -> Tensor:
         """(B, L, ...) -> (B * c, Q, ...). Padded tokens have dt = 0: they neither write nor decay."""
-        if symbolic or padding:
+        if padding:
             t = F.pad(t, (0, 0) * (t.ndim - 2) + (0, padding))
         return t.unflatten(1, (chunks, Q)).flatten(0, 1)
 
@@ -99,7 +93,7 @@ def mix_chunked(
         _mix_neighbours_(y, xc, dt_f, dt_b, P_f, P_b, B_f, C_f, B_b, C_b, span)
         span *= 2
     # A single chunk without a start state has no neighbour to hear from.
-    if symbolic or chunks > 1 or init_states is not None:
+    if chunks > 1 or init_states is not None:
         start = None
         if init_states is not None:  # (H, P, N) -> (G, N, H/G * P)
             start = init_states.to(acc).permute(2, 0, 1).unflatten(1, (G, H // G)).permute(1, 0, 2, 3).flatten(2)
@@ -115,7 +109,7 @@ def mix_chunked(
             y = add(y, scale(_by_token(Ct @ entering, P), read.to(acc).exp().unsqueeze(-1)))
 
     y = y.unflatten(0, (batch, chunks)).flatten(1, 2)
-    if symbolic or padding:
+    if padding:
         y = y[:, :L]
     return y.to(x.dtype)
 
@@ -177,17 +171,10 @@ def _mix_tiles(
         before_f.unsqueeze(-1) - after_f.unsqueeze(-2),
         before_b.unsqueeze(-2) - after_b.unsqueeze(-1),
     ).to(x.dtype)  # (Bc, tiles, H, q, q)
-    exporting = torch.compiler.is_exporting()  # what an exporter has no words for: writes through a view
-    if exporting:
-        on_diagonal = i[:, None] == i[None, :]
-        tile = tile.masked_fill(on_diagonal, 0.0)
-    else:
-        tile.diagonal(dim1=-2, dim2=-1).zero_()  # positive there, and exp might overflow
+    tile.diagonal(dim1=-2, dim2=-1).zero_()  # positive there, and exp might overflow
     tile = scale(tile.exp_().unflatten(2, (G, H // G)), scores.unsqueeze(3)).flatten(2, 3)
     tile = scale(tile, torch.where(lower, per_head(dt_f).unsqueeze(-2), per_head(dt_b).unsqueeze(-2)))
-    if exporting:
-        tile = torch.where(on_diagonal, 0.0 if D is None else per_head(D).unsqueeze(-1), tile)
-    elif D is None:
+    if D is None:
         tile.diagonal(dim1=-2, dim2=-1).zero_()
     else:
         diagonal = per_head(D)  # (Bc, tiles, H, q)
@@ -247,8 +234,7 @@ def _scan(states: Tensor, log_decay: Tensor, start: Optional[Tensor], from_left:
     from right:  E[c] = exp(log_decay[c+1]) E[c+1] + states[c+1],  E[last] = start
 
     Up to ``_SCAN_WIDTH`` chunks are combined by one triangular matrix product; more are cut into groups of that many,
-    and the groups' totals go through the same function: O(chunks) work, O(log chunks) depth. A symbolic number of
-    chunks is one group.
+    and the groups' totals go through the same function: O(chunks) work, O(log chunks) depth.
 
     Args:
         states: (B, c, G, N, H/G * P).
@@ -259,7 +245,7 @@ def _scan(states: Tensor, log_decay: Tensor, start: Optional[Tensor], from_left:
     """
     batch, chunks, G, N, width = states.shape
     H = log_decay.shape[-1]
-    if not isinstance(chunks, torch.SymInt) and chunks > _SCAN_WIDTH:
+    if chunks > _SCAN_WIDTH:
         groups = -(-chunks // _SCAN_WIDTH)
         padding = groups * _SCAN_WIDTH - chunks
         grouped = F.pad(states, (0, 0) * 3 + (0, padding)).reshape(batch * groups, _SCAN_WIDTH, G, N, width)

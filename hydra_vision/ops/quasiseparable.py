@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .chunked import mix_chunked
 from .dispatch import choose_backend
+from .exported import mix_exported
 from .mamba_ssm import mix_mamba_ssm
 from .reference import dense_matrix, mix_dense
 
@@ -96,6 +97,8 @@ def mix_unchecked(
     """The operator on arguments known to fit, by a backend that can run. Autocast does not reach inside."""
     if name == 'triton':
         from .triton import quasiseparable_mix as mix  # lazily: importing hydra_vision must not import Triton
+    elif name == 'chunked' and (torch.compiler.is_exporting() or isinstance(x.shape[1], torch.SymInt)):
+        mix = mix_exported
     else:
         mix = {'reference': mix_dense, 'chunked': mix_chunked, 'mamba_ssm': mix_mamba_ssm}[name]
     device = x.device.type

@@ -38,6 +38,19 @@ def test_onnx_with_dynamic_size(tmp_path):
         torch.testing.assert_close(torch.from_numpy(y), model(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize('tokens', ['fixed', 'many', 'dynamic'])
+def test_graph_of_a_block_stays_small(tokens):
+    size = 512 if tokens == 'many' else 64  # 1024 tokens are above the bound of the dense form
+    axes = dict.fromkeys((0, 2, 3) if tokens == 'dynamic' else (0,), torch.export.Dim.DYNAMIC)
+    nodes = []
+    for depth in (1, 2):
+        model = create(depth=depth, img_size=size, dynamic_img_size=tokens == 'dynamic')
+        with torch.no_grad():
+            program = torch.export.export(model, (torch.randn(2, 3, size, size),), dynamic_shapes=(axes,))
+        nodes.append(len(program.graph.nodes))
+    assert nodes[1] - nodes[0] < {'fixed': 160, 'many': 220, 'dynamic': 220}[tokens]
+
+
 @pytest.mark.slow
 def test_onnx_command_on_trained_weights(tmp_path, capsys):
     pytest.importorskip('onnxscript')

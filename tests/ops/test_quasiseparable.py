@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hydra_vision.ops import quasiseparable_matrix, quasiseparable_mix
+from hydra_vision.ops import exported, quasiseparable_matrix, quasiseparable_mix
 from hydra_vision.ops.chunked import mix_chunked
+from hydra_vision.ops.exported import mix_exported
 from hydra_vision.ops.reference import mix_dense, mix_recurrence
 
 LENGTHS = (1, 2, 3, 7, 49, 63, 64, 65, 196, 197, 576)
@@ -50,7 +51,7 @@ def definition(x, dt_f, dt_b, A, B_f, C_f, B_b, C_b, D, init_states=None):
 def test_all_forms_equal_the_definition(mix_inputs, L, G, init_states):
     inputs = mix_inputs(L=L, G=G, init_states=init_states)
     expected = definition(**inputs)
-    for form in (mix_dense, mix_recurrence, mix_chunked):
+    for form in (mix_dense, mix_recurrence, mix_chunked, mix_exported):
         assert relative(form(**inputs), expected) < 1e-13
     assert relative(mix_chunked(**inputs, chunk_size=4, tile_size=1), expected) < 1e-13
 
@@ -63,14 +64,32 @@ def test_forms_agree_in_float64_and_float32(mix_inputs, L, A, dt):
     expected = mix_recurrence(**inputs)
     assert relative(mix_dense(**inputs), expected) < 1e-10
     assert relative(mix_chunked(**inputs), expected) < 1e-10
+    assert relative(mix_exported(**inputs), expected) < 1e-10
     for chunk_size, tile_size in ((64, 64), (48, 7), (L, 16)):  # divides L or not, one chunk or many
         assert relative(mix_chunked(**inputs, chunk_size=chunk_size, tile_size=tile_size), expected) < 1e-10
 
     single = inputs.to(torch.float32)
     expected = mix_recurrence(**single.to(torch.float64))  # of the rounded inputs
-    for form in (mix_dense, mix_recurrence, mix_chunked):
+    for form in (mix_dense, mix_recurrence, mix_chunked, mix_exported):
         assert relative(form(**single), expected) < 1e-5
     assert relative(mix_chunked(**single, chunk_size=48, tile_size=7), expected) < 1e-5
+
+
+@pytest.mark.parametrize('D', ['token', 'head', 'none'])
+@pytest.mark.parametrize('dt', ['usual', 'zero', 'large', 'mixed'])
+def test_exported_form_in_chunks(mix_inputs, monkeypatch, dt, D):
+    monkeypatch.setattr(exported, '_DENSE', 1)
+    monkeypatch.setattr(exported, '_CHUNK', 5)
+    for L, G, init_states in ((2, 1, False), (10, 1, True), (23, 2, False), (24, 2, True)):
+        inputs = mix_inputs(L=L, G=G, D=D, dt=dt, init_states=init_states).requires_grad_()
+        names = [name for name, t in inputs.items() if t is not None]
+        results = []
+        for form in (mix_exported, mix_recurrence):
+            y = form(**inputs)
+            results.append((y, *torch.autograd.grad(y.sin().sum(), [inputs[name] for name in names])))
+        for name, actual, expected in zip(['y', *names], *results):
+            if name == 'y' or dt == 'usual':  # not of dt = 0, nor where what is left of a decay is rounding
+                assert relative(actual, expected) < 1e-10, (name, L)
 
 
 def test_many_chunks_scan_in_groups(mix_inputs):
