@@ -6,8 +6,7 @@ grows faster than their number. Here both directions are one tensor, and there i
 * a fixed L up to 256 is one chunk: the matrix M, without states. O(L^2), as fast as chunks at 196, half so at 625;
 * anything longer, and every symbolic L, is cut into chunks that hand on states. O(L), the same graph for all L.
 
-* a fixed L up to 256 is one chunk: the matrix M, no states. O(L^2), as fast as chunks at 196, half so at 625;
-is the sum of a row's and a column's share, dt[j] as a logarithm among them:
+The exponent of an entry (i, j) of M is the sum of a row's and a column's share, dt[j] as a logarithm among them:
 
     row[i] = S[i] - min(s[i], 0)     sum_{k<i} a_f        and   -sum_{k<=i} a_b
     col[j] = max(s[j], 0) - S[j]     -sum_{k<=j} a_f      and    sum_{k<j} a_b      (+ log dt[j])
