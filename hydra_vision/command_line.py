@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Iterable
 from typing import NoReturn
 
-__all__ = ['Parser', 'UserError', 'check_model_name', 'comma_list', 'nearest']
+__all__ = ['Parser', 'UserError', 'check_model_name', 'comma_list', 'nearest', 'positive', 'positive_list']
 
 
 class UserError(Exception):
@@ -32,6 +32,26 @@ def comma_list(text: str) -> list[str]:
     if not all(parts):
         raise argparse.ArgumentTypeError(f'{text!r} has an empty element; write a,b,c')
     return parts
+
+
+def positive(text: str) -> int:
+    """'3' -> 3; an argparse type.
+
+    Raises:
+        argparse.ArgumentTypeError: anything but a positive integer.
+    """
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a positive integer')
+    return value
+
+
+def positive_list(text: str) -> list[int]:
+    """'64,128' -> [64, 128]; an argparse type."""
+    return [positive(part) for part in comma_list(text)]
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

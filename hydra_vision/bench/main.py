@@ -13,7 +13,7 @@ from typing import Any, Optional
 import torch
 from rich.console import Console
 
-from ..command_line import Parser, UserError, check_model_name, comma_list, nearest
+from ..command_line import Parser, UserError, check_model_name, comma_list, nearest, positive, positive_list
 from ..environment import device_name, environment
 from ..ops.dispatch import BACKENDS
 from ..tables import stdout_console
@@ -37,7 +37,7 @@ from .report import (
     write_csv,
 )
 from .roofline import Roofline, measure_roofline
-from .timing import MIN_ROUNDS
+from .timing import MIN_ROUNDS, rounds
 
 __all__ = ['PEERS', 'main']
 
@@ -407,27 +407,6 @@ def _check_combination(arguments: argparse.Namespace) -> None:
             raise UserError(f'--{name.replace("_", "-")} {verb} --operator')
 
 
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a positive integer')
-    return value
-
-
-def _positive_list(text: str) -> list[int]:
-    return [_positive(part) for part in comma_list(text)]
-
-
-def _rounds(text: str) -> int:
-    value = _positive(text)
-    if value < MIN_ROUNDS:
-        raise argparse.ArgumentTypeError(f'{value} rounds have no spread; at least {MIN_ROUNDS}')
-    return value
-
-
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -451,7 +430,7 @@ def _shapes(text: str) -> list[tuple[int, int]]:
         batch, times, length = part.partition('x')
         if not times:
             raise argparse.ArgumentTypeError(f'{part!r} is not BATCHxLENGTH, for example 256x196')
-        shapes.append((_positive(batch), _positive(length)))
+        shapes.append((positive(batch), positive(length)))
     return shapes
 
 
@@ -476,10 +455,8 @@ def _parser(prog: str) -> Parser:
         help=f'of the Hydra operator: auto, {", ".join(BACKENDS)}; default: auto, and mamba_ssm where it runs '
         f'(with --operator: every one that runs, and {", ".join(OPERATOR_PEERS[1:])})',
     )
-    add('--threads', type=_positive, metavar='N', help="CPU threads; default: 2 on the CPU, torch's own with a GPU")
-    add(
-        '--repeats', type=_rounds, default=20, metavar='N', help='rounds at most, each variant once a round; default 20'
-    )
+    add('--threads', type=positive, metavar='N', help="CPU threads; default: 2 on the CPU, torch's own with a GPU")
+    add('--repeats', type=rounds, default=20, metavar='N', help='rounds at most, each variant once a round; default 20')
     add(
         '--time-limit',
         type=_seconds,
@@ -496,9 +473,9 @@ def _parser(prog: str) -> Parser:
         'a part of them',
     )
     models.add_argument('--models', type=comma_list, metavar='LIST', help='timm model names')
-    models.add_argument('--img-sizes', type=_positive_list, metavar='LIST', help='sides in px')
+    models.add_argument('--img-sizes', type=positive_list, metavar='LIST', help='sides in px')
     models.add_argument(
-        '--batch-sizes', type=_positive_list, metavar='LIST', help='one for each image size, or one for all'
+        '--batch-sizes', type=positive_list, metavar='LIST', help='one for each image size, or one for all'
     )
     models.add_argument(
         '--compile',
@@ -524,7 +501,7 @@ def _parser(prog: str) -> Parser:
     operator = parser.add_argument_group('operator')
     operator.add_argument('--operator', action='store_true', help='time quasiseparable_mix alone, for every backend')
     operator.add_argument('--shapes', type=_shapes, metavar='LIST', help='BATCHxLENGTH, for example 256x196,49x1024')
-    operator.add_argument('--heads', type=_positive, metavar='H')
-    operator.add_argument('--headdim', type=_positive, metavar='P', help='default 64')
-    operator.add_argument('--d-state', type=_positive, metavar='N', help='default 64')
+    operator.add_argument('--heads', type=positive, metavar='H')
+    operator.add_argument('--headdim', type=positive, metavar='P', help='default 64')
+    operator.add_argument('--d-state', type=positive, metavar='N', help='default 64')
     return parser

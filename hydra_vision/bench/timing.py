@@ -4,6 +4,7 @@ A round runs every variant once, as a burst of calls long enough for the clock; 
 to round. The result is the distribution over rounds: median, 10th and 90th percentile.
 """
 
+import argparse
 import math
 import statistics
 import time
@@ -13,7 +14,9 @@ from typing import Optional, TypeVar
 
 import torch
 
-__all__ = ['MIN_ROUNDS', 'Clock', 'Timing', 'clock_for', 'cuda_seconds', 'measure', 'wall_seconds']
+from ..command_line import positive
+
+__all__ = ['MIN_ROUNDS', 'Clock', 'Timing', 'clock_for', 'cuda_seconds', 'measure', 'rounds', 'wall_seconds']
 
 MIN_ROUNDS = 3
 # Seconds that a burst lasts at least. On CUDA the host runs ahead after the first call: its head start must be small
@@ -23,6 +26,18 @@ _BURST = {'cuda': 0.1, 'cpu': 0.05}
 Key = TypeVar('Key', bound=Hashable)
 Step = Callable[[], object]
 Clock = Callable[[Step, int], float]
+
+
+def rounds(text: str) -> int:
+    """A number of rounds that has a spread; an argparse type.
+
+    Raises:
+        argparse.ArgumentTypeError: fewer than MIN_ROUNDS.
+    """
+    value = positive(text)
+    if value < MIN_ROUNDS:
+        raise argparse.ArgumentTypeError(f'{value} rounds have no spread; at least {MIN_ROUNDS}')
+    return value
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from hydra_vision.bench.ablation.family import Family, FittedRow, fit_rows, read
 from hydra_vision.bench.ablation.report import COLUMNS, markdown, plot, table_rows
 from hydra_vision.bench.ablation.runs import Run, check_folder, rows_of, train, workers_for
 from hydra_vision.bench.report import write_csv
-from hydra_vision.command_line import Parser, UserError, comma_list
+from hydra_vision.command_line import Parser, UserError, comma_list, positive
 from hydra_vision.tables import make_table, stdout_console
 from hydra_vision.train.config import Config, merge, parse_override
 from hydra_vision.train.errors import ConfigError, TrainError
@@ -192,7 +192,7 @@ def _parser(prog: str) -> Parser:
     add('--rows', type=comma_list, metavar='LIST', help='only these rows')
     add('--seeds', type=int, nargs='+', default=[0], metavar='N', help='default: 0')
     add('--epochs', type=int, metavar='E', help="default: the recipe's")
-    add('--jobs', type=_positive, default=1, metavar='N', help='runs at a time on the device; default 1')
+    add('--jobs', type=positive, default=1, metavar='N', help='runs at a time on the device; default 1')
     add('--output', type=Path, default=Path('output') / 'ablation', metavar='DIR', help='default: output/ablation')
     add('--set', dest='overrides', action='append', default=[], metavar='KEY=VALUE', help='any field of the recipe')
     add('--plan', action='store_true', help='print the runs with their parameters, and stop')
@@ -205,13 +205,6 @@ def _parser(prog: str) -> Parser:
     )
     add('--time-limit', type=float, default=30.0, metavar='S', help='seconds of measuring a mode; default 30')
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a positive integer')
-    return value
 
 
 def _steps(text: str) -> list[str]:

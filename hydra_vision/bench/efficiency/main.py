@@ -13,8 +13,8 @@ from hydra_vision.bench.efficiency.points import ATTENTIONS, PASSES, Point, make
 from hydra_vision.bench.efficiency.report import COLUMNS, crossing_rows, plot_points, table_lines
 from hydra_vision.bench.main import DTYPES
 from hydra_vision.bench.report import write_csv
-from hydra_vision.bench.timing import MIN_ROUNDS
-from hydra_vision.command_line import Parser, UserError, comma_list, nearest
+from hydra_vision.bench.timing import MIN_ROUNDS, rounds
+from hydra_vision.command_line import Parser, UserError, comma_list, nearest, positive, positive_list
 from hydra_vision.environment import device_name, environment
 from hydra_vision.tables import make_table, stdout_console
 
@@ -119,36 +119,18 @@ def _parser(prog: str) -> Parser:
     add = parser.add_argument
     add('--device', metavar='NAME', help='cpu or cuda; default: cuda where there is one')
     add('--mixers', type=_names_list, metavar='LIST', help="separated by ';'; default: the whole family")
-    add('--lengths', type=_numbers, metavar='LIST', help='default: 64 to 16384 on CUDA, 64 to 512 on the CPU')
-    add('--tokens', type=_positive, metavar='N', help='of a call, over all its sequences; default 16384 (CPU: 512)')
-    add('--d-model', type=_positive, metavar='N', help='width; default 384 (CPU: 64)')
+    add('--lengths', type=positive_list, metavar='LIST', help='default: 64 to 16384 on CUDA, 64 to 512 on the CPU')
+    add('--tokens', type=positive, metavar='N', help='of a call, over all its sequences; default 16384 (CPU: 512)')
+    add('--d-model', type=positive, metavar='N', help='width; default 384 (CPU: 64)')
     add('--dtype', choices=DTYPES, help='of the computation; default bfloat16 on CUDA (autocast), float32 on the CPU')
     add('--mode', type=_modes, default=list(PASSES), metavar='LIST', help='infer, train or both: infer,train (default)')
-    add('--rounds', type=_rounds, default=MIN_ROUNDS, metavar='N', help=f'default {MIN_ROUNDS}')
+    add('--rounds', type=rounds, default=MIN_ROUNDS, metavar='N', help=f'default {MIN_ROUNDS}')
     add('--output', type=Path, metavar='FOLDER', help='for CSV, PNG, JSON; default: output/efficiency-length-...')
     return parser
 
 
 def _names_list(text: str) -> list[str]:
     return [part.strip() for part in text.split(';')]
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a positive integer')
-    return value
-
-
-def _numbers(text: str) -> list[int]:
-    return [_positive(part) for part in comma_list(text)]
-
-
-def _rounds(text: str) -> int:
-    value = _positive(text)
-    if value < MIN_ROUNDS:
-        raise argparse.ArgumentTypeError(f'{value} rounds have no spread; at least {MIN_ROUNDS}')
-    return value
 
 
 def _modes(text: str) -> list[str]:
