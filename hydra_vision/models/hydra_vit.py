@@ -28,7 +28,6 @@ from timm.layers import (
     LayerType,
     Mlp,
     PatchDropout,
-    PatchEmbed,
     calculate_drop_path_rates,
     get_act_layer,
     get_device_dtype,
@@ -46,6 +45,7 @@ from timm.models.vision_transformer import global_pool_nlc
 from ..mixers.blockdiag import BlockDiagonalMlp
 from ._layer_norm import BlockNorm
 from ._mixer import mixer_factory, resample_mixer_parameter
+from ._patch_embed import PatchEmbed
 from .scan_order import SCAN_ORDERS, block_order, reorder
 
 try:

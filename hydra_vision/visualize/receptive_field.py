@@ -23,6 +23,9 @@ __all__ = ['effective_receptive_field', 'field_side', 'plot_receptive_fields']
 def effective_receptive_field(model: nn.Module, x: Tensor, *, layers: Optional[Sequence[int]] = None) -> Tensor:
     """Mean absolute gradient of the middle patch's feature with respect to the pixels.
 
+    The feature is projected on a random direction, the same for every call. Its plain sum would not do: behind a
+    LayerNorm that has not been trained it is zero for every image, and its gradient nothing but rounding.
+
     Args:
         model: A timm model in eval mode.
         x: Images (n, C, H, W).
@@ -32,12 +35,14 @@ def effective_receptive_field(model: nn.Module, x: Tensor, *, layers: Optional[S
         (H, W), its maximum 1 (all zero only where the feature does not depend on the image).
     """
     field = torch.zeros(x.shape[2:], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
     with torch.enable_grad():
         for image in x:  # one at a time: constant memory
             pixels = image[None].clone().requires_grad_()
             y = image_features(model, pixels, pool='none', layers=layers)
-            middle = y[0, :, y.shape[2] // 2, y.shape[3] // 2].sum()
-            (gradient,) = torch.autograd.grad(middle, pixels)
+            middle = y[0, :, y.shape[2] // 2, y.shape[3] // 2]
+            direction = torch.randn(len(middle), generator=generator).to(middle)
+            (gradient,) = torch.autograd.grad(middle @ direction, pixels)
             field += gradient[0].abs().sum(0).double().cpu()
     return (field / field.max().clamp_min(1e-300)).float()
 
