@@ -86,7 +86,7 @@ class Learner:
             device_ids = [device.index] if device.type == "cuda" else None
             # said of the depthwise convolution's gradient, whose strides differ in a dimension of size 1 only
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-            self.task.prepare_distributed(device_ids=device_ids, gradient_as_bucket_view=True)
+            self.task.prepare_distributed(device_ids=device_ids)
             if config.distributed.gradients == "bf16":
                 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 

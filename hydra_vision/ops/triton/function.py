@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .inner import InnerArguments, inner_backward, inner_forward
-from .mixing import DtSource, decays, decays_backward, mix_backward, mix_forward
+from .mixing import DtSource, decays, decays_backward, mix_backward, mix_forward, start_gradient
 from .plan import Plan, make_plan
 
 __all__ = [
@@ -117,12 +117,12 @@ def mix_backward_all(
     dbc = tuple(torch.empty(bc[0].shape, dtype=x.dtype, device=x.device) for _ in range(4))
     g = mix_backward(plan, x, bc, d, diag, start, dy.contiguous(), dx, dbc)
     ddtf, ddtb = (torch.empty(dt_f.shape, dtype=torch.float32, device=x.device) for _ in range(2))
-    dA, _ = decays_backward(plan, source, g, ddtf, ddtb)
+    dA = decays_backward(plan, source, g, ddtf, ddtb)[0].sum((0, 1))
     dD = None
     if D is not None:
         dD = (g.ddiag.sum((0, 1)) if D.ndim == 1 else g.ddiag).to(D.dtype)
     dB_f, dC_f, dB_b, dC_b = dbc
-    dstart = None if init_states is None else g.dstart.to(init_states.dtype)
+    dstart = None if init_states is None else start_gradient(g.dstart, init_states.dtype)
     return dx, ddtf.to(dt_f.dtype), ddtb.to(dt_b.dtype), dA.to(A.dtype), dB_f, dC_f, dB_b, dC_b, dD, dstart
 
 

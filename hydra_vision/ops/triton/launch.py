@@ -5,16 +5,31 @@ the argument lists here, longer than some of these kernels run. A block of a sma
 compiled kernel is kept by exactly what it was specialised for, and started directly when the same comes again.
 """
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton import knobs
 
-__all__ = ['launch']
+__all__ = ['hooked', 'launch', 'recorded']
 
 LIMIT = 8192  # launches that are remembered; far more than one program of fixed sizes has
 _known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+_recording = threading.local()  # .launches: where launches of this thread are noted
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[Any, ...]]]:
+    """Notes the launches on GPUs inside the block: (run, function, metadata), grid of three, arguments in order."""
+    before = getattr(_recording, 'launches', None)
+    _recording.launches = launches = []
+    try:
+        yield launches
+    finally:
+        _recording.launches = before
 
 
 def _key(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
@@ -29,7 +44,7 @@ def _key(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple
     return tuple(key)
 
 
-def _hooked() -> bool:
+def hooked() -> bool:
     """Whether a profiler wants to hear of launches: those go through Triton."""
     hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
     return any(getattr(hook, 'calls', hook) for hook in hooks)
@@ -53,14 +68,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         return
     key = _key(kernel, args, constants)
     found = _known.get(key)
-    if found is None or _hooked():
+    x, y, z = (*grid, 1, 1)[:3]
+    if found is None or hooked():
         compiled = kernel[grid](*args, **constants)
         if len(_known) >= LIMIT:
             _known.clear()
         rest = tuple(constants[name] for name in kernel.arg_names[len(args) :])
-        _known[key] = (compiled, compiled.run, compiled.function, compiled.packed_metadata, rest)
-        return
-    _, run, function, metadata, rest = found
-    stream = torch._C._cuda_getCurrentRawStream(key[1])
-    x, y, z = (*grid, 1, 1)[:3]
-    run(x, y, z, stream, function, metadata, None, None, None, *args, *rest)
+        _known[key] = found = (compiled, compiled.run, compiled.function, compiled.packed_metadata, rest)
+    else:
+        _, run, function, metadata, rest = found
+        stream = torch._C._cuda_getCurrentRawStream(key[1])
+        run(x, y, z, stream, function, metadata, None, None, None, *args, *rest)
+    launches = getattr(_recording, 'launches', None)
+    if launches is not None:
+        launches.append((found[1:4], (x, y, z), (*args, *found[4])))

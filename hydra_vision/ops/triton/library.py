@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .function import mix_backward_all, mix_forward_all
-from .inner import InnerArguments, inner_backward, inner_forward
+from .inner import InnerArguments, inner_backward, inner_forward, padded_row
 
 __all__ = ['hydra_inner_op', 'quasiseparable_mix_op']
 
@@ -97,8 +97,10 @@ def _hydra_inner_backward(
 
 @_hydra_inner_backward.register_fake
 def _(dout, out, y, rstd, diag, *arguments):
-    return [dout.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
-            for t in arguments[:_TENSORS]]  # fmt: skip
+    zxbcdt, *parameters = arguments[:_TENSORS]
+    dz = zxbcdt.new_empty(*zxbcdt.shape[:-1], padded_row(zxbcdt))[..., : zxbcdt.shape[-1]]
+    return [dz] + [dout.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+                   for t in parameters]  # fmt: skip
 
 
 def _inner_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -18,7 +18,16 @@ from .score_grads import bc_grads_kernel, score_grads_kernel
 from .scores import scores_kernel
 from .states import states_kernel
 
-__all__ = ['Decays', 'DtSource', 'MixGrads', 'decays', 'decays_backward', 'mix_backward', 'mix_forward']
+__all__ = [
+    'Decays',
+    'DtSource',
+    'MixGrads',
+    'decays',
+    'decays_backward',
+    'mix_backward',
+    'mix_forward',
+    'start_gradient',
+]
 
 
 @dataclass
@@ -63,7 +72,12 @@ class MixGrads:
     onward: Optional[Tensor]
     through: Optional[Tensor]
     ddiag: Optional[Tensor]
-    dstart: Optional[Tensor]
+    dstart: Optional[Tensor]  # (B, H, 2, N, P), see start_gradient
+
+
+def start_gradient(dstart: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, H, 2, N, P) -> the gradient of the initial states (H, P, N)."""
+    return dstart.sum((0, 2)).transpose(1, 2).to(dtype).contiguous()
 
 
 def _head_block(H: int) -> int:
@@ -84,8 +98,12 @@ def decays(plan: Plan, source: DtSource) -> Decays:
     return out
 
 
-def decays_backward(plan: Plan, source: DtSource, g: MixGrads, ddtf: Tensor, ddtb: Tensor) -> tuple[Tensor, Tensor]:
-    """Writes the gradients of both dt views (common strides); returns those of A (or A_log) and of the bias, (H,)."""
+def decays_backward(plan: Plan, source: DtSource, g: MixGrads, ddtf: Tensor, ddtb: Tensor) -> Tensor:
+    """Writes the gradients of both dt views (common strides).
+
+    Returns:
+        (2, B, nT, H) float32: shares of the gradients of A (or A_log) and of the bias, to be summed.
+    """
     HB = _head_block(plan.H)
     part = torch.empty(2, plan.B, plan.nT, plan.H, dtype=torch.float32, device=plan.device)
     bias = source.A if source.bias is None else source.bias
@@ -96,7 +114,7 @@ def decays_backward(plan: Plan, source: DtSource, g: MixGrads, ddtf: Tensor, ddt
         plan.B, plan.L, plan.H, plan.Lp, plan.nT, plan.QT, *source.bounds(), **source.flags(),
         HAS_STATE=g.through is not None, HAS_OTHERS=plan.QT > 1, EXACT=plan.exact, HB=HB, T=plan.T, num_warps=4,
     )  # fmt: skip
-    return part[0].sum((0, 1)), part[1].sum((0, 1))
+    return part
 
 
 def _scores(plan: Plan, bc: tuple[Tensor, ...], transposed: bool) -> Tensor:
@@ -138,8 +156,6 @@ def _state_grads(
         HAS_START=has_start, FLAT=plan.QT == 1, PREC=plan.precision, STAGES=plan.options('state_grads')['num_stages'],
         **plan.options('state_grads'),
     )  # fmt: skip
-    if dstart is not None:
-        dstart = dstart.sum((0, 2)).transpose(1, 2)  # (H, P, N)
     return out, through, dstart
 
 
