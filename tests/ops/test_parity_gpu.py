@@ -16,9 +16,9 @@ os.environ.setdefault('MAMBA_DETERMINISTIC', '1')
 
 
 def check_parity(theirs, sizes: tuple, dtype: torch.dtype, tolerance: float, **options) -> None:
-    """Ours is as close to theirs as ``tolerance``, and no further from float64 than twice theirs, over four seeds."""
+    """Ours is as close to theirs as ``tolerance``, and no further from float64 than twice theirs, over many seeds."""
     runs, distances = [], {}
-    for seed in range(4):
+    for seed in range(16):  # the gradient of A is four numbers, and a few of them a chance
         cast = [None if t is None else t.cuda() for t in mix_arguments(*sizes, seed=seed, **options)]
         for k in (0, 4, 5, 6, 7):
             cast[k] = cast[k].to(dtype)

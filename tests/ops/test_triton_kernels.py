@@ -38,6 +38,16 @@ def test_mix_matches_the_dense_form(layout, L, H, G, D, init_states):
         check_mix(1, L, H, 16, G, 16, torch.float32, DEVICE, SEEDS, D=D, init_states=init_states)
 
 
+@pytest.mark.parametrize(('H', 'G'), [(2, 1), (3, 1), (5, 1), (6, 2)])
+def test_heads_that_no_program_shares(H, G):
+    """The scores' gradient then comes in H / G parts: with two, and with more, which are added in another way."""
+    from hydra_vision.ops.triton.plan import forced_launch
+    from hydra_vision.ops.triton.table import Launch
+
+    with forced_launch(Launch(16, 1, heads={'mix_heads': 1, 'dx_heads': 1, 'scores_heads': 1})):
+        check_mix(1, 40, H, 16, G, 16, torch.float32, DEVICE, SEEDS)
+
+
 @pytest.mark.parametrize('layout', ['one tile a chunk', 'three tiles a chunk'])
 def test_mix_with_extreme_steps(layout):
     from hydra_vision.ops.triton.plan import forced_launch

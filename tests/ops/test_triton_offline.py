@@ -57,6 +57,16 @@ def test_every_row(arch):
 
 
 @pytest.mark.parametrize('arch', [80, 90])
+@pytest.mark.parametrize(('H', 'P'), [(13, 64), (17, 16), (22, 64)])
+def test_heads_that_few_numbers_divide(arch, H, P):
+    """Programs over one head each leave the scores' gradient in as many parts as there are heads."""
+    from hydra_vision.ops.triton.offline import compile_launch, problem_launches
+
+    launches = problem_launches(arch, 196, H=H, P=P, inner=False)
+    check(arch, [compile_launch(launch, arch) for launch in launches if launch.name == 'bc_grads_kernel'])
+
+
+@pytest.mark.parametrize('arch', [80, 90])
 def test_layer_norm(arch):
     from hydra_vision.ops.triton.offline import compile_launch, layer_norm_launches
 

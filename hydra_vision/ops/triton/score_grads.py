@@ -194,10 +194,15 @@ def bc_grads_kernel(
     low = tl.where(before, first, tile)
     high = tl.where(before, tile + 1, last)
     acc = tl.zeros((T, N), tl.float32)
-    for other in range(low, high):
+    # many parts (heads whose number few divide): one after the other, for the pipeline would hold all of them at once
+    for other in tl.range(low, high, num_stages=STAGES if PARTS <= 2 else 1):
         d = tl.load(block + (other - first) * (T * T) + i * T + j)  # (T, T)
-        for part in tl.static_range(1, PARTS):
-            d += tl.load(block + (part * nT * QT + other - first) * (T * T) + i * T + j)
+        if PARTS <= 2:
+            for part in tl.static_range(1, PARTS):
+                d += tl.load(block + (part * nT * QT + other - first) * (T * T) + i * T + j)
+        else:
+            for part in tl.range(1, PARTS, num_stages=1):
+                d += tl.load(block + (part * nT * QT + other - first) * (T * T) + i * T + j)
         keep = tl.where(before, other * T + j < tile * T + i, other * T + j > tile * T + i)  # (T, T)
         v = load_rows(source + base, other * T + t + source_shift, n, stride_l, L)  # (T, N)
         acc = tl.dot(tl.where(keep, d, 0.0).to(d.dtype), v.to(d.dtype), acc, input_precision=PREC)
