@@ -8,5 +8,5 @@ import sys
 
 from hydra_vision.train.main import main
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     sys.exit(main())

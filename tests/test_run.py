@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 # What timm's validate.py does with a name, and what a script may expect of its surroundings.
-SCRIPT = '''
+SCRIPT = """
 import argparse, sys
 from pathlib import Path
 import neighbour                      # a module beside the script
@@ -33,7 +33,7 @@ def main():
 
 if __name__ == '__main__':
     main()
-'''
+"""
 
 
 @pytest.fixture

@@ -4,5 +4,5 @@ import sys
 
 from hydra_vision.train.main import main
 
-if __name__ == "__main__":
-    sys.exit(main(prog="python -m hydra_vision.train"))
+if __name__ == '__main__':
+    sys.exit(main(prog='python -m hydra_vision.train'))

@@ -39,24 +39,24 @@ def create_model(config: Config, num_classes: int, load_weights: bool = True) ->
         CheckpointError: initial weights that do not fit.
     """
     model = config.model
-    if ":" not in model.name and not timm.is_model(model.name):  # 'hf-hub:...' and the like are looked up elsewhere
-        raise ConfigError(f"unknown model.name={model.name!r}{nearest(model.name, timm.list_models())}")
+    if ':' not in model.name and not timm.is_model(model.name):  # 'hf-hub:...' and the like are looked up elsewhere
+        raise ConfigError(f'unknown model.name={model.name!r}{nearest(model.name, timm.list_models())}')
     kwargs: dict[str, Any] = dict(model.kwargs)
-    cfg = None if ":" in model.name else get_pretrained_cfg(model.name)
+    cfg = None if ':' in model.name else get_pretrained_cfg(model.name)
     if config.data.img_size is not None and cfg is not None and cfg.fixed_input_size:
         size = config.data.img_size
-        kwargs["img_size"] = size if isinstance(size, int) else tuple(size)
+        kwargs['img_size'] = size if isinstance(size, int) else tuple(size)
     if config.data.progressive_sizes is not None and cfg is not None and cfg.fixed_input_size:
-        kwargs.setdefault("dynamic_img_size", True)
+        kwargs.setdefault('dynamic_img_size', True)
     from_file = load_weights and model.checkpoint is not None
     head, weights = num_classes, {}
     if from_file:
-        weights, head = _read_weights(model.checkpoint, cfg.classifier if cfg else "head")
-        kwargs["pretrained_cfg_overlay"] = {"state_dict": weights, "num_classes": head}
-        stem = weights.get(f"{cfg.first_conv}.weight") if cfg and isinstance(cfg.first_conv, str) else None
+        weights, head = _read_weights(model.checkpoint, cfg.classifier if cfg else 'head')
+        kwargs['pretrained_cfg_overlay'] = {'state_dict': weights, 'num_classes': head}
+        stem = weights.get(f'{cfg.first_conv}.weight') if cfg and isinstance(cfg.first_conv, str) else None
         if stem is not None and stem.ndim == 4:  # the channels of the file, which need not be those of the model's cfg
-            kwargs["pretrained_cfg_overlay"]["input_size"] = (stem.shape[1], *cfg.input_size[1:])
-    drop = {key: getattr(model, key) for key in ("drop_rate", "drop_path_rate") if getattr(model, key)}
+            kwargs['pretrained_cfg_overlay']['input_size'] = (stem.shape[1], *cfg.input_size[1:])
+    drop = {key: getattr(model, key) for key in ('drop_rate', 'drop_path_rate') if getattr(model, key)}
     try:
         built = timm.create_model(
             model.name,
@@ -67,10 +67,10 @@ def create_model(config: Config, num_classes: int, load_weights: bool = True) ->
             **kwargs,
         )
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        given = ", ".join(f"{key}={value!r}" for key, value in {**drop, **kwargs}.items() if "pretrained" not in key)
-        text = f"cannot build {model.name} with {given or 'its defaults'}: {error}"
+        given = ', '.join(f'{key}={value!r}' for key, value in {**drop, **kwargs}.items() if 'pretrained' not in key)
+        text = f'cannot build {model.name} with {given or "its defaults"}: {error}'
         if from_file:
-            raise CheckpointError(f"{text} (initial weights: {model.checkpoint})") from error
+            raise CheckpointError(f'{text} (initial weights: {model.checkpoint})') from error
         raise ConfigError(text) from error
     if head != num_classes:  # built with the head of the file, so that timm refuses weights that do not all fit
         built.reset_classifier(num_classes)
@@ -88,19 +88,19 @@ def classes_in(path: str, name: str) -> int:
     Raises:
         CheckpointError: not a readable file.
     """
-    cfg = None if ":" in name else get_pretrained_cfg(name)
-    return _read_weights(path, cfg.classifier if cfg else "head")[1]
+    cfg = None if ':' in name else get_pretrained_cfg(name)
+    return _read_weights(path, cfg.classifier if cfg else 'head')[1]
 
 
 def _describe_start(path: str, weights: dict[str, Any], head: int, model: nn.Module) -> str:
     """What became of the weights in a file, in words."""
-    parts = [f"weights of {path}"]
+    parts = [f'weights of {path}']
     if head != model.num_classes:
-        parts.append(f"new head ({head} -> {model.num_classes} classes)")
-    before, after = weights.get("pos_embed"), getattr(model, "pos_embed", None)
+        parts.append(f'new head ({head} -> {model.num_classes} classes)')
+    before, after = weights.get('pos_embed'), getattr(model, 'pos_embed', None)
     if before is not None and after is not None and before.shape != after.shape:
-        parts.append(f"position embedding resampled ({before.shape[-2]} -> {after.shape[-2]} tokens)")
-    return ", ".join(parts)
+        parts.append(f'position embedding resampled ({before.shape[-2]} -> {after.shape[-2]} tokens)')
+    return ', '.join(parts)
 
 
 def create_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
@@ -111,7 +111,7 @@ def create_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """
     optim = config.optim
     kwargs = dict(optim.kwargs)
-    kwargs |= {key: getattr(optim, key) for key in ("betas", "eps") if getattr(optim, key) is not None}
+    kwargs |= {key: getattr(optim, key) for key in ('betas', 'eps') if getattr(optim, key) is not None}
     try:
         return create_optimizer_v2(
             model,
@@ -122,7 +122,7 @@ def create_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
             **kwargs,
         )
     except (TypeError, ValueError, AssertionError) as error:
-        raise ConfigError(f"cannot build optim.name={optim.name!r} with {kwargs}: {error}") from error
+        raise ConfigError(f'cannot build optim.name={optim.name!r} with {kwargs}: {error}') from error
 
 
 def scaled_lr(config: Config) -> float:
@@ -160,7 +160,7 @@ def create_schedule(
             **schedule.kwargs,
         )
     except (TypeError, ValueError, AssertionError) as error:
-        raise ConfigError(f"cannot build schedule.name={schedule.name!r} with {schedule.kwargs}: {error}") from error
+        raise ConfigError(f'cannot build schedule.name={schedule.name!r} with {schedule.kwargs}: {error}') from error
 
 
 def create_loss(config: Config) -> nn.Module:
@@ -213,25 +213,25 @@ def pick_device(config: Config, world: World | None = None) -> torch.device:
         ConfigError: no such device here.
     """
     name = config.run.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if world is not None and world.size > 1 and name.startswith("cuda"):
-        if name != "cuda":
-            raise ConfigError(f"run.device={name!r} is one device for {world.size} processes; allowed: auto, cuda, cpu")
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if world is not None and world.size > 1 and name.startswith('cuda'):
+        if name != 'cuda':
+            raise ConfigError(f'run.device={name!r} is one device for {world.size} processes; allowed: auto, cuda, cpu')
         if world.local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"process {world.local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}; start "
-                f"torchrun with --nproc-per-node {torch.cuda.device_count()}"
+                f'process {world.local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}; start '
+                f'torchrun with --nproc-per-node {torch.cuda.device_count()}'
             )
-        name = f"cuda:{world.local_rank}"
+        name = f'cuda:{world.local_rank}'
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-        if world is not None and world.size > 1 and device.type == "cuda":
+        if world is not None and world.size > 1 and device.type == 'cuda':
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"run.device={name!r} is not available: {first_line(error)}; allowed: auto, cpu, cuda, ..."
+            f'run.device={name!r} is not available: {first_line(error)}; allowed: auto, cpu, cuda, ...'
         ) from error
     return device
 
@@ -257,11 +257,11 @@ def amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
         ConfigError: a type that the device cannot train with.
     """
     amp = config.run.amp
-    if amp == "auto":
-        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "none"
-    if amp == "fp16" and device.type != "cuda":
+    if amp == 'auto':
+        amp = 'bf16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'none'
+    if amp == 'fp16' and device.type != 'cuda':
         raise ConfigError(f"run.amp='fp16' needs CUDA, run.device is {device.type}; allowed there: none, bf16")
-    return {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    return {'none': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}[amp]
 
 
 def updates_in(batches: int, accum_steps: int) -> int:
@@ -271,28 +271,28 @@ def updates_in(batches: int, accum_steps: int) -> int:
 
 def _check_size(config: Config, model: nn.Module) -> None:
     """Refuses an image size that patches do not tile: the patch convolution would leave out the rest in silence."""
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if patch is None or getattr(model.patch_embed, "dynamic_img_pad", False):
+    patch = getattr(getattr(model, 'patch_embed', None), 'patch_size', None)
+    if patch is None or getattr(model.patch_embed, 'dynamic_img_pad', False):
         return
     patches = (patch, patch) if isinstance(patch, int) else patch
-    sizes = {"img_size": config.data.img_size}
-    sizes |= {f"progressive_sizes[{i}]": size for i, size in enumerate(config.data.progressive_sizes or ())}
+    sizes = {'img_size': config.data.img_size}
+    sizes |= {f'progressive_sizes[{i}]': size for i, size in enumerate(config.data.progressive_sizes or ())}
     for key, size in sizes.items():
         sides = (size, size) if isinstance(size, int) else size
         if sides is not None and any(side % step for side, step in zip(sides, patches, strict=True)):
             raise ConfigError(
-                f"data.{key}={size} is not valid for {config.model.name} with patches of {tuple(patches)}; "
-                f"allowed: multiples of the patch"
+                f'data.{key}={size} is not valid for {config.model.name} with patches of {tuple(patches)}; '
+                f'allowed: multiples of the patch'
             )
 
 
 def _read_weights(path: str, classifier: str) -> tuple[dict[str, Any], int]:
     """The weights in a file, averaged ones before raw ones, and the number of classes of their head (0: no head)."""
     if not Path(path).expanduser().is_file():
-        raise CheckpointError(f"model.checkpoint={path!r} is not a file")
+        raise CheckpointError(f'model.checkpoint={path!r} is not a file')
     try:
         weights = load_state_dict(str(Path(path).expanduser()))
     except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"model.checkpoint={path!r} cannot be read: {first_line(error)}") from error
-    head = weights.get(f"{classifier}.weight")
+        raise CheckpointError(f'model.checkpoint={path!r} cannot be read: {first_line(error)}') from error
+    head = weights.get(f'{classifier}.weight')
     return weights, 0 if head is None else head.shape[0]

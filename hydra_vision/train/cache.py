@@ -28,15 +28,15 @@ def decode_all(decode: Callable[[int], np.ndarray | None], count: int, split: st
         DataError: the set would not fit into the memory that is free, found after the first images.
     """
     images: list[np.ndarray | None] = []
-    threads = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    threads = min(8, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
     console = Console()
     shown = console.is_terminal and world_from_environment().primary
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         Progress(*columns, console=console, transient=True, disable=not shown) as bar,
         ThreadPoolExecutor(threads) as pool,
     ):
-        task = bar.add_task(f"decoding {split}", total=count)
+        task = bar.add_task(f'decoding {split}', total=count)
         for start in range(0, count, _SAMPLE):  # in blocks, so that an error ends it soon
             images += pool.map(decode, range(start, min(start + _SAMPLE, count)))
             if start == 0:
@@ -49,12 +49,12 @@ def free_memory() -> int | None:
     """Bytes that this process may still take, by the system and by its control group; None where neither tells."""
     found = []
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
+        for line in Path('/proc/meminfo').read_text().splitlines():
+            if line.startswith('MemAvailable:'):
                 found.append(int(line.split()[1]) * 1024)
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            found.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+        limit = Path('/sys/fs/cgroup/memory.max').read_text().strip()
+        if limit != 'max':
+            found.append(int(limit) - int(Path('/sys/fs/cgroup/memory.current').read_text()))
     except (OSError, ValueError):
         pass
     return min(found, default=None)
@@ -68,8 +68,8 @@ def _check_memory(images: list[np.ndarray | None], count: int, split: str) -> No
     processes = local_processes()
     needed = sum(read) / len(read) * count * processes
     if needed > _SHARE * free:
-        each = f" in each of {processes} processes" if processes > 1 else ""
+        each = f' in each of {processes} processes' if processes > 1 else ''
         raise DataError(
             f"data.cache='ram': {split} needs about {needed / processes / 2**30:.1f} GiB decoded{each}, "
-            f"{free / 2**30:.1f} GiB are free here (up to {_SHARE:.0%} of them may be used); set data.cache=none"
+            f'{free / 2**30:.1f} GiB are free here (up to {_SHARE:.0%} of them may be used); set data.cache=none'
         )

@@ -17,8 +17,8 @@ import torch
 from hydra_vision.train.errors import CheckpointError, first_line
 
 FORMAT = 2
-LAST, BEST = "last.pt", "best.pt"
-KEPT = "checkpoints"
+LAST, BEST = 'last.pt', 'best.pt'
+KEPT = 'checkpoints'
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -29,17 +29,17 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     Raises:
         CheckpointError: the file could not be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f'.{path.name}.tmp')
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, 'wb') as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns some write errors into RuntimeError
         temporary.unlink(missing_ok=True)
-        kept = f"; the previous {path.name} is intact" if path.exists() else ""
-        raise CheckpointError(f"could not write {path}: {first_line(error)}{kept}") from error
+        kept = f'; the previous {path.name} is intact' if path.exists() else ''
+        raise CheckpointError(f'could not write {path}: {first_line(error)}{kept}') from error
     except BaseException:  # interrupted by the user: leave no half file behind
         temporary.unlink(missing_ok=True)
         raise
@@ -69,23 +69,23 @@ def save_checkpoint(
     Raises:
         CheckpointError: the disk is full or not writable; earlier checkpoints survive.
     """
-    state = {"format": FORMAT, **_on_cpu(state)}
-    state["checksum"] = checksum(state)
+    state = {'format': FORMAT, **_on_cpu(state)}
+    state['checksum'] = checksum(state)
     kept = folder / KEPT
-    path = kept / f"step-{state.get('updates', 0):09d}.pt"
+    path = kept / f'step-{state.get("updates", 0):09d}.pt'
     try:
         kept.mkdir(exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"could not write {path}: {first_line(error)}") from error
+        raise CheckpointError(f'could not write {path}: {first_line(error)}') from error
     try:
         write_atomically(path, lambda file: torch.save(state, file))
     except CheckpointError as error:
-        kept_text = f"; the previous {LAST} is intact" if (folder / LAST).exists() and not path.exists() else ""
-        raise CheckpointError(f"{error}{kept_text}") from error
+        kept_text = f'; the previous {LAST} is intact' if (folder / LAST).exists() and not path.exists() else ''
+        raise CheckpointError(f'{error}{kept_text}') from error
     _link(path, folder / LAST)
     if is_best:
         _link(path, folder / BEST)
-    wanted = {f"step-{step:09d}.pt" for step in keep_steps}
+    wanted = {f'step-{step:09d}.pt' for step in keep_steps}
     for old in _steps(folder)[max(keep_last, 1) :]:
         if old.name not in wanted and old != path:
             old.unlink(missing_ok=True)
@@ -99,19 +99,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: no such file, not readable, damaged, or not written by this trainer.
     """
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint {str(path)!r}")
+        raise CheckpointError(f'no checkpoint {str(path)!r}')
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location='cpu', weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, pickle.UnpicklingError) as error:
         # What the unpickler says (and its advice to read the file with less care) helps nobody.
-        why = first_line(error) if isinstance(error, OSError) else "damaged, or not a checkpoint of this trainer"
-        raise CheckpointError(f"cannot read checkpoint {path}: {why}") from error
-    if not isinstance(state, dict) or "format" not in state:
-        raise CheckpointError(f"{path} was not written by this trainer (weights alone cannot be resumed or validated)")
-    if state["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {state['format']}; this version reads format {FORMAT}")
-    if state.pop("checksum", None) != checksum(state):
-        raise CheckpointError(f"checkpoint {path} is damaged: its checksum does not fit its content")
+        why = first_line(error) if isinstance(error, OSError) else 'damaged, or not a checkpoint of this trainer'
+        raise CheckpointError(f'cannot read checkpoint {path}: {why}') from error
+    if not isinstance(state, dict) or 'format' not in state:
+        raise CheckpointError(f'{path} was not written by this trainer (weights alone cannot be resumed or validated)')
+    if state['format'] != FORMAT:
+        raise CheckpointError(f'{path} has format {state["format"]}; this version reads format {FORMAT}')
+    if state.pop('checksum', None) != checksum(state):
+        raise CheckpointError(f'checkpoint {path} is damaged: its checksum does not fit its content')
     return state
 
 
@@ -135,7 +135,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any] | None,
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
-        raise CheckpointError(f"no checkpoint of {folder} is intact: {'; '.join(problems)}")
+        raise CheckpointError(f'no checkpoint of {folder} is intact: {"; ".join(problems)}')
     return None, None, []
 
 
@@ -157,21 +157,21 @@ def checksum(value: Any) -> str:
 
     def add(item: Any) -> None:
         if isinstance(item, torch.Tensor):
-            digest.update(f"{item.dtype}{tuple(item.shape)}".encode())
+            digest.update(f'{item.dtype}{tuple(item.shape)}'.encode())
             digest.update(item.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         elif isinstance(item, Mapping):
-            digest.update(b"{")
+            digest.update(b'{')
             for key, inner in item.items():
                 digest.update(repr(key).encode())
                 add(inner)
-            digest.update(b"}")
+            digest.update(b'}')
         elif isinstance(item, (list, tuple)):
-            digest.update(b"[")
+            digest.update(b'[')
             for inner in item:
                 add(inner)
-            digest.update(b"]")
+            digest.update(b']')
         else:
-            digest.update(f"{type(item).__name__}:{item!r};".encode())
+            digest.update(f'{type(item).__name__}:{item!r};'.encode())
 
     add(value)
     return digest.hexdigest()
@@ -187,8 +187,8 @@ def set_aside(folder: Path, updates: int) -> list[Path]:
     """
     aside = []
     for path in _steps(folder):
-        if int(path.stem.removeprefix("step-")) > updates:
-            aside.append(path.with_name(f"{path.name}.old"))
+        if int(path.stem.removeprefix('step-')) > updates:
+            aside.append(path.with_name(f'{path.name}.old'))
             os.replace(path, aside[-1])
     return aside
 
@@ -206,24 +206,24 @@ def _on_cpu(value: Any) -> Any:
 
 def _steps(folder: Path) -> list[Path]:
     """Paths of the kept checkpoints, newest first."""
-    return sorted((folder / KEPT).glob("step-*.pt"), reverse=True)
+    return sorted((folder / KEPT).glob('step-*.pt'), reverse=True)
 
 
 def _link(source: Path, target: Path) -> None:
     """Makes `target` the same file as `source`, atomically; a copy where the file system has no hard links."""
-    linked = target.with_name(f".{target.name}.tmp")
+    linked = target.with_name(f'.{target.name}.tmp')
     try:
         linked.unlink(missing_ok=True)
         os.link(source, linked)  # a later step is a new file, so this one stays as it is
         os.replace(linked, target)
     except OSError:
-        with open(source, "rb") as file:
+        with open(source, 'rb') as file:
             write_atomically(target, lambda copy: shutil.copyfileobj(file, copy))
 
 
 def _sync_folder(folder: Path) -> None:
     """Makes a rename durable, where the system can open folders."""
-    if not hasattr(os, "O_DIRECTORY"):
+    if not hasattr(os, 'O_DIRECTORY'):
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

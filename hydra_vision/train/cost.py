@@ -15,21 +15,21 @@ from hydra_vision.train.report import duration
 # Dense peak in TFLOP/s by the makers' data sheets: (part of the device's name, bf16 or fp16, TF32). Special before
 # general; a name that is not here has no known peak.
 _PEAKS = (
-    ("B200", 2250, 1100),
-    ("GH200", 989, 495),
-    ("H200", 989, 495),
-    ("H100 PCIe", 756, 378),
-    ("H100 NVL", 835, 417),
-    ("H100", 989, 495),
-    ("A100", 312, 156),
-    ("A10G", 70, 35),
-    ("A40", 150, 75),
-    ("A30", 165, 82),
-    ("L40S", 362, 183),
-    ("L4", 121, 60),
-    ("RTX 4090", 165, 83),
-    ("RTX A6000", 155, 77),
-    ("MI300X", 1307, 654),
+    ('B200', 2250, 1100),
+    ('GH200', 989, 495),
+    ('H200', 989, 495),
+    ('H100 PCIe', 756, 378),
+    ('H100 NVL', 835, 417),
+    ('H100', 989, 495),
+    ('A100', 312, 156),
+    ('A10G', 70, 35),
+    ('A40', 150, 75),
+    ('A30', 165, 82),
+    ('L40S', 362, 183),
+    ('L4', 121, 60),
+    ('RTX 4090', 165, 83),
+    ('RTX A6000', 155, 77),
+    ('MI300X', 1307, 654),
 )
 
 
@@ -42,11 +42,11 @@ def training_flops(config: Config, num_classes: int, input_size: tuple[int, int,
         The number, or None for a model that cannot be counted without running it.
     """
     try:
-        with torch.device("meta"):
+        with torch.device('meta'):
             model = build.create_model(config, num_classes, load_weights=False).eval()
         for module in model.modules():
             if isinstance(module, Hydra):
-                module.backend = "chunked"
+                module.backend = 'chunked'
         counts = count_flops(model, input_size)
     except (RuntimeError, NotImplementedError, TypeError):  # something in it needs values
         return None
@@ -55,7 +55,7 @@ def training_flops(config: Config, num_classes: int, input_size: tuple[int, int,
 
 def peak_flops(device: torch.device, amp: torch.dtype | None, tf32: bool) -> float | None:
     """Peak operations a second of a device for the precision of its products, None where it is not known."""
-    if device.type != "cuda" or (amp is None and not tf32):
+    if device.type != 'cuda' or (amp is None and not tf32):
         return None
     name = device_name(device)
     for part, half, single in _PEAKS:
@@ -84,10 +84,10 @@ class Cost:
 
     def describe(self, device: torch.device) -> str:
         """One line; says what is missing for the utilisation."""
-        flops = "not countable" if self.flops is None else f"{self.flops / 1e9:.2f} GFLOP a training image"
+        flops = 'not countable' if self.flops is None else f'{self.flops / 1e9:.2f} GFLOP a training image'
         if self.peak is None:
-            return f"{flops}; no peak is known for {device_name(device)} at this precision: no MFU"
-        return f"{flops}; peak {self.peak / 1e12:.0f} TFLOP/s"
+            return f'{flops}; no peak is known for {device_name(device)} at this precision: no MFU'
+        return f'{flops}; peak {self.peak / 1e12:.0f} TFLOP/s'
 
 
 def measure_cost(
@@ -110,4 +110,4 @@ def measure_cost(
 
 def estimate(seconds: float, devices: int, kind: str) -> str:
     """Time and device hours of a run in words."""
-    return f"{duration(seconds)} (h:mm:ss), {seconds * devices / 3600:.2f} {kind} hours"
+    return f'{duration(seconds)} (h:mm:ss), {seconds * devices / 3600:.2f} {kind} hours'

@@ -31,14 +31,14 @@ _ALONE = World()
 
 def resolve_input(config: Config, model: nn.Module) -> dict[str, Any]:
     """Input size, mean, std, interpolation and crop: the recipe's where given, the model's own otherwise."""
-    data, args = config.data, {"in_chans": config.model.in_chans}
-    args |= {key: getattr(data, key) for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    data, args = config.data, {'in_chans': config.model.in_chans}
+    args |= {key: getattr(data, key) for key in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')}
     if data.img_size is not None:
         size = (data.img_size,) * 2 if isinstance(data.img_size, int) else tuple(data.img_size)
-        args["input_size"] = (config.model.in_chans, *size)
+        args['input_size'] = (config.model.in_chans, *size)
     resolved = resolve_data_config(args, model=model)
-    resolved["input_size"] = (config.model.in_chans, *resolved["input_size"][1:])
-    for key in ("mean", "std"):  # a model cfg states three channels whatever the model was built with
+    resolved['input_size'] = (config.model.in_chans, *resolved['input_size'][1:])
+    for key in ('mean', 'std'):  # a model cfg states three channels whatever the model was built with
         if len(resolved[key]) not in (1, config.model.in_chans):
             resolved[key] = (sum(resolved[key]) / len(resolved[key]),) * config.model.in_chans
     return resolved
@@ -66,14 +66,14 @@ def train_loader(
     batch_size = local_batch(config, world)
     inputs = resolve_input(config, model)
     if config.data.name == SYNTHETIC:
-        return _synthetic_loader(config, split, num_classes, inputs["input_size"], batch_size, device, world)
+        return _synthetic_loader(config, split, num_classes, inputs['input_size'], batch_size, device, world)
     dataset = _guard(config, split, num_classes, is_training=True)
     sampler = None
     if isinstance(dataset, IterableDataset):
         if augment.repeats > 1:
-            raise ConfigError(f"augment.repeats={augment.repeats} needs a set with random access; {split.name} streams")
+            raise ConfigError(f'augment.repeats={augment.repeats} needs a set with random access; {split.name} streams')
     elif len(dataset) < data.batch_size:
-        raise DataError(f"data.batch_size={data.batch_size} is more than the {len(dataset)} images of {split.name}")
+        raise DataError(f'data.batch_size={data.batch_size} is more than the {len(dataset)} images of {split.name}')
     else:
         sampler = TrainSampler(
             len(dataset),
@@ -87,7 +87,7 @@ def train_loader(
         dataset,
         sampler,
         rank=world.rank,
-        input_size=inputs["input_size"],
+        input_size=inputs['input_size'],
         batch_size=batch_size,
         is_training=True,
         re_prob=augment.erase_prob,
@@ -101,8 +101,8 @@ def train_loader(
         color_jitter=augment.color_jitter or None,
         auto_augment=augment.auto_augment,
         interpolation=augment.interpolation,
-        mean=inputs["mean"],
-        std=inputs["std"],
+        mean=inputs['mean'],
+        std=inputs['std'],
         **_loader_kwargs(config, device),
     )
 
@@ -119,21 +119,21 @@ def val_loader(
     inputs = resolve_input(config, model)
     if config.data.name == SYNTHETIC:
         batch_size = config.data.val_batch_size or local_batch(config, world)
-        return _synthetic_loader(config, split, num_classes, inputs["input_size"], batch_size, device, world)
+        return _synthetic_loader(config, split, num_classes, inputs['input_size'], batch_size, device, world)
     dataset = _guard(config, split, num_classes, is_training=False)
     streamed = isinstance(dataset, IterableDataset)
     return _create_loader(
         dataset,
         None if streamed else EvalSampler(len(dataset), rank=world.rank, world=world.size),
         rank=world.rank,
-        input_size=inputs["input_size"],
+        input_size=inputs['input_size'],
         batch_size=config.data.val_batch_size or local_batch(config, world),
         is_training=False,
-        interpolation=inputs["interpolation"],
-        mean=inputs["mean"],
-        std=inputs["std"],
-        crop_pct=inputs["crop_pct"],
-        crop_mode=inputs["crop_mode"],
+        interpolation=inputs['interpolation'],
+        mean=inputs['mean'],
+        std=inputs['std'],
+        crop_pct=inputs['crop_pct'],
+        crop_mode=inputs['crop_mode'],
         **_loader_kwargs(config, device),
     )
 
@@ -204,7 +204,7 @@ def epoch_batches(config: Config, loader: Iterable, epoch: int, start: int = 0) 
     is read from its beginning, what was used already is thrown away.
     """
     seed, sampler = config.run.seed, loader.sampler
-    if hasattr(loader.dataset, "set_epoch"):
+    if hasattr(loader.dataset, 'set_epoch'):
         loader.dataset.set_epoch(epoch)
     skip = start
     if isinstance(sampler, TrainSampler):
@@ -212,9 +212,9 @@ def epoch_batches(config: Config, loader: Iterable, epoch: int, start: int = 0) 
             return iter(())
         sampler.set_epoch(epoch, start)
         skip = 0
-    if isinstance(getattr(loader, "random_erasing", None), _SeededErasing):
+    if isinstance(getattr(loader, 'random_erasing', None), _SeededErasing):
         loader.random_erasing.start((seed, epoch), start - skip)
-    if isinstance(getattr(loader, "loader", None), DataLoader):  # loader processes of a streamed set are seeded by it
+    if isinstance(getattr(loader, 'loader', None), DataLoader):  # loader processes of a streamed set are seeded by it
         loader.loader.generator.manual_seed(seed_from(seed, epoch, loader.rank))
     return itertools.islice(loader, skip, None)
 
@@ -247,13 +247,13 @@ def _create_loader(dataset: Dataset, sampler: Sampler | None, rank: int, **kwarg
     generators, a resumed run would drift away from one that was never interrupted.
     """
     if sampler is None:  # a streamed set: its loader processes start anew, and so are seeded, for every epoch
-        kwargs["persistent_workers"] = False
+        kwargs['persistent_workers'] = False
     try:
         loader = create_loader(dataset, **kwargs)
     except (TypeError, ValueError, KeyError, AssertionError) as error:
-        raise ConfigError(f"the settings of data or augment are not valid: {error}") from error
+        raise ConfigError(f'the settings of data or augment are not valid: {error}') from error
     for operation in augment_operations(loader.dataset.transform):
-        if operation.name.startswith("Posterize"):
+        if operation.name.startswith('Posterize'):
             operation.aug_fn = functools.partial(_posterize, operation.aug_fn)
     if loader.random_erasing is not None:
         loader.random_erasing = _SeededErasing(loader.random_erasing, rank)
@@ -278,9 +278,9 @@ def _create_loader(dataset: Dataset, sampler: Sampler | None, rank: int, **kwarg
 
 def augment_operations(transform: Any) -> Iterator[AugmentOp]:
     """The single operations of the RandAugment or AutoAugment policy inside a transform of timm's, if there is one."""
-    for part in getattr(transform, "transforms", ()):
-        yield from getattr(part, "ops", ())
-        for sub_policy in getattr(part, "policy", ()):
+    for part in getattr(transform, 'transforms', ()):
+        yield from getattr(part, 'ops', ())
+        for sub_policy in getattr(part, 'policy', ()):
             yield from sub_policy
 
 
@@ -292,10 +292,10 @@ def _posterize(posterize: Callable[..., Image.Image], image: Image.Image, bits: 
 def _loader_kwargs(config: Config, device: torch.device) -> dict[str, Any]:
     workers = config.data.workers
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
         workers = max(1, min(cores // local_processes(), 16))
     # The prefetching loader moves uint8 batches and normalises and erases them on the device.
-    return {"num_workers": workers, "device": device, "use_prefetcher": True, "pin_memory": device.type == "cuda"}
+    return {'num_workers': workers, 'device': device, 'use_prefetcher': True, 'pin_memory': device.type == 'cuda'}
 
 
 def _guard(config: Config, split: Split, num_classes: int, is_training: bool) -> Dataset:
@@ -322,7 +322,7 @@ def _readable(config: Config, split: Split, num_classes: int, is_training: bool)
         rules=image_rules(config),
         mask_skipped=not is_training,
     )
-    if config.data.cache == "ram":
+    if config.data.cache == 'ram':
         dataset.decode_into_memory()
     return dataset
 
@@ -330,7 +330,7 @@ def _readable(config: Config, split: Split, num_classes: int, is_training: bool)
 def image_rules(config: Config) -> ImageRules:
     """How the recipe has image files converted."""
     return ImageRules(
-        mode="L" if config.model.in_chans == 1 else "RGB",
+        mode='L' if config.model.in_chans == 1 else 'RGB',
         exif_rotation=config.data.exif_rotation,
-        convert_unusual=config.data.unusual_images == "convert",
+        convert_unusual=config.data.unusual_images == 'convert',
     )

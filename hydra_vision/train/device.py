@@ -16,8 +16,8 @@ def configure_torch(config: Config, device: torch.device) -> None:
     """
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if config.run.tf32 else "highest")
+    if device.type == 'cuda':
+        torch.set_float32_matmul_precision('high' if config.run.tf32 else 'highest')
         torch.backends.cudnn.allow_tf32 = config.run.tf32
         torch.backends.cuda.enable_cudnn_sdp(config.run.cudnn_attention)
 
@@ -48,9 +48,9 @@ def check_compile_mode(config: Config) -> None:
     try:
         torch.compile(nn.Identity(), mode=config.run.compile_mode)
     except RuntimeError as error:
-        raise ConfigError(f"run.compile_mode={config.run.compile_mode!r} is not valid: {first_line(error)}") from error
+        raise ConfigError(f'run.compile_mode={config.run.compile_mode!r} is not valid: {first_line(error)}') from error
 
 
 def peak_memory(device: torch.device) -> float | None:
     """GiB that tensors took at most since the process began, None on the CPU."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == 'cuda' else None

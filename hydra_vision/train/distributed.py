@@ -82,7 +82,7 @@ class World:
             if found is not None:
                 kind, text = found
                 alone = rank > 0 and sum(other is not None for other in errors) == 1
-                raise kind(f"{text} (rank {rank})" if alone else text).of_all() from error
+                raise kind(f'{text} (rank {rank})' if alone else text).of_all() from error
 
 
 def world_from_environment() -> World:
@@ -91,25 +91,25 @@ def world_from_environment() -> World:
     Raises:
         ConfigError: variables that do not fit together.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')
     given = {name: os.environ[name] for name in names if name in os.environ}
-    if "WORLD_SIZE" not in given or given["WORLD_SIZE"] == "1":
+    if 'WORLD_SIZE' not in given or given['WORLD_SIZE'] == '1':
         return World()
     try:
         rank, size, local_rank = (int(given[name]) for name in names)
     except (KeyError, ValueError) as error:
         raise ConfigError(
-            f"WORLD_SIZE={given['WORLD_SIZE']!r} is set, but RANK and LOCAL_RANK are not whole numbers beside it: "
-            "start several processes with torchrun"
+            f'WORLD_SIZE={given["WORLD_SIZE"]!r} is set, but RANK and LOCAL_RANK are not whole numbers beside it: '
+            'start several processes with torchrun'
         ) from error
     if not 0 <= rank < size:
-        raise ConfigError(f"RANK={rank} is not valid for WORLD_SIZE={size}")
+        raise ConfigError(f'RANK={rank} is not valid for WORLD_SIZE={size}')
     return World(rank, size, local_rank)
 
 
 def local_processes() -> int:
     """Processes of the run on this machine, which share its cores and its memory."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(os.environ.get('LOCAL_WORLD_SIZE', '1'))
 
 
 @contextlib.contextmanager
@@ -122,11 +122,11 @@ def connected(world: World) -> Iterator[None]:
     if world.size == 1:
         yield
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo'
     try:
         dist.init_process_group(backend, rank=world.rank, world_size=world.size)
     except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"cannot connect {world.size} processes: {first_line(error)}") from error
+        raise ConfigError(f'cannot connect {world.size} processes: {first_line(error)}') from error
     try:
         yield
     except Stopped:

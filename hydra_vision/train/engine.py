@@ -37,7 +37,7 @@ from hydra_vision.train.signals import StopSignals
 from hydra_vision.train.stats import mixer_statistics
 from hydra_vision.version import __version__
 
-_CHECK_EVERY = {"cuda": 50}  # batches between looks at the loss, 1 elsewhere: each look waits for the device
+_CHECK_EVERY = {'cuda': 50}  # batches between looks at the loss, 1 elsewhere: each look waits for the device
 _DRAW_EVERY = 30.0  # seconds between drawings of the curve while the run goes on
 
 
@@ -77,7 +77,7 @@ class Trainer:
         updates = build.updates_in(len(self.train_loader), config.optim.accum_steps)
         self.learner = Learner(
             *(config, self.model, self.device, self.amp, updates, self.world, state),
-            epochs_done=0 if state is None else state["epoch"],
+            epochs_done=0 if state is None else state['epoch'],
         )
         self.epochs = self.learner.epochs
         self.sinks: list[Sink] = []
@@ -103,7 +103,7 @@ class Trainer:
         configure_torch(config, self.device)
         data.local_batch(config, world)
         check_packages(config)
-        if config.distributed.strategy == "fsdp" and world.size == 1:
+        if config.distributed.strategy == 'fsdp' and world.size == 1:
             raise ConfigError("distributed.strategy='fsdp' needs several processes (torchrun); allowed with one: ddp")
         random_seed(config.run.seed, rank=0)
         train_split, val_split = sources.open_splits(config, world=world)
@@ -112,19 +112,19 @@ class Trainer:
         self.model = place_model(build.create_model(config, self.num_classes, state is None), config, self.device)
         build.check_backend(self.model, self.device)
         if config.run.grad_checkpointing:
-            if not hasattr(self.model, "set_grad_checkpointing"):
-                raise ConfigError(f"run.grad_checkpointing: {config.model.name} does not support it")
+            if not hasattr(self.model, 'set_grad_checkpointing'):
+                raise ConfigError(f'run.grad_checkpointing: {config.model.name} does not support it')
             self.model.set_grad_checkpointing(True)
         self.train_split, self.train_size = train_split, None
-        self._resize(0 if state is None else state["epoch"])
+        self._resize(0 if state is None else state['epoch'])
         self.val_loader = data.val_loader(config, val_split, self.num_classes, self.model, self.device, world)
         self.mixup = data.create_mixup(config, self.num_classes)
-        self.input_size = tuple(data.resolve_input(config, self.model)["input_size"])
+        self.input_size = tuple(data.resolve_input(config, self.model)['input_size'])
 
     def _resize(self, epoch: int) -> None:
         """A loader of training images of the size that they have in an epoch."""
         config = data.at_epoch(self.config, epoch)
-        size = tuple(data.resolve_input(config, self.model)["input_size"])
+        size = tuple(data.resolve_input(config, self.model)['input_size'])
         if size == self.train_size:
             return
         self.train_size, self.train_loader = size, None  # None: the processes of the one before end first
@@ -141,13 +141,13 @@ class Trainer:
     def facts(self) -> dict[str, Any]:
         """What run.json tells about the run."""
         return {
-            "model": self.config.model.name,
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "input_size": list(self.input_size),
-            "training_gflops_per_image": None if self.cost.flops is None else round(self.cost.flops / 1e9, 4),
-            "num_classes": self.num_classes,
-            "training_images": len(self.train_loader.dataset),
-            "validation_images": len(self.val_loader.dataset),
+            'model': self.config.model.name,
+            'parameters': sum(parameter.numel() for parameter in self.model.parameters()),
+            'input_size': list(self.input_size),
+            'training_gflops_per_image': None if self.cost.flops is None else round(self.cost.flops / 1e9, 4),
+            'num_classes': self.num_classes,
+            'training_images': len(self.train_loader.dataset),
+            'validation_images': len(self.val_loader.dataset),
         }
 
     def run(self) -> dict[str, Result]:
@@ -169,7 +169,7 @@ class Trainer:
             with meter.bar, self.signals:
                 while self.epoch < self.epochs:
                     row = self._train_epoch(meter)
-                    if row["epoch"] % self.config.run.validate_every == 0 or row["epoch"] == self.epochs:
+                    if row['epoch'] % self.config.run.validate_every == 0 or row['epoch'] == self.epochs:
                         self._validate_epoch(meter, row)
                     self.epoch, self.progress = self.epoch + 1, Progress()
                     self.history.append(row)
@@ -183,8 +183,8 @@ class Trainer:
             self._draw()
         except torch.OutOfMemoryError as error:
             raise TrainError(
-                f"{self.device} has not enough memory ({first_line(error)}); a smaller --batch-size with a larger "
-                f"--accum-steps, or --set run.grad_checkpointing=true, needs less"
+                f'{self.device} has not enough memory ({first_line(error)}); a smaller --batch-size with a larger '
+                f'--accum-steps, or --set run.grad_checkpointing=true, needs less'
             ) from error
         except BaseException:
             with contextlib.suppress(CheckpointError):  # the error that ended the run is the one to tell
@@ -207,7 +207,7 @@ class Trainer:
         self.logged = (time.monotonic(), self.learner.updates)
         self.learner.train()
         self.learner.optimizer.zero_grad(set_to_none=True)
-        with meter.phase(self.epoch, "train", total) as phase:
+        with meter.phase(self.epoch, 'train', total) as phase:
             phase.go_on(progress.batches, progress.images, progress.seconds, progress.waited)
             batches = data.epoch_batches(config, loader, self.epoch, progress.batches)
             for batch, (images, targets) in enumerate(phase.read(batches), start=progress.batches):
@@ -227,15 +227,15 @@ class Trainer:
             rate, seconds, waiting = phase.rate(), phase.seconds(), phase.waiting()
             progress.images, progress.seconds, progress.waited = phase.images, seconds, phase.waited
         if progress.checked == 0 and self.learner.skipped == 0:
-            raise DataError("the training loader gave no batch")
+            raise DataError('the training loader gave no batch')
         self.guard.check_weights(self.epoch)
         lr = self.learner.lr
         self.learner.end_epoch(self.epoch + 1)
         self.learner.share_statistics()
         return {
-            **{"epoch": self.epoch + 1, "updates": self.learner.updates, "lr": lr, "train_loss": progress.mean_loss()},
-            **{"images_per_second": rate, "seconds": seconds, "data_wait": waiting, "mfu": self.cost.mfu(rate)},
-            "peak_memory_gib": peak_memory(self.device),
+            **{'epoch': self.epoch + 1, 'updates': self.learner.updates, 'lr': lr, 'train_loss': progress.mean_loss()},
+            **{'images_per_second': rate, 'seconds': seconds, 'data_wait': waiting, 'mfu': self.cost.mfu(rate)},
+            'peak_memory_gib': peak_memory(self.device),
         }
 
     def _update(self, phase: report.Phase, images: torch.Tensor) -> None:
@@ -267,15 +267,15 @@ class Trainer:
             layers = mixer_statistics(self.model, images[: self.config.log.mixer_images], self.amp)
         param_norm = self.learner.param_norm()
         values = {
-            "updates": self.learner.updates,
-            "epoch": self.epoch + self.progress.batches / len(self.train_loader),
-            "lr": self.learner.lr,
-            "loss": self.progress.last_loss,
-            "grad_norm": self.learner.grad_norm,
-            "param_norm": param_norm,
-            "images_per_second": (self.learner.updates - updates_before) * images_an_update / max(now - before, 1e-9),
-            "skipped": self.learner.skipped,
-            "loss_scale": self.learner.scaler.get_scale() if self.learner.scaler.is_enabled() else None,
+            'updates': self.learner.updates,
+            'epoch': self.epoch + self.progress.batches / len(self.train_loader),
+            'lr': self.learner.lr,
+            'loss': self.progress.last_loss,
+            'grad_norm': self.learner.grad_norm,
+            'param_norm': param_norm,
+            'images_per_second': (self.learner.updates - updates_before) * images_an_update / max(now - before, 1e-9),
+            'skipped': self.learner.skipped,
+            'loss_scale': self.learner.scaler.get_scale() if self.learner.scaler.is_enabled() else None,
             **across_layers(layers),
         }
         for sink in self.sinks:
@@ -297,16 +297,16 @@ class Trainer:
 
     def _validate_epoch(self, meter: report.Meter, row: report.Row) -> None:
         """Validates raw and averaged weights and notes the better one."""
-        models = {"val": self.learner.forward}
+        models = {'val': self.learner.forward}
         if self.learner.forward_ema is not None:
-            models["ema"] = self.learner.forward_ema
-        with meter.phase(self.epoch, "validate", len(self.val_loader)) as phase:
+            models['ema'] = self.learner.forward_ema
+        with meter.phase(self.epoch, 'validate', len(self.val_loader)) as phase:
             results = self._evaluate(models, phase)
         for name, result in results.items():
-            row |= {f"{name}_{key}": result[key] for key in ("loss", "top1", "top5")}
-            if self.best is None or result["top1"] > self.best["top1"]:
-                label = "raw" if name == "val" else "EMA"
-                self.best = {**result, "epoch": row["epoch"], "weights": label}
+            row |= {f'{name}_{key}': result[key] for key in ('loss', 'top1', 'top5')}
+            if self.best is None or result['top1'] > self.best['top1']:
+                label = 'raw' if name == 'val' else 'EMA'
+                self.best = {**result, 'epoch': row['epoch'], 'weights': label}
 
     def _evaluate(self, models: dict[str, nn.Module], phase: report.Phase) -> dict[str, Result]:
         """Evaluates models over all processes; ends where a signal asks for it, the epoch's training being saved."""
@@ -339,22 +339,22 @@ class Trainer:
     def _save(self) -> None:
         """Checkpoint first, then the summary: what the summary tells can be resumed from."""
         state = {
-            "arch": self.config.model.name,
-            "config": self.config.to_dict(),
-            "num_classes": self.num_classes,
-            "classes": self.classes,
-            "epoch": self.epoch,
-            "progress": self.progress.to_dict(),
-            "best": self.best,
-            "history": self.history,
+            'arch': self.config.model.name,
+            'config': self.config.to_dict(),
+            'num_classes': self.num_classes,
+            'classes': self.classes,
+            'epoch': self.epoch,
+            'progress': self.progress.to_dict(),
+            'best': self.best,
+            'history': self.history,
             **self.learner.state(),
-            "random": self.world.gather(random_state(self.device)),
-            "versions": {"hydra_vision": __version__, "timm": timm.__version__, "torch": str(torch.__version__)},
+            'random': self.world.gather(random_state(self.device)),
+            'versions': {'hydra_vision': __version__, 'timm': timm.__version__, 'torch': str(torch.__version__)},
         }
         error = None
         if self.world.primary:
             try:
-                is_best = self.best is not None and self.best["epoch"] == self.epoch and not self.progress.batches
+                is_best = self.best is not None and self.best['epoch'] == self.epoch and not self.progress.batches
                 checkpoint = self.config.checkpoint
                 save_checkpoint(self.folder, state, is_best, checkpoint.keep_last, self._best_steps())
                 report.write_summary(self.folder, self.history)
@@ -368,46 +368,46 @@ class Trainer:
 
     def _note_good(self) -> None:
         """What an error may say of the latest checkpoint."""
-        where = f"step {self.learner.updates}" if self.progress.batches else f"epoch {self.epoch}"
+        where = f'step {self.learner.updates}' if self.progress.batches else f'epoch {self.epoch}'
         last = self.folder / LAST
-        self.guard.last_good = f"the last good checkpoint is {last} ({where})"
+        self.guard.last_good = f'the last good checkpoint is {last} ({where})'
         if not last.is_file():
-            self.guard.last_good = "the checkpoint that it was resumed from is good"
+            self.guard.last_good = 'the checkpoint that it was resumed from is good'
 
     def _best_steps(self) -> set[int]:
         """Optimizer steps of the best epochs so far, as many as checkpoints of them are to be kept."""
         scores = [
-            (max(row[key] for key in ("val_top1", "ema_top1") if row.get(key) is not None), row["updates"])
+            (max(row[key] for key in ('val_top1', 'ema_top1') if row.get(key) is not None), row['updates'])
             for row in self.history
-            if row.get("val_top1") is not None
+            if row.get('val_top1') is not None
         ]
         return {updates for _, updates in sorted(scores, reverse=True)[: self.config.checkpoint.keep_best]}
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Takes over everything that a checkpoint holds beside what learns."""
-        self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
-        self.progress = Progress(**state["progress"])
+        self.epoch, self.history, self.best = state['epoch'], state['history'], state['best']
+        self.progress = Progress(**state['progress'])
         if self.progress.batches:
-            before = state["config"]
+            before = state['config']
             for key, now in (
-                ("data.batch_size", self.config.data.batch_size),
-                ("optim.accum_steps", self.config.optim.accum_steps),
+                ('data.batch_size', self.config.data.batch_size),
+                ('optim.accum_steps', self.config.optim.accum_steps),
             ):
-                section, name = key.split(".")
+                section, name = key.split('.')
                 if before[section][name] != now:
                     raise ConfigError(
-                        f"{key}: {before[section][name]} -> {now} is not possible in the middle of epoch "
-                        f"{self.epoch + 1}, where the checkpoint was written; resume with {before[section][name]}, or "
+                        f'{key}: {before[section][name]} -> {now} is not possible in the middle of epoch '
+                        f'{self.epoch + 1}, where the checkpoint was written; resume with {before[section][name]}, or '
                         f"from the checkpoint of an epoch's end"
                     )
-        if self.world.rank < len(state["random"]):
-            set_random_state(state["random"][self.world.rank], self.device)
+        if self.world.rank < len(state['random']):
+            set_random_state(state['random'][self.world.rank], self.device)
         else:
             seed_generators((self.config.run.seed, self.world.rank, self.learner.updates), self.device)
-        if len(state["random"]) != self.world.size:
+        if len(state['random']) != self.world.size:
             self.console.print(
-                f"resuming with {self.world.size} instead of {len(state['random'])} processes: the images of every "
-                f"step stay the same, dropout and mixing draw other numbers",
+                f'resuming with {self.world.size} instead of {len(state["random"])} processes: the images of every '
+                f'step stay the same, dropout and mixing draw other numbers',
                 highlight=False,
                 soft_wrap=True,
             )

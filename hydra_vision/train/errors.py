@@ -9,7 +9,7 @@ class TrainError(Exception):
     exit_code = 1
     shared = False  # whether every process of the run ends with it: then one of them tells it
 
-    def of_all(self) -> "TrainError":
+    def of_all(self) -> 'TrainError':
         """The error, marked as one that every process ends with."""
         self.shared = True
         return self
@@ -60,9 +60,9 @@ def loader_death(error: RuntimeError) -> DataError | None:
     PyTorch raises it wherever the main process happens to be.
     """
     text = first_line(error)
-    if "DataLoader worker" not in text:
+    if 'DataLoader worker' not in text:
         return None
     return DataError(
-        f"a loader process died ({text}): often too little memory (fewer --workers need less) or shared memory (in a "
-        f"container: a larger --shm-size); the same command with --resume auto continues from the last checkpoint"
+        f'a loader process died ({text}): often too little memory (fewer --workers need less) or shared memory (in a '
+        f'container: a larger --shm-size); the same command with --resume auto continues from the last checkpoint'
     )

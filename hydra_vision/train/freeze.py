@@ -15,9 +15,9 @@ def freeze_backbone(model: nn.Module, name: str) -> None:
     Raises:
         ConfigError: a model without a classifier.
     """
-    head = model.get_classifier() if hasattr(model, "get_classifier") else None
+    head = model.get_classifier() if hasattr(model, 'get_classifier') else None
     if not isinstance(head, nn.Module) or not any(True for _ in head.parameters()):
-        raise ConfigError(f"model.freeze_backbone: {name} has no classifier that could learn alone")
+        raise ConfigError(f'model.freeze_backbone: {name} has no classifier that could learn alone')
     model.requires_grad_(False)
     head.requires_grad_(True)
 

@@ -26,7 +26,7 @@ class Guard:
 
     def __init__(self, config: Config, learner: Learner, world: World):
         self.config, self.learner, self.world = config, learner, world
-        self.last_good = "no epoch was finished yet"
+        self.last_good = 'no epoch was finished yet'
 
     def check_losses(self, progress: Progress, epoch: int, batches: int) -> None:
         """Takes the latest losses into account, averaged over the processes; stops at one that is NaN or infinite.
@@ -51,7 +51,7 @@ class Guard:
             elif not self.config.optim.skip_nonfinite:
                 accum = self.config.optim.accum_steps
                 step = epoch * build.updates_in(batches, accum) + (number - 1) // accum + 1
-                self._stop(f"the loss became {value} at step {step} (epoch {epoch + 1}, batch {number})")
+                self._stop(f'the loss became {value} at step {step} (epoch {epoch + 1}, batch {number})')
             elif self.learner.scaler.is_enabled():
                 self.learner.skipped += 1
         self.check_steps()
@@ -61,18 +61,18 @@ class Guard:
         learner, limit = self.learner, self.config.optim.skip_nonfinite
         if learner.skipped > limit > 0:
             self._stop(
-                f"{learner.skipped} steps had a loss or a gradient that is NaN or infinite, the latest at step "
-                f"{learner.updates} (optim.skip_nonfinite={limit})"
+                f'{learner.skipped} steps had a loss or a gradient that is NaN or infinite, the latest at step '
+                f'{learner.updates} (optim.skip_nonfinite={limit})'
             )
         if learner.scaler.is_enabled() and learner.updates % 50 == 0 and learner.scaler.get_scale() < 1:
-            self._stop(f"the loss scale of fp16 fell below 1 at step {learner.updates}: every gradient is infinite")
+            self._stop(f'the loss scale of fp16 fell below 1 at step {learner.updates}: every gradient is infinite')
 
     def check_weights(self, epoch: int) -> None:
         """Stops where the last step broke the weights, which no loss has shown yet."""
         if self.learner.broken_weights():
-            self._stop(f"a weight is no longer finite after step {self.learner.updates} (epoch {epoch + 1})")
+            self._stop(f'a weight is no longer finite after step {self.learner.updates} (epoch {epoch + 1})')
 
     def _stop(self, what: str) -> None:
         raise NonFiniteError(
-            f"stopped: {what}; {self.last_good}. A smaller optim.lr or optim.clip_grad may help."
+            f'stopped: {what}; {self.last_good}. A smaller optim.lr or optim.clip_grad may help.'
         ).of_all()

@@ -22,7 +22,7 @@ class ImageRules:
             False makes each of them an unreadable image.
     """
 
-    mode: str = "RGB"
+    mode: str = 'RGB'
     exif_rotation: bool = False
     convert_unusual: bool = True
 
@@ -37,25 +37,25 @@ class ImageRules:
             _refuse_unusual(image)
         if self.exif_rotation:
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips everything above 255 to white
+        if image.mode.startswith('I'):  # 16 bits: Pillow's own conversion clips everything above 255 to white
             image = _eight_bits(image)
-        elif image.mode == "F":
-            raise ValueError("floating-point pixels have no defined range")
-        elif image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-            image = image.convert("RGBA")  # the colours behind the transparency, without Pillow's warning
+        elif image.mode == 'F':
+            raise ValueError('floating-point pixels have no defined range')
+        elif image.mode == 'P' and isinstance(image.info.get('transparency'), bytes):
+            image = image.convert('RGBA')  # the colours behind the transparency, without Pillow's warning
         return image.convert(self.mode)
 
 
 def _refuse_unusual(image: Image.Image) -> None:
-    if image.mode not in ("L", "RGB", "1"):
-        raise ValueError(f"mode {image.mode} (data.unusual_images=unreadable)")
-    if getattr(image, "is_animated", False):
-        raise ValueError("an animation (data.unusual_images=unreadable)")
+    if image.mode not in ('L', 'RGB', '1'):
+        raise ValueError(f'mode {image.mode} (data.unusual_images=unreadable)')
+    if getattr(image, 'is_animated', False):
+        raise ValueError('an animation (data.unusual_images=unreadable)')
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """The upper 8 of 16 bits; mode I holds 16-bit PNGs in some versions of Pillow."""
     pixels = np.asarray(image)
     if pixels.min() < 0 or pixels.max() > 0xFFFF:
-        raise ValueError(f"pixels of more than 16 bits (mode {image.mode})")
+        raise ValueError(f'pixels of more than 16 bits (mode {image.mode})')
     return Image.fromarray((pixels >> 8).astype(np.uint8))

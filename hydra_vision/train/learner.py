@@ -59,14 +59,14 @@ class Learner:
     ):
         self.config, self.model, self.device, self.amp = config, model, device, amp
         self.world = world or World()
-        self.sharded = config.distributed.strategy == "fsdp" and self.world.size > 1
+        self.sharded = config.distributed.strategy == 'fsdp' and self.world.size > 1
         if self.sharded and amp is torch.float16:
             raise ConfigError("distributed.strategy='fsdp' does not go with run.amp='fp16'; allowed: bf16, none")
         if state is not None:
-            self._load(model, state["state_dict"])
+            self._load(model, state['state_dict'])
         self.ema = build.create_ema(config, model)
         if state is not None and self.ema is not None:
-            self._load(self.ema.module, state["state_dict_ema"] or state["state_dict"])
+            self._load(self.ema.module, state['state_dict_ema'] or state['state_dict'])
         if self.sharded:
             from hydra_vision.train.sharding import shard
 
@@ -83,11 +83,11 @@ class Learner:
         self.forward, self.forward_ema = model, None if self.ema is None else self.ema.module
         self._compile()
         if self.world.size > 1 and not self.sharded:
-            device_ids = [device.index] if device.type == "cuda" else None
+            device_ids = [device.index] if device.type == 'cuda' else None
             # said of the depthwise convolution's gradient, whose strides differ in a dimension of size 1 only
-            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+            warnings.filterwarnings('ignore', message='Grad strides do not match bucket view strides')
             self.task.prepare_distributed(device_ids=device_ids)
-            if config.distributed.gradients == "bf16":
+            if config.distributed.gradients == 'bf16':
                 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
                 self.task.trainable_module.register_comm_hook(None, bf16_compress_hook)
@@ -123,7 +123,7 @@ class Learner:
             self.model.set_requires_gradient_sync(last)
         with contextlib.nullcontext() if last or self.sharded else self.task.no_sync():
             with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
-                loss = self.task(images, targets)["loss"]
+                loss = self.task(images, targets)['loss']
             self.scaler.scale(loss / group).backward()
         return loss.detach().float()
 
@@ -167,7 +167,7 @@ class Learner:
     @property
     def lr(self) -> float:
         """Current learning rate of the top layers."""
-        return self.optimizer.param_groups[-1]["lr"]
+        return self.optimizer.param_groups[-1]['lr']
 
     def param_norm(self) -> float:
         """Euclidean norm of all weights; waits for the device."""
@@ -175,19 +175,19 @@ class Learner:
 
     def broken_weights(self) -> bool:
         """Whether a weight is NaN or infinite, on any process."""
-        parts = [getattr(p, "_local_tensor", p).isfinite().all() for p in self.model.parameters()]
+        parts = [getattr(p, '_local_tensor', p).isfinite().all() for p in self.model.parameters()]
         broken = (~torch.stack(parts).all()).float()
         return bool(self.world.sum(broken) > 0)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it; whole tensors, so a collective call where the model is sharded."""
         state = {
-            "updates": self.updates,
-            "skipped": self.skipped,
-            "state_dict": self.model.state_dict(),
-            "state_dict_ema": None if self.ema is None else self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            'updates': self.updates,
+            'skipped': self.skipped,
+            'state_dict': self.model.state_dict(),
+            'state_dict_ema': None if self.ema is None else self.ema.module.state_dict(),
+            'optimizer': self.optimizer.state_dict(),
+            'scaler': self.scaler.state_dict(),
         }
         if self.sharded:
             from hydra_vision.train.sharding import gathered
@@ -199,12 +199,12 @@ class Learner:
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
-            raise CheckpointError(f"the checkpoint does not fit {self.config.model.name}: {error}") from error
+            raise CheckpointError(f'the checkpoint does not fit {self.config.model.name}: {error}') from error
 
     def _restore(self, state: dict[str, Any], epochs_done: int) -> None:
         """Optimizer, scale and counters of a checkpoint; the schedule follows from the counters."""
-        settings = [{key: group[key] for key in group if key != "params"} for group in self.optimizer.param_groups]
-        saved = state["optimizer"]
+        settings = [{key: group[key] for key in group if key != 'params'} for group in self.optimizer.param_groups]
+        saved = state['optimizer']
         if self.sharded:
             from hydra_vision.train.sharding import scattered_optimizer
 
@@ -212,12 +212,12 @@ class Learner:
         try:
             self.optimizer.load_state_dict(saved)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"the checkpoint does not fit {self.config.model.name}: {error}") from error
+            raise CheckpointError(f'the checkpoint does not fit {self.config.model.name}: {error}') from error
         for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(setting)  # a setting that was changed on purpose holds, also after a resume
-        if self.scaler.is_enabled() and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        self.updates, self.skipped = state["updates"], state["skipped"]
+        if self.scaler.is_enabled() and state['scaler']:
+            self.scaler.load_state_dict(state['scaler'])
+        self.updates, self.skipped = state['updates'], state['skipped']
         self.end_epoch(epochs_done)
         if self.schedule is not None:
             self.schedule.step_update(self.updates)

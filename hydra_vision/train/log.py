@@ -7,12 +7,12 @@ from typing import Any, Protocol
 
 from hydra_vision.train.checkpoint import write_text
 
-STEPS, MIXERS = "steps.csv", "mixers.csv"
+STEPS, MIXERS = 'steps.csv', 'mixers.csv'
 STEP_COLUMNS = (
-    *("updates", "epoch", "lr", "loss", "grad_norm", "param_norm", "images_per_second", "skipped", "loss_scale"),
-    *("dt_mean", "dt_max", "decay_q05", "decay_q50", "decay_q95"),
+    *('updates', 'epoch', 'lr', 'loss', 'grad_norm', 'param_norm', 'images_per_second', 'skipped', 'loss_scale'),
+    *('dt_mean', 'dt_max', 'decay_q05', 'decay_q50', 'decay_q95'),
 )
-MIXER_COLUMNS = ("updates", "layer", "dt_mean", "dt_max", "decay_q05", "decay_q50", "decay_q95")
+MIXER_COLUMNS = ('updates', 'layer', 'dt_mean', 'dt_max', 'decay_q05', 'decay_q50', 'decay_q95')
 _COLUMNS = {STEPS: STEP_COLUMNS, MIXERS: MIXER_COLUMNS}
 
 Layers = dict[str, dict[str, float]]
@@ -74,10 +74,10 @@ class CsvLog:
             return
         text = io.StringIO()
         if not (self.folder / name).is_file():
-            text.write(",".join(_COLUMNS[name]) + "\n")
-        formatted = [[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows]
-        csv.writer(text, lineterminator="\n").writerows(formatted)
-        with open(self.folder / name, "a", encoding="utf-8") as file:
+            text.write(','.join(_COLUMNS[name]) + '\n')
+        formatted = [[f'{cell:.6g}' if isinstance(cell, float) else cell for cell in row] for row in rows]
+        csv.writer(text, lineterminator='\n').writerows(formatted)
+        with open(self.folder / name, 'a', encoding='utf-8') as file:
             file.write(text.getvalue())
 
 
@@ -86,13 +86,13 @@ def across_layers(layers: Layers) -> dict[str, float]:
     if not layers:
         return {}
     column = {key: [layer[key] for layer in layers.values()] for key in MIXER_COLUMNS[2:]}
-    pick = {"dt_max": max, "decay_q05": min, "decay_q95": max}
+    pick = {'dt_max': max, 'decay_q05': min, 'decay_q95': max}
     return {key: pick[key](values) if key in pick else sum(values) / len(values) for key, values in column.items()}
 
 
 def _keep_until(path: Path, columns: tuple[str, ...], updates: int) -> None:
     """Leaves the header and the complete rows up to an update in a file."""
-    rows = path.read_text(encoding="utf-8").splitlines()[1:]
-    cells = [row.split(",") for row in rows]
+    rows = path.read_text(encoding='utf-8').splitlines()[1:]
+    cells = [row.split(',') for row in rows]
     kept = [row for row in cells if len(row) == len(columns) and row[0].isdigit() and int(row[0]) <= updates]
-    write_text(path, "".join(",".join(row) + "\n" for row in [list(columns), *kept]))
+    write_text(path, ''.join(','.join(row) + '\n' for row in [list(columns), *kept]))

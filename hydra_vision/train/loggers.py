@@ -11,7 +11,7 @@ from hydra_vision.train.config import Config
 from hydra_vision.train.errors import ConfigError, TrainError, first_line
 from hydra_vision.train.log import Sink
 
-_ID = "wandb_id"
+_ID = 'wandb_id'
 
 
 def check_packages(config: Config) -> None:
@@ -20,7 +20,7 @@ def check_packages(config: Config) -> None:
     Raises:
         ConfigError: names the extra to install.
     """
-    wanted = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb != "off"}
+    wanted = {'tensorboard': config.log.tensorboard, 'wandb': config.log.wandb != 'off'}
     for package, on in wanted.items():
         if on and importlib.util.find_spec(package) is None:
             raise ConfigError(f"log.{package} needs the package {package}: pip install 'hydra-vision[log]'")
@@ -42,7 +42,7 @@ def create_loggers(config: Config, folder: Path, updates: int, facts: dict[str, 
     sinks: list[Sink] = []
     if config.log.tensorboard:
         sinks.append(TensorBoardLog(folder, updates))
-    if config.log.wandb != "off":
+    if config.log.wandb != 'off':
         sinks.append(WandbLog(config, folder, facts))
     return sinks
 
@@ -50,7 +50,7 @@ def create_loggers(config: Config, folder: Path, updates: int, facts: dict[str, 
 def _numbers(values: dict[str, Any], prefix: str, leave_out: tuple[str, ...] = ()) -> dict[str, float]:
     """What can be drawn, with the names that a logger groups by."""
     return {
-        f"{prefix}/{key}": float(value)
+        f'{prefix}/{key}': float(value)
         for key, value in values.items()
         if isinstance(value, (int, float)) and key not in leave_out
     }
@@ -67,20 +67,20 @@ class TensorBoardLog:
     def __init__(self, folder: Path, updates: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=updates + 1 if updates else None)
+        self.writer = SummaryWriter(str(folder / 'tensorboard'), purge_step=updates + 1 if updates else None)
 
     def step(self, updates: int, values: dict[str, float | None], layers: dict[str, dict[str, float]]) -> None:
         """Numbers inside an epoch."""
-        for name, value in _numbers(values, "step", ("updates",)).items():
+        for name, value in _numbers(values, 'step', ('updates',)).items():
             self.writer.add_scalar(name, value, updates)
         for layer, statistics in layers.items():
-            for name, value in _numbers(statistics, f"mixers/{layer}").items():
+            for name, value in _numbers(statistics, f'mixers/{layer}').items():
                 self.writer.add_scalar(name, value, updates)
 
     def epoch(self, row: dict[str, Any]) -> None:
         """Numbers of an epoch."""
-        for name, value in _numbers(row, "epoch", ("updates",)).items():
-            self.writer.add_scalar(name, value, row["updates"])
+        for name, value in _numbers(row, 'epoch', ('updates',)).items():
+            self.writer.add_scalar(name, value, row['updates'])
         self.writer.flush()
 
     def close(self) -> None:
@@ -98,37 +98,37 @@ class WandbLog:
     """
 
     def __init__(self, config: Config, folder: Path, facts: dict[str, Any]):
-        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault('WANDB_SILENT', 'true')
         import wandb
 
         path = folder / _ID
         if not path.is_file():
-            write_text(path, uuid.uuid4().hex[:12] + "\n")
+            write_text(path, uuid.uuid4().hex[:12] + '\n')
         try:
             self.run = wandb.init(
                 project=config.log.wandb_project,
                 name=folder.name,
                 id=path.read_text().strip(),
-                resume="allow",
+                resume='allow',
                 dir=str(folder),
                 mode=config.log.wandb,
-                config={**config.to_dict(), "run_facts": facts},
+                config={**config.to_dict(), 'run_facts': facts},
             )
         except (wandb.errors.Error, OSError) as error:
-            raise TrainError(f"log.wandb={config.log.wandb!r}: {first_line(error)}; offline needs no login") from error
-        self.run.define_metric("updates")
-        self.run.define_metric("*", step_metric="updates")
+            raise TrainError(f'log.wandb={config.log.wandb!r}: {first_line(error)}; offline needs no login') from error
+        self.run.define_metric('updates')
+        self.run.define_metric('*', step_metric='updates')
 
     def step(self, updates: int, values: dict[str, float | None], layers: dict[str, dict[str, float]]) -> None:
         """Numbers inside an epoch."""
-        numbers = _numbers(values, "step", ("updates",))
+        numbers = _numbers(values, 'step', ('updates',))
         for layer, statistics in layers.items():
-            numbers |= _numbers(statistics, f"mixers/{layer}")
-        self.run.log({"updates": updates, **numbers})
+            numbers |= _numbers(statistics, f'mixers/{layer}')
+        self.run.log({'updates': updates, **numbers})
 
     def epoch(self, row: dict[str, Any]) -> None:
         """Numbers of an epoch."""
-        self.run.log({"updates": row["updates"], **_numbers(row, "epoch", ("updates",))})
+        self.run.log({'updates': row['updates'], **_numbers(row, 'epoch', ('updates',))})
 
     def close(self) -> None:
         """Writes what is left."""

@@ -22,11 +22,11 @@ from hydra_vision.train.runs import carry_best, checkpoint_to_resume, folder_of,
 if TYPE_CHECKING:
     from hydra_vision.train.engine import Trainer
 
-DEMO = "hydra_vit_nano_digits"
-MAIN = "hydra_vit_base_imagenet1k"
+DEMO = 'hydra_vit_nano_digits'
+MAIN = 'hydra_vit_base_imagenet1k'
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "train_imagenet.py") -> int:
+def main(argv: Sequence[str] | None = None, prog: str = 'train_imagenet.py') -> int:
     """Runs the training command.
 
     Args:
@@ -51,24 +51,24 @@ def main(argv: Sequence[str] | None = None, prog: str = "train_imagenet.py") -> 
         death = loader_death(error)
         if death is None:
             raise
-        errors.print(f"error: {death}", soft_wrap=True)
+        errors.print(f'error: {death}', soft_wrap=True)
         return death.exit_code
     except TrainError as error:
         if world.primary or not error.shared:
-            rank = "" if world.primary else f" (rank {world.rank})"
-            errors.print(f"error: {_one_line(error)}{rank}", soft_wrap=True)
+            rank = '' if world.primary else f' (rank {world.rank})'
+            errors.print(f'error: {_one_line(error)}{rank}', soft_wrap=True)
         return error.exit_code
     except Stopped as stopped:
         if world.primary:
             name = signal.Signals(stopped.signal).name
             errors.print(
-                f"stopped by {name}; saved {stopped.path} (epochs done: {stopped.epoch}, step {stopped.updates}); the "
-                f"same command with --resume auto continues there",
+                f'stopped by {name}; saved {stopped.path} (epochs done: {stopped.epoch}, step {stopped.updates}); the '
+                f'same command with --resume auto continues there',
                 soft_wrap=True,
             )
         return 128 + stopped.signal
     except KeyboardInterrupt:
-        text = "interrupted; the same command with --resume auto continues after the last checkpoint"
+        text = 'interrupted; the same command with --resume auto continues after the last checkpoint'
         if world.primary:
             errors.print(text, soft_wrap=True)
         return 130
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "train_imagenet.py") -> 
 
 def _run(arguments: argparse.Namespace, overrides: dict[str, Any], console: Console, world: World) -> int:
     if arguments.list_configs:
-        console.print("\n".join(recipe_names()))
+        console.print('\n'.join(recipe_names()))
         return 0
     if arguments.validate:
         return _validate(arguments, overrides, console, world)
@@ -88,14 +88,14 @@ def _run(arguments: argparse.Namespace, overrides: dict[str, Any], console: Cons
         values, source = recipe_values, recipe
     else:  # the run's own recipe; another one only where it was asked for
         source = str(checkpoint)
-        values = merge(state["config"], recipe_values) if arguments.config else state["config"]
+        values = merge(state['config'], recipe_values) if arguments.config else state['config']
     with world.together():
         config = Config.from_dict(merge(values, overrides), source=source)
     if arguments.print_config:
-        console.print(config.to_yaml(comments=True), soft_wrap=True, end="")
+        console.print(config.to_yaml(comments=True), soft_wrap=True, end='')
         return 0
     if config.schedule.epochs == 0:
-        raise ConfigError("schedule.epochs=0 trains nothing; add --validate to evaluate the initial weights")
+        raise ConfigError('schedule.epochs=0 trains nothing; add --validate to evaluate the initial weights')
     if arguments.dry_run or arguments.bench_data:
         return _measure(arguments, config, state, console, world)
     folder = None
@@ -103,13 +103,13 @@ def _run(arguments: argparse.Namespace, overrides: dict[str, Any], console: Cons
         folder = run_folder(arguments.output, checkpoint, Path(recipe).stem) if world.primary else None
     folder = world.broadcast(folder)
     if state is not None:
-        _tell_changes(state["config"], config.to_dict(), console)
+        _tell_changes(state['config'], config.to_dict(), console)
     return _train(config, folder, checkpoint, state, console, world)
 
 
 def _recipe(arguments: argparse.Namespace, overrides: dict[str, Any]) -> str:
     """The recipe that a command line means: ImageNet's where it names data, else the demonstration."""
-    return arguments.config or (MAIN if {"dir", "name"} & overrides.get("data", {}).keys() else DEMO)
+    return arguments.config or (MAIN if {'dir', 'name'} & overrides.get('data', {}).keys() else DEMO)
 
 
 def _resumed(
@@ -121,7 +121,7 @@ def _resumed(
         if world.primary:
             path, state, problems = checkpoint_to_resume(arguments.resume, arguments.output, name)
             for problem in problems:
-                console.print(f"warning: {problem}; going on from {path}", highlight=False, soft_wrap=True)
+                console.print(f'warning: {problem}; going on from {path}', highlight=False, soft_wrap=True)
     path = world.broadcast(path)
     with world.together():
         if path is not None and state is None:
@@ -155,7 +155,7 @@ def _train(
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise CheckpointError(f"cannot create the output folder {folder}: {error}") from error
+                raise CheckpointError(f'cannot create the output folder {folder}: {error}') from error
     try:
         trainer = Trainer(config, folder, console, state, world)
         with world.together():
@@ -171,19 +171,19 @@ def _train(
 
 
 def _prepare(
-    folder: Path, trainer: "Trainer", checkpoint: Path | None, state: dict[str, Any] | None, console: Console
+    folder: Path, trainer: 'Trainer', checkpoint: Path | None, state: dict[str, Any] | None, console: Console
 ) -> None:
     """What a run folder holds before training starts."""
     from hydra_vision.train.provenance import write_run
 
-    write_text(folder / "config.yaml", trainer.config.to_yaml())
+    write_text(folder / 'config.yaml', trainer.config.to_yaml())
     write_run(folder, trainer.facts(), trainer.device)
     if state is None:
         return
     if folder_of(checkpoint).resolve() != folder.resolve():
         carry_best(checkpoint, state, folder)
-    for path in set_aside(folder, state["updates"]):
-        console.print(f"set aside: {path}", highlight=False, soft_wrap=True)
+    for path in set_aside(folder, state['updates']):
+        console.print(f'set aside: {path}', highlight=False, soft_wrap=True)
 
 
 def _measure(
@@ -193,7 +193,7 @@ def _measure(
     from hydra_vision.train.measure import bench_data, dry_run
 
     if arguments.bench_data and world.size > 1:  # it runs for a time, in which each process takes its own steps
-        raise ConfigError(f"--bench-data measures one process, not {world.size}: start it without torchrun").of_all()
+        raise ConfigError(f'--bench-data measures one process, not {world.size}: start it without torchrun').of_all()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, Path(folder), console, state, world)
         (dry_run if arguments.dry_run else bench_data)(trainer)
@@ -211,17 +211,17 @@ def _validate(arguments: argparse.Namespace, overrides: dict[str, Any], console:
     else:
         path = find_checkpoint(arguments.validate, BEST)
         state = load_checkpoint(path)
-        values = merge(state["config"], read_recipe(arguments.config)) if arguments.config else state["config"]
+        values = merge(state['config'], read_recipe(arguments.config)) if arguments.config else state['config']
         config = Config.from_dict(merge(values, overrides), source=str(path))
     quiet = Console(stderr=True, quiet=not world.primary)
     results = validate(config, state, quiet if arguments.json else console, world)
     if not world.primary:
         return 0
     if arguments.json:
-        result = {"checkpoint": str(path), "model": state["arch"], "epoch": state["epoch"], "results": results}
+        result = {'checkpoint': str(path), 'model': state['arch'], 'epoch': state['epoch'], 'results': results}
         print(json.dumps(result, indent=2))
     else:
-        title = f"{path} ({state['arch']}, epoch {state['epoch']})"
+        title = f'{path} ({state["arch"]}, epoch {state["epoch"]})'
         report.print_table(console, title, report.RESULT_HEADER, report.result_rows(results))
     return 0
 
@@ -232,12 +232,12 @@ def _tell_changes(before: dict[str, Any], after: dict[str, Any], console: Consol
         for key, value in values.items():
             old = before.get(section, {}).get(key)
             if old != value:
-                console.print(f"resuming with {section}.{key}: {old} -> {value}", soft_wrap=True)
+                console.print(f'resuming with {section}.{key}: {old} -> {value}', soft_wrap=True)
 
 
 def _one_line(error: TrainError) -> str:
     """The message of an error; one that comes out of a loader process carries its traceback in front."""
     text = str(error)
-    if "Original Traceback" not in text:
+    if 'Original Traceback' not in text:
         return text
-    return text.rstrip().splitlines()[-1].partition("Error: ")[2]
+    return text.rstrip().splitlines()[-1].partition('Error: ')[2]

@@ -19,7 +19,7 @@ _SECONDS = 10.0  # that the loader, and after it the device, is measured for
 _WARM_UP, _TIMED = 1, 2  # updates of a dry run
 
 
-def dry_run(trainer: "Trainer") -> None:
+def dry_run(trainer: 'Trainer') -> None:
     """Trains a few updates and prints what the whole run would take, from their pace and that of one validation batch.
 
     Args:
@@ -38,28 +38,28 @@ def dry_run(trainer: "Trainer") -> None:
     validations = math.ceil(trainer.epochs / config.run.validate_every)
     training = trainer.epochs * train_images / (rate * devices)
     validating = validations * len(trainer.val_loader.dataset) / (val_rate * devices)
-    kind = "GPU" if device.type == "cuda" else "processor"
+    kind = 'GPU' if device.type == 'cuda' else 'processor'
     mfu, memory = trainer.cost.mfu(rate * devices), peak_memory(device)
     rows = [
-        ["training", f"{rate:.0f} images/s a process, measured over {_TIMED} updates of {images // _TIMED} images"],
-        ["validation", f"{val_rate:.0f} images/s a process, measured over one batch"],
-        ["MFU", trainer.cost.describe(device) if mfu is None else f"{100 * mfu:.1f} %"],
-        ["peak memory", "not measured on the CPU" if memory is None else f"{memory:.2f} GiB"],
-        ["whole run", f"{trainer.epochs} epochs, {validations} validations, {devices} process(es)"],
-        ["estimate", estimate(training + validating, devices, kind)],
-        ["of it validation", f"{100 * validating / (training + validating):.0f} %"],
+        ['training', f'{rate:.0f} images/s a process, measured over {_TIMED} updates of {images // _TIMED} images'],
+        ['validation', f'{val_rate:.0f} images/s a process, measured over one batch'],
+        ['MFU', trainer.cost.describe(device) if mfu is None else f'{100 * mfu:.1f} %'],
+        ['peak memory', 'not measured on the CPU' if memory is None else f'{memory:.2f} GiB'],
+        ['whole run', f'{trainer.epochs} epochs, {validations} validations, {devices} process(es)'],
+        ['estimate', estimate(training + validating, devices, kind)],
+        ['of it validation', f'{100 * validating / (training + validating):.0f} %'],
     ]
-    print_table(trainer.console, f"dry run of {config.model.name}: nothing was written", ["", "value"], rows)
+    print_table(trainer.console, f'dry run of {config.model.name}: nothing was written', ['', 'value'], rows)
 
 
-def bench_data(trainer: "Trainer") -> None:
+def bench_data(trainer: 'Trainer') -> None:
     """Measures the loader without the model, then the model without the loader, and prints which one is the limit.
 
     Args:
         trainer: newly built; its weights are of no use afterwards.
     """
     device, loader = trainer.device, trainer.train_loader
-    workers = getattr(getattr(loader, "loader", loader), "num_workers", 0)
+    workers = getattr(getattr(loader, 'loader', loader), 'num_workers', 0)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     batch = next(batches)  # starts the processes
     loaded, started = 0, _now(device)
@@ -76,26 +76,26 @@ def bench_data(trainer: "Trainer") -> None:
     device_rate = trained / seconds
     memory = peak_memory(device)
     rows = [
-        [f"loader alone, {workers} processes", f"{loader_rate:.0f}", ""],
-        [f"training step alone on {device}", f"{device_rate:.0f}", "" if memory is None else f"{memory:.2f}"],
+        [f'loader alone, {workers} processes', f'{loader_rate:.0f}', ''],
+        [f'training step alone on {device}', f'{device_rate:.0f}', '' if memory is None else f'{memory:.2f}'],
     ]
-    print_table(trainer.console, f"{trainer.config.model.name}: loader against device", ["", "img/s", "GiB"], rows)
+    print_table(trainer.console, f'{trainer.config.model.name}: loader against device', ['', 'img/s', 'GiB'], rows)
     trainer.console.print(_verdict(loader_rate, device_rate, workers), highlight=False, soft_wrap=True)
 
 
 def _verdict(loader_rate: float, device_rate: float, workers: int) -> str:
     """Which one is the limit, in words."""
     if loader_rate > 1.1 * device_rate:
-        return f"the device is the limit: the loader is {loader_rate / device_rate:.1f} times as fast"
+        return f'the device is the limit: the loader is {loader_rate / device_rate:.1f} times as fast'
     needed = math.ceil(1.1 * device_rate / loader_rate * max(workers, 1))
     return (
-        f"the loader is the limit: {100 * loader_rate / device_rate:.0f} % of what the device takes; about {needed} "
-        f"processes (--workers) would be enough if there are cores for them. data.cache=ram, smaller image files or a "
-        f"lighter augmentation cost less each"
+        f'the loader is the limit: {100 * loader_rate / device_rate:.0f} % of what the device takes; about {needed} '
+        f'processes (--workers) would be enough if there are cores for them. data.cache=ram, smaller image files or a '
+        f'lighter augmentation cost less each'
     )
 
 
-def _train(trainer: "Trainer", batches: Any, accum: int) -> int:
+def _train(trainer: 'Trainer', batches: Any, accum: int) -> int:
     """Trains on batches, an update every `accum` of them; the number of images."""
     trainer.learner.train()
     images = 0
@@ -110,7 +110,7 @@ def _train(trainer: "Trainer", batches: Any, accum: int) -> int:
     return images
 
 
-def _validation_rate(trainer: "Trainer") -> float:
+def _validation_rate(trainer: 'Trainer') -> float:
     """Images a second of validation, raw and averaged weights together, from the second of two runs over a batch."""
     models = [trainer.learner.forward] + ([] if trainer.learner.forward_ema is None else [trainer.learner.forward_ema])
     images, _ = next(iter(trainer.val_loader))
@@ -128,6 +128,6 @@ def _validation_rate(trainer: "Trainer") -> float:
 
 def _now(device: torch.device) -> float:
     """The time when all that was asked of the device is done."""
-    if device.type == "cuda":
+    if device.type == 'cuda':
         torch.cuda.synchronize(device)
     return time.monotonic()

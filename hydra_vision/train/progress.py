@@ -38,5 +38,5 @@ class Progress:
     def to_dict(self) -> dict[str, Any]:
         """For a checkpoint; the losses must have been looked at."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del fields["losses"]
+        del fields['losses']
         return fields

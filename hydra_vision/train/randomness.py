@@ -24,7 +24,7 @@ def seed_generators(numbers: Sequence[int], device: torch.device | None = None) 
     random.seed(int(state[0]))
     np.random.seed(int(state[1]))
     torch.default_generator.manual_seed(int(state[2]))
-    if device is not None and device.type == "cuda":
+    if device is not None and device.type == 'cuda':
         with torch.cuda.device(device):
             torch.cuda.manual_seed(int(state[2]))
 
@@ -38,7 +38,7 @@ def seeded(numbers: Sequence[int], device: torch.device | None = None) -> Iterat
         device: a CUDA device whose generator is covered as well.
     """
     python, numpy = random.getstate(), np.random.get_state()
-    cuda = device is not None and device.type == "cuda"
+    cuda = device is not None and device.type == 'cuda'
     with torch.random.fork_rng(devices=[device] if cuda else []):
         seed_generators(numbers, device)
         try:
@@ -53,19 +53,19 @@ def random_state(device: torch.device) -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     name, words, position, has_gauss, cached = np.random.get_state()
     return {
-        "python": [version, list(internal), gauss],
-        "numpy": [name, words.tolist(), int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        'python': [version, list(internal), gauss],
+        'numpy': [name, words.tolist(), int(position), int(has_gauss), float(cached)],
+        'torch': torch.get_rng_state(),
+        'cuda': torch.cuda.get_rng_state(device) if device.type == 'cuda' else None,
     }
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Puts back what `random_state` gave; the CUDA generator only where the run was and is on CUDA."""
-    version, internal, gauss = state["python"]
+    version, internal, gauss = state['python']
     random.setstate((version, tuple(internal), gauss))
-    name, words, position, has_gauss, cached = state["numpy"]
+    name, words, position, has_gauss, cached = state['numpy']
     np.random.set_state((name, np.asarray(words, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
+    torch.set_rng_state(state['torch'])
+    if device.type == 'cuda' and state['cuda'] is not None:
+        torch.cuda.set_rng_state(state['cuda'], device)

@@ -96,8 +96,8 @@ class ReadableDataset(Dataset):
         target = int(target)
         if not 0 <= target < self.num_classes:
             raise DataError(
-                f"{self.name_of(position)} of the {self.split} split has class {target}; the model has "
-                f"{self.num_classes} classes (model.num_classes)"
+                f'{self.name_of(position)} of the {self.split} split has class {target}; the model has '
+                f'{self.num_classes} classes (model.num_classes)'
             )
         if not counted or (offset and self.mask_skipped):
             target = -1
@@ -118,19 +118,19 @@ class ReadableDataset(Dataset):
     def report(self) -> str:
         """One line on what could not be read."""
         names = self.unreadable()
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        noun = "image" if len(names) == 1 else "images"
+        shown = ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
+        noun = 'image' if len(names) == 1 else 'images'
         return (
-            f"{len(names)} unreadable {noun} in the {self.split} split: {shown} "
-            f"(allowed: data.max_unreadable={self.max_unreadable})"
+            f'{len(names)} unreadable {noun} in the {self.split} split: {shown} '
+            f'(allowed: data.max_unreadable={self.max_unreadable})'
         )
 
     def name_of(self, index: int) -> str:
         """File name of an image, or its number where the data set has no names."""
         if isinstance(self.dataset, ImageDataset):
             return str(self.dataset.filename(index))
-        samples = getattr(self.dataset, "samples", None)
-        return str(samples[index][0]) if samples is not None else f"image {index}"
+        samples = getattr(self.dataset, 'samples', None)
+        return str(samples[index][0]) if samples is not None else f'image {index}'
 
     def _mark(self, index: int, error: BaseException) -> None:
         """Remembers an unreadable image; gives up past the limit."""
@@ -138,7 +138,7 @@ class ReadableDataset(Dataset):
         if int(self._bad.sum()) > self.max_unreadable:
             raise DataError(self.report()) from error
 
-    def _read(self, index: int, lock: "threading.Lock | None" = None) -> tuple[Image.Image, int]:
+    def _read(self, index: int, lock: 'threading.Lock | None' = None) -> tuple[Image.Image, int]:
         """Image and class of an index.
 
         Args:

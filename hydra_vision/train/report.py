@@ -16,20 +16,20 @@ from hydra_vision.train.checkpoint import write_atomically, write_text
 
 Row = dict[str, Any]
 COLUMNS = (
-    *("epoch", "updates", "lr", "train_loss", "val_loss", "val_top1", "val_top5"),
-    *("ema_loss", "ema_top1", "ema_top5", "images_per_second", "seconds"),
-    *("data_wait", "mfu", "peak_memory_gib"),
+    *('epoch', 'updates', 'lr', 'train_loss', 'val_loss', 'val_top1', 'val_top5'),
+    *('ema_loss', 'ema_top1', 'ema_top5', 'images_per_second', 'seconds'),
+    *('data_wait', 'mfu', 'peak_memory_gib'),
 )
 
 
 def write_summary(folder: Path, history: Sequence[Row]) -> None:
     """Writes summary.csv anew from the whole history, so that a resumed run neither repeats nor loses a row."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
     writer.writeheader()
     for row in history:
-        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
-    write_text(folder / "summary.csv", text.getvalue())
+        writer.writerow({key: f'{value:.6g}' if isinstance(value, float) else value for key, value in row.items()})
+    write_text(folder / 'summary.csv', text.getvalue())
 
 
 def write_curve(folder: Path, history: Sequence[Row], title: str) -> None:
@@ -38,59 +38,59 @@ def write_curve(folder: Path, history: Sequence[Row], title: str) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
+    figure = Figure(figsize=(11, 4.2), dpi=120, layout='constrained')
     losses, scores = figure.subplots(1, 2)
     series = (
-        (losses, "train_loss", "training (augmented)", "tab:blue", "-"),
-        (losses, "val_loss", "validation", "tab:orange", "-"),
-        (losses, "ema_loss", "validation, EMA", "tab:green", "--"),
-        (scores, "val_top1", "top-1", "tab:orange", "-"),
-        (scores, "ema_top1", "top-1, EMA", "tab:green", "--"),
-        (scores, "val_top5", "top-5", "tab:gray", ":"),
+        (losses, 'train_loss', 'training (augmented)', 'tab:blue', '-'),
+        (losses, 'val_loss', 'validation', 'tab:orange', '-'),
+        (losses, 'ema_loss', 'validation, EMA', 'tab:green', '--'),
+        (scores, 'val_top1', 'top-1', 'tab:orange', '-'),
+        (scores, 'ema_top1', 'top-1, EMA', 'tab:green', '--'),
+        (scores, 'val_top5', 'top-5', 'tab:gray', ':'),
     )
     for axes, key, label, color, style in series:
-        points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
+        points = [(row['epoch'], row[key]) for row in history if row.get(key) is not None]
         if points:
-            marker = "o" if len(points) < 3 else None
+            marker = 'o' if len(points) < 3 else None
             axes.plot(*zip(*points, strict=True), style, color=color, label=label, marker=marker)
-    best = max((row["val_top1"] for row in history if row.get("val_top1") is not None), default=None)
-    losses.set(title="Loss", xlabel="epoch", ylabel="cross-entropy")
-    best_text = "" if best is None else f" (best top-1 {best:.2f} %)"
-    scores.set(title=f"Validation accuracy{best_text}", xlabel="epoch", ylabel="images right (%)")
+    best = max((row['val_top1'] for row in history if row.get('val_top1') is not None), default=None)
+    losses.set(title='Loss', xlabel='epoch', ylabel='cross-entropy')
+    best_text = '' if best is None else f' (best top-1 {best:.2f} %)'
+    scores.set(title=f'Validation accuracy{best_text}', xlabel='epoch', ylabel='images right (%)')
     for axes in (losses, scores):
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if axes.lines:
             axes.legend()
     figure.suptitle(title)
-    write_atomically(folder / "curve.png", lambda file: FigureCanvasAgg(figure).print_png(file))
+    write_atomically(folder / 'curve.png', lambda file: FigureCanvasAgg(figure).print_png(file))
 
 
 def speed_line(history: Sequence[Row]) -> str:
     """What limited a run: images a second, share of the time spent waiting for data, MFU, memory."""
-    seconds = sum(row["seconds"] for row in history)
-    images = sum(row["seconds"] * row["images_per_second"] for row in history)
-    waited = sum(row["seconds"] * row.get("data_wait", 0.0) for row in history) / max(seconds, 1e-9)
-    mfu = [row["mfu"] for row in history if row.get("mfu") is not None]
-    memory = [row["peak_memory_gib"] for row in history if row.get("peak_memory_gib") is not None]
-    limit = "the loader keeps up" if waited < 0.1 else "a faster loader would save up to that"
-    limit = "the loader is the limit" if waited > 0.5 else limit
-    parts = [f"training {duration(seconds)}", f"{images / max(seconds, 1e-9):.0f} img/s"]
-    parts += [f"waiting for data {100 * waited:.0f} % of it ({limit})"]
-    parts += [f"MFU {100 * sum(mfu) / len(mfu):.1f} %"] if mfu else []
-    parts += [f"peak memory {max(memory):.2f} GiB"] if memory else []
-    return ", ".join(parts)
+    seconds = sum(row['seconds'] for row in history)
+    images = sum(row['seconds'] * row['images_per_second'] for row in history)
+    waited = sum(row['seconds'] * row.get('data_wait', 0.0) for row in history) / max(seconds, 1e-9)
+    mfu = [row['mfu'] for row in history if row.get('mfu') is not None]
+    memory = [row['peak_memory_gib'] for row in history if row.get('peak_memory_gib') is not None]
+    limit = 'the loader keeps up' if waited < 0.1 else 'a faster loader would save up to that'
+    limit = 'the loader is the limit' if waited > 0.5 else limit
+    parts = [f'training {duration(seconds)}', f'{images / max(seconds, 1e-9):.0f} img/s']
+    parts += [f'waiting for data {100 * waited:.0f} % of it ({limit})']
+    parts += [f'MFU {100 * sum(mfu) / len(mfu):.1f} %'] if mfu else []
+    parts += [f'peak memory {max(memory):.2f} GiB'] if memory else []
+    return ', '.join(parts)
 
 
 def result_rows(results: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
     """Rows of the result table: weights, top-1, top-5, loss, images."""
     return [
-        [name, f"{r['top1']:.2f}", f"{r['top5']:.2f}", f"{r['loss']:.4f}", f"{r['images']:,}"]
+        [name, f'{r["top1"]:.2f}', f'{r["top5"]:.2f}', f'{r["loss"]:.4f}', f'{r["images"]:,}']
         for name, r in results.items()
     ]
 
 
-RESULT_HEADER = ["weights", "top-1 %", "top-5 %", "loss", "images"]
+RESULT_HEADER = ['weights', 'top-1 %', 'top-5 %', 'loss', 'images']
 
 
 def print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -98,7 +98,7 @@ def print_table(console: Console, title: str, header: Sequence[str], rows: Seque
     console.print(title, soft_wrap=True)
     table = Table()
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right")
+        table.add_column(name, justify='left' if index == 0 else 'right')
     for row in rows:
         table.add_row(*row)
     console.print(table)
@@ -106,14 +106,14 @@ def print_table(console: Console, title: str, header: Sequence[str], rows: Seque
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The same table as Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    lines = [header, ['---'] * len(header), *rows]
+    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
 def duration(seconds: float) -> str:
     """Seconds as h:mm:ss."""
     seconds = round(seconds)
-    return f"{seconds // 3600}:{seconds % 3600 // 60:02}:{seconds % 60:02}"
+    return f'{seconds // 3600}:{seconds % 3600 // 60:02}:{seconds % 60:02}'
 
 
 class Meter:
@@ -133,9 +133,9 @@ class Meter:
         self.done = done
         self.started = time.monotonic()
         self.bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn('{task.description}'),
             BarColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn('{task.fields[text]}'),
             console=console,
             transient=True,
             refresh_per_second=4,
@@ -143,32 +143,32 @@ class Meter:
         )
 
     @contextmanager
-    def phase(self, epoch: int, what: str, total: int) -> Iterator["Phase"]:
+    def phase(self, epoch: int, what: str, total: int) -> Iterator['Phase']:
         """One pass over a loader."""
-        task = self.bar.add_task(f"epoch {epoch + 1}/{self.epochs} {what}", total=total, text="")
+        task = self.bar.add_task(f'epoch {epoch + 1}/{self.epochs} {what}', total=total, text='')
         try:
-            yield Phase(self, task, total, epoch if what == "train" else None)
+            yield Phase(self, task, total, epoch if what == 'train' else None)
         finally:
             self.bar.remove_task(task)
 
     def eta(self, position: float) -> float:
         """Seconds left in the run at `position` epochs, from the pace of this process."""
         past = position - self.done
-        return (time.monotonic() - self.started) / past * (self.epochs - position) if past > 0 else float("nan")
+        return (time.monotonic() - self.started) / past * (self.epochs - position) if past > 0 else float('nan')
 
     def line(self, row: Row) -> None:
         """The line of an epoch."""
-        parts = [f"epoch {row['epoch']:>3}/{self.epochs}", f"loss {row['train_loss']:.4f}"]
-        if row.get("val_top1") is not None:
-            parts.append(f"val loss {row['val_loss']:.4f}  top-1 {row['val_top1']:.2f}  top-5 {row['val_top5']:.2f}")
-        if row.get("ema_top1") is not None:
-            parts.append(f"EMA top-1 {row['ema_top1']:.2f}")
-        parts += [f"lr {row['lr']:.2e}", f"{row['images_per_second']:.0f} img/s"]
-        parts += [f"wait {100 * row['data_wait']:.0f} %"]
-        parts += [f"MFU {100 * row['mfu']:.1f} %"] if row["mfu"] is not None else []
-        left = self.eta(row["epoch"])
-        parts += [f"ETA {duration(left)}"] if row["epoch"] < self.epochs and left == left else []  # not known: NaN
-        self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
+        parts = [f'epoch {row["epoch"]:>3}/{self.epochs}', f'loss {row["train_loss"]:.4f}']
+        if row.get('val_top1') is not None:
+            parts.append(f'val loss {row["val_loss"]:.4f}  top-1 {row["val_top1"]:.2f}  top-5 {row["val_top5"]:.2f}')
+        if row.get('ema_top1') is not None:
+            parts.append(f'EMA top-1 {row["ema_top1"]:.2f}')
+        parts += [f'lr {row["lr"]:.2e}', f'{row["images_per_second"]:.0f} img/s']
+        parts += [f'wait {100 * row["data_wait"]:.0f} %']
+        parts += [f'MFU {100 * row["mfu"]:.1f} %'] if row['mfu'] is not None else []
+        left = self.eta(row['epoch'])
+        parts += [f'ETA {duration(left)}'] if row['epoch'] < self.epochs and left == left else []  # not known: NaN
+        self.console.print('  '.join(parts), highlight=False, soft_wrap=True)
 
 
 class Phase:
@@ -212,13 +212,13 @@ class Phase:
         self.batches += 1
         if self.meter.bar.disable:
             return
-        parts = [f"{self.batches}/{self.total}", f"{self.rate():.0f} img/s"]
+        parts = [f'{self.batches}/{self.total}', f'{self.rate():.0f} img/s']
         if loss is not None:
-            parts.append(f"loss {loss:.4f}")
+            parts.append(f'loss {loss:.4f}')
         if self.epoch is not None:
             left = self.meter.eta(self.epoch + self.batches / self.meter.batches)
-            parts.append(f"ETA {duration(left)}" if left == left else "")
-        self.meter.bar.update(self.task, advance=1, text="  ".join(parts))
+            parts.append(f'ETA {duration(left)}' if left == left else '')
+        self.meter.bar.update(self.task, advance=1, text='  '.join(parts))
 
     def seconds(self) -> float:
         """Since the pass began."""

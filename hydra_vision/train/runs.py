@@ -17,8 +17,8 @@ from hydra_vision.train.checkpoint import (
 )
 from hydra_vision.train.errors import CheckpointError, ConfigError
 
-_RUN_FILES = (LAST, BEST, KEPT, "summary.csv", "curve.png", "results.md")
-OUTPUT = Path("output")
+_RUN_FILES = (LAST, BEST, KEPT, 'summary.csv', 'curve.png', 'results.md')
+OUTPUT = Path('output')
 
 Found = tuple[Path | None, dict[str, Any] | None, list[str]]
 
@@ -39,17 +39,17 @@ def checkpoint_to_resume(resume: str | None, output: str | None, name: str) -> F
     """
     if resume is None:
         return None, None, []
-    if resume != "auto":
+    if resume != 'auto':
         path = Path(resume).expanduser()
         if path.is_dir():
             found = newest_checkpoint(path)
             if found[0] is None:
-                raise CheckpointError(f"no checkpoint {str(find_checkpoint(resume, LAST))!r}")
+                raise CheckpointError(f'no checkpoint {str(find_checkpoint(resume, LAST))!r}')
             return found
         state = load_checkpoint(path)
-        if "averaged" in state:
+        if 'averaged' in state:
             raise CheckpointError(
-                f"{path} is a mean of checkpoints, no run to go on with; start from it: model.checkpoint"
+                f'{path} is a mean of checkpoints, no run to go on with; start from it: model.checkpoint'
             )
         return path, state, []
     folders = [Path(output)] if output is not None else _runs(name)
@@ -72,13 +72,13 @@ def run_folder(output: str | None, checkpoint: Path | None, name: str) -> Path:
     if output is None:
         folder, number = OUTPUT / name, 1
         while _taken(folder):
-            folder, number = OUTPUT / f"{name}-{number}", number + 1
+            folder, number = OUTPUT / f'{name}-{number}', number + 1
         return folder
     folder = Path(output)
     taken = _taken(folder)
     if taken:
         raise ConfigError(
-            f"--output {folder} already holds a run ({taken[0]}): continue it with --resume auto, or choose another one"
+            f'--output {folder} already holds a run ({taken[0]}): continue it with --resume auto, or choose another one'
         )
     return folder
 
@@ -90,22 +90,22 @@ def folder_of(checkpoint: Path) -> Path:
 
 def carry_best(checkpoint: Path, state: dict[str, Any], folder: Path) -> None:
     """Copies the best checkpoint so far to the folder in which a run goes on: no later epoch may be better."""
-    if state["best"] is None:
+    if state['best'] is None:
         return
     for path in (checkpoint, folder_of(checkpoint) / BEST):
         if not path.is_file():
             continue
         found = load_checkpoint(path)
-        if found["epoch"] == state["best"]["epoch"] and not found["progress"]["batches"]:
-            with open(path, "rb") as source:
+        if found['epoch'] == state['best']['epoch'] and not found['progress']['batches']:
+            with open(path, 'rb') as source:
                 write_atomically(folder / BEST, lambda file, source=source: shutil.copyfileobj(source, file))
             return
 
 
 def _runs(name: str) -> list[Path]:
     """Folders of runs of a recipe."""
-    numbered = re.compile(re.escape(name) + r"(-\d+)?")  # not those of a recipe whose name only begins like this one
-    return [path for path in OUTPUT.glob("*") if numbered.fullmatch(path.name)]
+    numbered = re.compile(re.escape(name) + r'(-\d+)?')  # not those of a recipe whose name only begins like this one
+    return [path for path in OUTPUT.glob('*') if numbered.fullmatch(path.name)]
 
 
 def _taken(folder: Path) -> list[str]:

@@ -52,7 +52,7 @@ class TrainSampler(Sampler[Draw]):
         self.batch_size, self.rank, self.world, self.seed = batch_size, rank, world, seed
         self.steps = length // (batch_size * world)
         if self.steps == 0:
-            raise ValueError(f"a batch of {batch_size * world} images is more than the {length} of the set")
+            raise ValueError(f'a batch of {batch_size * world} images is more than the {length} of the set')
         self.order = RepeatAugSampler(
             range(length), num_replicas=1, rank=0, num_repeats=repeats, selected_round=0, selected_ratio=1
         )
@@ -106,12 +106,12 @@ def local_batch(config: Config, world: World) -> int:
     batch = config.data.batch_size
     if batch % world.size:
         raise ConfigError(
-            f"data.batch_size={batch} is for all processes together and cannot be shared by {world.size}; allowed: "
-            f"multiples of {world.size}"
+            f'data.batch_size={batch} is for all processes together and cannot be shared by {world.size}; allowed: '
+            f'multiples of {world.size}'
         )
     if config.mixes and batch // world.size % 2:
         raise ConfigError(
-            f"data.batch_size={batch} gives {batch // world.size} images to each of {world.size} processes; mixup and "
-            f"cutmix need an even number: multiples of {2 * world.size}"
+            f'data.batch_size={batch} gives {batch // world.size} images to each of {world.size} processes; mixup and '
+            f'cutmix need an even number: multiples of {2 * world.size}'
         )
     return batch // world.size

@@ -21,7 +21,7 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    blocks = getattr(model, "blocks", None) or getattr(model, "stages", None) or ()
+    blocks = getattr(model, 'blocks', None) or getattr(model, 'stages', None) or ()
     for block in blocks:
         fully_shard(block, mesh=mesh)
     # Else the rest stays whole after a forward pass without a backward one (validation, statistics).
@@ -41,9 +41,9 @@ def gathered(value: Any) -> Any:
 
 def scattered_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """An optimizer's state of whole tensors as its parameters are sharded."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
     spread = {}
-    for number, entries in state["state"].items():
+    for number, entries in state['state'].items():
         parameter = parameters[number]
         spread[number] = {
             key: distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
@@ -51,4 +51,4 @@ def scattered_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer)
             else value
             for key, value in entries.items()
         }
-    return {**state, "state": spread}
+    return {**state, 'state': spread}

@@ -19,14 +19,14 @@ class StopSignals:
         received: the signal's number, 0 for none so far.
     """
 
-    NUMBERS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+    NUMBERS = tuple(getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1') if hasattr(signal, name))
 
     def __init__(self) -> None:
         self.received = 0
         self.process = os.getpid()
         self.before: dict[int, Any] = {}
 
-    def __enter__(self) -> "StopSignals":
+    def __enter__(self) -> 'StopSignals':
         if threading.current_thread() is threading.main_thread():
             self.before = {number: signal.signal(number, self._note) for number in self.NUMBERS}
         return self
@@ -55,7 +55,7 @@ def outlive_stop(init: Callable[[int], None] | None, worker: int) -> None:
         init: the function that the loader calls otherwise.
         worker: number of the loader process.
     """
-    if hasattr(signal, "alarm"):
+    if hasattr(signal, 'alarm'):
 
         def note(number: int, frame: FrameType | None) -> None:
             if signal.getitimer(signal.ITIMER_REAL)[0] == 0:  # not for ever: a stuck one must not hold up the end

@@ -15,9 +15,9 @@ from hydra_vision.train.errors import DataError
 from hydra_vision.train.sampling import local_batch
 from hydra_vision.train.synthetic import SYNTHETIC, SyntheticImages, synthetic_length
 
-_SYNONYMS = (("train", "training"), ("val", "validation", "valid", "eval", "test"))
-DIGITS = "sklearn/digits"
-PARQUET = "parquet"
+_SYNONYMS = (('train', 'training'), ('val', 'validation', 'valid', 'eval', 'test'))
+DIGITS = 'sklearn/digits'
+PARQUET = 'parquet'
 _ALONE = World()
 
 
@@ -44,11 +44,11 @@ def open_splits(config: Config, train: bool = True, world: World = _ALONE) -> tu
     if first.classes is not None and val.classes is not None and first.classes != val.classes:
         missing = sorted(set(first.classes) - set(val.classes))
         extra = sorted(set(val.classes) - set(first.classes))
-        parts = [f"{_some(missing)} only in {first.name}"] if missing else []
-        parts += [f"{_some(extra)} only in {val.name}"] if extra else []
+        parts = [f'{_some(missing)} only in {first.name}'] if missing else []
+        parts += [f'{_some(extra)} only in {val.name}'] if extra else []
         raise DataError(
-            f"the classes of {first.name} ({len(first.classes)}) and {val.name} ({len(val.classes)}) differ: "
-            + ("; ".join(parts) or "their order is not the same")
+            f'the classes of {first.name} ({len(first.classes)}) and {val.name} ({len(val.classes)}) differ: '
+            + ('; '.join(parts) or 'their order is not the same')
         )
     return first, val
 
@@ -61,11 +61,11 @@ def count_classes(config: Config, split: Split) -> int:
     """
     wanted, found = config.model.num_classes, None if split.classes is None else len(split.classes)
     if wanted is None and found is None:
-        raise DataError(f"{split.name} does not say how many classes it has: set model.num_classes")
+        raise DataError(f'{split.name} does not say how many classes it has: set model.num_classes')
     if wanted is not None and found is not None and wanted != found:
         raise DataError(
-            f"model.num_classes={wanted}, but {split.name} has {found} classes: add --num-classes {found} to train on "
-            f"them, or check that the data set is complete"
+            f'model.num_classes={wanted}, but {split.name} has {found} classes: add --num-classes {found} to train on '
+            f'them, or check that the data set is complete'
         )
     return found if wanted is None else wanted
 
@@ -76,107 +76,107 @@ def _open(config: Config, split: str, is_training: bool, world: World) -> Split:
     if data.name == SYNTHETIC:
         samples = synthetic_length(data.train_samples if is_training else data.val_samples, data.batch_size)
         return Split(SyntheticImages(samples), SYNTHETIC, None)
-    mode = "L" if config.model.in_chans == 1 else "RGB"
+    mode = 'L' if config.model.in_chans == 1 else 'RGB'
     if data.name == DIGITS:
         from hydra_vision.train.digits import Digits
 
         dataset = Digits(train=is_training)
-        return Split(dataset, f"{DIGITS} ({'train' if is_training else 'test'})", dataset.classes)
-    if data.name == "":
+        return Split(dataset, f'{DIGITS} ({"train" if is_training else "test"})', dataset.classes)
+    if data.name == '':
         root = _split_root(data.dir, split)
         name = str(root)
-        add_img_extensions((*IMG_EXTENSIONS, ".gif"))  # timm alone looks for .jpg, .jpeg and .png only
+        add_img_extensions((*IMG_EXTENSIONS, '.gif'))  # timm alone looks for .jpg, .jpeg and .png only
     else:
-        root, name = data.dir, f"{data.name} ({split})"
-    prefix = data.name.split("/")[0].lower()
+        root, name = data.dir, f'{data.name} ({split})'
+    prefix = data.name.split('/')[0].lower()
     _check_package(data.name, prefix)
-    reader = f"hfds/{_parquet_folder(data.dir)}" if data.name == PARQUET else data.name
+    reader = f'hfds/{_parquet_folder(data.dir)}' if data.name == PARQUET else data.name
     root = None if data.name == PARQUET else root
-    streamed = prefix in ("hfids", "tfds", "wds")
-    kwargs = {"input_key": data.input_key, "target_key": data.target_key}
-    if not data.name.lower().startswith("torch/"):
-        kwargs["input_img_mode"] = "" if prefix in ("hfids", "wds") else mode  # ReadableStream converts these
+    streamed = prefix in ('hfids', 'tfds', 'wds')
+    kwargs = {'input_key': data.input_key, 'target_key': data.target_key}
+    if not data.name.lower().startswith('torch/'):
+        kwargs['input_img_mode'] = '' if prefix in ('hfids', 'wds') else mode  # ReadableStream converts these
     if streamed:
-        kwargs["num_samples"] = data.train_samples if is_training else data.val_samples
-        kwargs["seed"] = config.run.seed
-        kwargs["batch_size"] = batch_size
+        kwargs['num_samples'] = data.train_samples if is_training else data.val_samples
+        kwargs['seed'] = config.run.seed
+        kwargs['batch_size'] = batch_size
     try:
         dataset = create_dataset(
             reader,
             root=None if root is None else str(root),
             split=split,
-            search_split=data.name != "",
-            class_map=data.class_map or "",
+            search_split=data.name != '',
+            class_map=data.class_map or '',
             is_training=is_training,
             download=data.download,
             **kwargs,
         )
     except ImportError as error:
-        raise DataError(f"data.name={data.name!r} needs a package that is not installed: {error}") from error
+        raise DataError(f'data.name={data.name!r} needs a package that is not installed: {error}') from error
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
-        if "trust_remote_code" in str(error):  # an argument that datasets 4 dropped
-            raise DataError(f"cannot open {name}: this timm needs datasets < 4, or take timm >= 1.0.31") from error
-        raise DataError(f"cannot open {name}: {type(error).__name__}: {error}") from error
+        if 'trust_remote_code' in str(error):  # an argument that datasets 4 dropped
+            raise DataError(f'cannot open {name}: this timm needs datasets < 4, or take timm >= 1.0.31') from error
+        raise DataError(f'cannot open {name}: {type(error).__name__}: {error}') from error
     if streamed and not is_training:  # see val_loader
         dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
     classes = _class_names(dataset)
-    if data.name == "" and root.is_dir():
+    if data.name == '' and root.is_dir():
         _check_folder(root, dataset.reader.samples)
     return Split(dataset, name, classes)
 
 
 def _check_package(name: str, prefix: str) -> None:
     """Refuses a reader whose package is missing, before timm prints or raises something of its own."""
-    package = {"hfds": "datasets", "hfids": "datasets", PARQUET: "datasets", "wds": "webdataset"}.get(prefix)
+    package = {'hfds': 'datasets', 'hfids': 'datasets', PARQUET: 'datasets', 'wds': 'webdataset'}.get(prefix)
     if package is not None and importlib.util.find_spec(package) is None:
         raise DataError(f"data.name={name!r} needs the package {package}: pip install 'hydra-vision[data]'")
 
 
 def _parquet_folder(folder: str | None) -> Path:
     """The folder of parquet files, absolute, so that it is never taken for a name on the Hugging Face Hub."""
-    root = Path("" if folder is None else folder).expanduser().resolve()
-    if folder is None or not root.is_dir() or not any(root.rglob("*.parquet")):
-        raise DataError(f"data.dir={folder!r} is not a folder with .parquet files")
+    root = Path('' if folder is None else folder).expanduser().resolve()
+    if folder is None or not root.is_dir() or not any(root.rglob('*.parquet')):
+        raise DataError(f'data.dir={folder!r} is not a folder with .parquet files')
     return root
 
 
 def _split_root(folder: str | None, split: str) -> Path:
     """Where a split of an image folder lies: a sub-folder or a .tar of that name or a synonym of it."""
     if folder is None:
-        raise DataError("no data: give --data-dir PATH (a folder with train/ and val/), or data.name")
+        raise DataError('no data: give --data-dir PATH (a folder with train/ and val/), or data.name')
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise DataError(f"data.dir={folder!r} is not a folder")
+        raise DataError(f'data.dir={folder!r} is not a folder')
     names = next((group for group in _SYNONYMS if split in group), ())
-    candidates = [root / part for name in dict.fromkeys((split, *names)) for part in (name, f"{name}.tar")]
+    candidates = [root / part for name in dict.fromkeys((split, *names)) for part in (name, f'{name}.tar')]
     for path in candidates:
         if path.is_dir() or path.is_file():
             return path
-    raise DataError(f"{root} has no {split} split; looked for {', '.join(path.name for path in candidates)}")
+    raise DataError(f'{root} has no {split} split; looked for {", ".join(path.name for path in candidates)}')
 
 
 def _check_folder(root: Path, samples: list[tuple[str, int]]) -> None:
     """Every class folder must hold an image: timm numbers only those that do, which would shift the other classes."""
     filled = {Path(path).relative_to(root).parts[0] for path, _ in samples}
-    empty = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name not in filled and not p.name.startswith("."))
+    empty = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name not in filled and not p.name.startswith('.'))
     if empty:
-        noun = "class folder" if len(empty) == 1 else "class folders"
-        raise DataError(f"{len(empty)} {noun} of {root} without an image: {_some(empty)}")
+        noun = 'class folder' if len(empty) == 1 else 'class folders'
+        raise DataError(f'{len(empty)} {noun} of {root} without an image: {_some(empty)}')
     loose = [path for path, _ in samples if Path(path).parent == root]
     if loose:
-        raise DataError(f"{len(loose)} images of {root} are in no class folder, e.g. {Path(loose[0]).name}")
+        raise DataError(f'{len(loose)} images of {root} are in no class folder, e.g. {Path(loose[0]).name}')
 
 
 def _class_names(dataset: Dataset) -> list[str] | None:
     """Class names in index order, where the data set knows them."""
-    reader = getattr(dataset, "reader", dataset)
-    for key in ("class_to_idx", "class_name_to_idx"):
+    reader = getattr(dataset, 'reader', dataset)
+    for key in ('class_to_idx', 'class_name_to_idx'):
         mapping = getattr(reader, key, None)
         if mapping:
             return [str(name) for name, _ in sorted(mapping.items(), key=lambda item: item[1])]
-    classes = getattr(dataset, "classes", None)
+    classes = getattr(dataset, 'classes', None)
     return [str(name) for name in classes] if classes else None
 
 
 def _some(names: list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return ', '.join(names[:limit]) + (f' and {len(names) - limit} more' if len(names) > limit else '')

@@ -13,7 +13,7 @@ from torch import nn
 from hydra_vision import Hydra
 
 _MOST = 1_000_000  # decays of a layer that quantiles are taken from; more are thinned out evenly
-QUANTILES = {"decay_q05": 0.05, "decay_q50": 0.5, "decay_q95": 0.95}
+QUANTILES = {'decay_q05': 0.05, 'decay_q50': 0.5, 'decay_q95': 0.95}
 
 
 def total_norm(tensors: Iterable[torch.Tensor]) -> float:
@@ -24,7 +24,7 @@ def total_norm(tensors: Iterable[torch.Tensor]) -> float:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a sharded tensor (a collective call); other tensors as they are."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def _layer_statistics(layer: Hydra, u: torch.Tensor) -> dict[str, torch.Tensor]:
     decay = decay[:: -(-decay.numel() // _MOST)]
     points = torch.tensor(list(QUANTILES.values()), device=decay.device)
     return {
-        "dt_mean": dt.mean(),
-        "dt_max": dt.max(),
+        'dt_mean': dt.mean(),
+        'dt_max': dt.max(),
         **dict(zip(QUANTILES, torch.quantile(decay, points), strict=True)),
     }

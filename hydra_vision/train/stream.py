@@ -42,7 +42,7 @@ class UnreadableLog:
         Raises:
             DataError: one more than is allowed.
         """
-        code = name.encode(errors="replace")
+        code = name.encode(errors='replace')
         key = zlib.crc32(code) + (len(code) << 32)
         with self._lock:
             count = int(self._count)
@@ -58,7 +58,7 @@ class UnreadableLog:
     def names(self) -> list[str]:
         """The first few names."""
         rows = self._names[: min(int(self._count), _NAMED)]
-        return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
+        return [bytes(row.tolist()).rstrip(b'\0').decode(errors='replace') for row in rows]
 
     def __len__(self) -> int:
         return int(self._count)
@@ -66,10 +66,10 @@ class UnreadableLog:
     def report(self) -> str:
         """One line on what could not be read."""
         count, names = len(self), self.names()
-        shown = ", ".join(names) + (f" and {count - len(names)} more" if count > len(names) else "")
+        shown = ', '.join(names) + (f' and {count - len(names)} more' if count > len(names) else '')
         return (
-            f"{count} unreadable {'image' if count == 1 else 'images'} in the {self.split} split: {shown} "
-            f"(allowed: data.max_unreadable={self.limit})"
+            f'{count} unreadable {"image" if count == 1 else "images"} in the {self.split} split: {shown} '
+            f'(allowed: data.max_unreadable={self.limit})'
         )
 
 
@@ -101,17 +101,17 @@ class ReadableStream(IterableImageDataset):
         reader, workers = self.reader, max(1, num_workers or 0)
         super().set_loader_cfg(workers)  # timm 1.0.29 takes 0, the main process alone, for no image at all
         shards = shard_count(reader)
-        replicas = getattr(reader, "dist_num_replicas", 1)
-        if getattr(reader, "is_training", False) and shards is not None and shards < workers * replicas:
+        replicas = getattr(reader, 'dist_num_replicas', 1)
+        if getattr(reader, 'is_training', False) and shards is not None and shards < workers * replicas:
             raise DataError(
-                f"the {self.split} split has {shards} shards for {replicas} x {workers} loader processes, and a shard "
-                f"is read by one process: --workers {shards // replicas} at most, or split the set into more shards"
+                f'the {self.split} split has {shards} shards for {replicas} x {workers} loader processes, and a shard '
+                f'is read by one process: --workers {shards // replicas} at most, or split the set into more shards'
             )
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         if not self._ready:
             self._prepare()
-        training = getattr(self.reader, "is_training", False)
+        training = getattr(self.reader, 'is_training', False)
         last: tuple[Image.Image, int] | None = None
         owed = 0  # every process must give as many images as it told: a readable one comes again for an unreadable one
         for number, (image, target) in enumerate(self._read()):
@@ -135,7 +135,7 @@ class ReadableStream(IterableImageDataset):
             try:
                 sample = next(samples, None)
             except (ValueError, KeyError, RuntimeError, OSError) as error:
-                raise DataError(f"the {self.split} split cannot be read: {first_line(error)}") from error
+                raise DataError(f'the {self.split} split cannot be read: {first_line(error)}') from error
             if sample is None:
                 return
             yield sample
@@ -156,16 +156,16 @@ class ReadableStream(IterableImageDataset):
         """
         reader, self._ready = self.reader, True
         kind = type(reader).__name__
-        if kind == "ReaderWds":
+        if kind == 'ReaderWds':
             reader._lazy_init()
-            stages = [stage for stage in reader.ds.pipeline if "handler" in getattr(stage, "kw", {})]
+            stages = [stage for stage in reader.ds.pipeline if 'handler' in getattr(stage, 'kw', {})]
             if len(stages) < 2:
                 raise RuntimeError(f"timm's webdataset pipeline is built in an unknown way: {reader.ds.pipeline}")
             for stage in stages:
-                stage.kw["handler"] = self._shard_failed
+                stage.kw['handler'] = self._shard_failed
                 if stage.args:
                     stage.args = (self._guarded(stage.args[0]), *stage.args[1:])
-        elif kind == "ReaderHfids":
+        elif kind == 'ReaderHfids':
             from datasets import Image as ImageFeature
 
             reader._lazy_init()
@@ -175,17 +175,17 @@ class ReadableStream(IterableImageDataset):
         """A sample's decoding: None, which leaves it out, where the image cannot be read."""
 
         def guarded(sample: dict[str, Any]) -> dict[str, Any] | None:
-            name = f"{sample.get('__url__', '')}:{sample.get('__key__', '')}"
+            name = f'{sample.get("__url__", "")}:{sample.get("__key__", "")}'
             try:
                 return decode(sample)
             except READ_ERRORS as error:
-                if type(error).__name__ == "WdsTargetKeyError":  # a ValueError, but of the recipe
+                if type(error).__name__ == 'WdsTargetKeyError':  # a ValueError, but of the recipe
                     raise DataError(str(error)) from error
                 self.log.add(name, error)
                 return None
             except (KeyError, TypeError) as error:
-                fields = ", ".join(key for key in sample if not key.startswith("__"))
-                raise DataError(f"{name} has no field {error} (it has: {fields})") from error
+                fields = ', '.join(key for key in sample if not key.startswith('__'))
+                raise DataError(f'{name} has no field {error} (it has: {fields})') from error
 
         return guarded
 
@@ -193,19 +193,19 @@ class ReadableStream(IterableImageDataset):
         """An error outside of a sample's decoding: the rest of a shard would be lost."""
         if isinstance(error, DataError):
             raise error
-        where = next((str(part) for part in reversed(error.args) if isinstance(part, str) and ".tar" in part), "")
-        raise DataError(f"a shard of the {self.split} split is damaged: {where} {first_line(error)}") from error
+        where = next((str(part) for part in reversed(error.args) if isinstance(part, str) and '.tar' in part), '')
+        raise DataError(f'a shard of the {self.split} split is damaged: {where} {first_line(error)}') from error
 
     def _decoded(self, image: Any) -> Image.Image:
         """The image of a sample, which a Hugging Face set gives as its bytes or path."""
         if isinstance(image, dict):
-            image = Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"])
+            image = Image.open(io.BytesIO(image['bytes']) if image.get('bytes') is not None else image['path'])
         return image
 
     def _name(self, image: Any, number: int) -> str:
-        path = image.get("path") if isinstance(image, dict) else getattr(image, "filename", None)
+        path = image.get('path') if isinstance(image, dict) else getattr(image, 'filename', None)
         worker = get_worker_info()
-        return path or f"image {number}" + ("" if worker is None else f" of loader process {worker.id}")
+        return path or f'image {number}' + ('' if worker is None else f' of loader process {worker.id}')
 
     def _transformed(self, image: Image.Image) -> Any:
         return image if self.transform is None else self.transform(image)
@@ -214,16 +214,16 @@ class ReadableStream(IterableImageDataset):
         target = int(target)
         if not 0 <= target < self.num_classes:
             raise DataError(
-                f"an image of the {self.split} split has class {target}; the model has {self.num_classes} classes "
-                f"(model.num_classes)"
+                f'an image of the {self.split} split has class {target}; the model has {self.num_classes} classes '
+                f'(model.num_classes)'
             )
         return target
 
 
 def shard_count(reader: Any) -> int | None:
     """Shards that loader processes share, None where the reader does not know or makes as many as are needed."""
-    if type(reader).__name__ == "ReaderWds":
+    if type(reader).__name__ == 'ReaderWds':
         return len(reader.split_info.filenames)
-    if type(reader).__name__ == "ReaderHfids" and not reader.download:
-        return getattr(reader.builder.as_streaming_dataset(split=reader.split), "num_shards", None)
+    if type(reader).__name__ == 'ReaderHfids' and not reader.download:
+        return getattr(reader.builder.as_streaming_dataset(split=reader.split), 'num_shards', None)
     return None

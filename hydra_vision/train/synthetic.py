@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Dataset
 
-SYNTHETIC = "synthetic"
+SYNTHETIC = 'synthetic'
 _STEPS = 100  # training steps an epoch where the recipe does not say how many images there are
 
 

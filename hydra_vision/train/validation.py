@@ -24,8 +24,8 @@ def initial_state(config: Config, world: World) -> dict[str, Any]:
     torch.manual_seed(config.run.seed)
     model = build.create_model(config, num_classes)
     return {
-        **{"arch": config.model.name, "num_classes": num_classes, "epoch": 0},
-        **{"state_dict": model.state_dict(), "state_dict_ema": None},
+        **{'arch': config.model.name, 'num_classes': num_classes, 'epoch': 0},
+        **{'state_dict': model.state_dict(), 'state_dict_ema': None},
     }
 
 
@@ -42,24 +42,24 @@ def validate(config: Config, state: dict[str, Any], console: Console, world: Wor
     amp = build.amp_dtype(config, device)
     configure_torch(config, device)
     _, split = sources.open_splits(config, train=False, world=world)
-    if split.classes is not None and len(split.classes) != state["num_classes"]:
-        raise DataError(f"{split.name} has {len(split.classes)} classes; the checkpoint has {state['num_classes']}")
+    if split.classes is not None and len(split.classes) != state['num_classes']:
+        raise DataError(f'{split.name} has {len(split.classes)} classes; the checkpoint has {state["num_classes"]}')
     models = {}
-    for name, key in (("raw", "state_dict"), ("EMA", "state_dict_ema")):
+    for name, key in (('raw', 'state_dict'), ('EMA', 'state_dict_ema')):
         if state[key] is None:
             continue
-        model = build.create_model(config, state["num_classes"], load_weights=False)
+        model = build.create_model(config, state['num_classes'], load_weights=False)
         try:
             model.load_state_dict(state[key])
         except RuntimeError as error:
-            raise CheckpointError(f"the checkpoint does not fit {config.model.name}: {error}") from error
+            raise CheckpointError(f'the checkpoint does not fit {config.model.name}: {error}') from error
         build.check_backend(model, device)
         models[name] = compile_model(place_model(model, config, device), config)
-    loader = data.val_loader(config, split, state["num_classes"], next(iter(models.values())), device, world)
-    meter = report.Meter(console, state["epoch"], len(loader), 0)
-    with meter.bar, meter.phase(state["epoch"] - 1, "validate", len(loader)) as phase:
+    loader = data.val_loader(config, split, state['num_classes'], next(iter(models.values())), device, world)
+    meter = report.Meter(console, state['epoch'], len(loader), 0)
+    with meter.bar, meter.phase(state['epoch'] - 1, 'validate', len(loader)) as phase:
         batches = data.shared_batches(loader, world, lockstep=False)
         results = evaluate(models, batches, device, amp, config.run.channels_last, phase.advance, world.sum)
-    if getattr(loader.dataset, "unreadable", list)():
-        console.print(f"warning: skipped {loader.dataset.report()}", highlight=False, soft_wrap=True)
+    if getattr(loader.dataset, 'unreadable', list)():
+        console.print(f'warning: skipped {loader.dataset.report()}', highlight=False, soft_wrap=True)
     return results

@@ -193,7 +193,7 @@ def test_wrong_arguments_are_named():
     for kwargs, error, message in (
         (dict(mixer='toplitz'), ValueError, "mixer = 'toplitz' .did you mean 'toeplitz'"),
         (dict(mixer='toeplitz', d_state=16), ValueError, "d_state = 16: the mixer 'toeplitz' has no d_state"),
-        (dict(mixer='toeplitz', backend='chunked'), ValueError, "has no backend"),
+        (dict(mixer='toeplitz', backend='chunked'), ValueError, 'has no backend'),
         (dict(mixer='toeplitz', mixer_kwargs=dict(data_dependant=True)), TypeError, "did you mean 'data_dependent'"),
         (
             dict(mixer='toeplitz', headdim=32, mixer_kwargs=dict(headdim=16)),

@@ -16,7 +16,7 @@ from PIL import Image
 from hydra_vision.train.checkpoint import LAST, load_checkpoint
 from hydra_vision.train.main import main
 
-COLORS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}
+COLORS = {'blue': (30, 30, 200), 'green': (30, 200, 30), 'red': (200, 30, 30)}
 
 # A recipe small enough for many runs: 4 tokens, one block, 6 batches an epoch.
 TINY = """
@@ -38,32 +38,32 @@ def in_scratch_folder(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
-def save_images(folder: Path, count: int, color: Sequence[int], size: int = 24, suffix: str = ".png") -> None:
+def save_images(folder: Path, count: int, color: Sequence[int], size: int = 24, suffix: str = '.png') -> None:
     """Noisy images around one colour."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(sum(color))
     for index in range(count):
         noise = generator.normal(color, 20, (size, size, 3)).clip(0, 255).astype(np.uint8)
-        Image.fromarray(noise).save(folder / f"{index:03}{suffix}")
+        Image.fromarray(noise).save(folder / f'{index:03}{suffix}')
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope='session')
 def tiny(tmp_path_factory) -> tuple[str, ...]:
     """Arguments of a run on 48 training and 18 validation images that takes about a second."""
-    folder = tmp_path_factory.mktemp("tiny")
-    (folder / "tiny.yaml").write_text(TINY)
+    folder = tmp_path_factory.mktemp('tiny')
+    (folder / 'tiny.yaml').write_text(TINY)
     for label, color in COLORS.items():
-        save_images(folder / "train" / label, 16, color, size=12)
-        save_images(folder / "val" / label, 6, color, size=12)
-    return ("--config", str(folder / "tiny.yaml"), "--data-dir", str(folder))
+        save_images(folder / 'train' / label, 16, color, size=12)
+        save_images(folder / 'val' / label, 6, color, size=12)
+    return ('--config', str(folder / 'tiny.yaml'), '--data-dir', str(folder))
 
 
 @pytest.fixture
 def image_folder(tmp_path) -> Callable[..., Path]:
     """Builds an ImageNet-style folder of three classes that differ in colour."""
 
-    def build(name: str = "images", train: int = 8, val: int = 3, suffix: str = ".png") -> Path:
-        for split, count in (("train", train), ("val", val)):
+    def build(name: str = 'images', train: int = 8, val: int = 3, suffix: str = '.png') -> Path:
+        for split, count in (('train', train), ('val', val)):
             for label, color in COLORS.items():
                 save_images(tmp_path / name / split / label, count, color, suffix=suffix)
         return tmp_path / name
@@ -91,8 +91,8 @@ def fails(run) -> Callable[..., str]:
     def call(*arguments: object, code: int) -> str:
         got, _, error = run(*arguments)
         assert got == code, error
-        assert error.startswith("error: ")
-        assert error.count("\n") == 1, error
+        assert error.startswith('error: ')
+        assert error.count('\n') == 1, error
         return error
 
     return call
@@ -103,9 +103,9 @@ def validated(run) -> Callable[..., dict]:
     """Results of `--validate --json`."""
 
     def call(*arguments: object) -> dict:
-        code, out, error = run("--validate", *arguments, "--json")
+        code, out, error = run('--validate', *arguments, '--json')
         assert code == 0, error
-        return json.loads(out)["results"]
+        return json.loads(out)['results']
 
     return call
 
@@ -122,7 +122,7 @@ class Processes:
     def __init__(self, folder: Path, arguments: Sequence[object], world: int = 1):
         self.folder, self.world = folder, world
         with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+            free.bind(('127.0.0.1', 0))
             port = free.getsockname()[1]
         self.ids = [self._fork(rank, port, [str(argument) for argument in arguments]) for rank in range(world)]
 
@@ -132,12 +132,12 @@ class Processes:
             return process
         code = 99
         try:  # the child: nothing of pytest may run in it
-            log = os.open(self.folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            log = os.open(self.folder / f'{rank}.log', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1), os.dup2(log, 2)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+            sys.stdout, sys.stderr = open(1, 'w', closefd=False), open(2, 'w', closefd=False)  # noqa: SIM115
             if self.world > 1:
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.world))
-                os.environ.update(LOCAL_WORLD_SIZE=str(self.world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                os.environ.update(LOCAL_WORLD_SIZE=str(self.world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
             code = main(arguments)
         except BaseException:
             traceback.print_exc()
@@ -161,33 +161,33 @@ class Processes:
                     break
                 if time.monotonic() > end:
                     self.kill(signal.SIGKILL)
-                    raise AssertionError(f"still running after {seconds} s: {self.output()}")
+                    raise AssertionError(f'still running after {seconds} s: {self.output()}')
                 time.sleep(0.01)
         return codes
 
     def output(self) -> str:
         """What they printed."""
-        logs = [self.folder / f"{rank}.log" for rank in range(self.world)]
-        return "".join(log.read_text() for log in logs if log.is_file())
+        logs = [self.folder / f'{rank}.log' for rank in range(self.world)]
+        return ''.join(log.read_text() for log in logs if log.is_file())
 
     def wait_for_update(self, run: Path, update: int, seconds: float = 60) -> int:
         """Waits until a row of steps.csv is there; the last one's update."""
-        end, path = time.monotonic() + seconds, run / "steps.csv"
+        end, path = time.monotonic() + seconds, run / 'steps.csv'
         while time.monotonic() < end:
             rows = path.read_text().splitlines()[1:] if path.is_file() else []
-            reached = max((int(row.split(",")[0]) for row in rows if row.split(",")[0].isdigit()), default=0)
+            reached = max((int(row.split(',')[0]) for row in rows if row.split(',')[0].isdigit()), default=0)
             if reached >= update:
                 return reached
             assert all(os.waitpid(process, os.WNOHANG)[0] == 0 for process in self.ids), self.output()
             time.sleep(0.002)
-        raise AssertionError(f"update {update} not reached in {seconds} s: {self.output()}")
+        raise AssertionError(f'update {update} not reached in {seconds} s: {self.output()}')
 
 
 @pytest.fixture
 def processes(tmp_path) -> Callable[..., Processes]:
     """Starts training commands in processes of their own."""
-    if not hasattr(os, "fork"):
-        pytest.skip("needs fork")
+    if not hasattr(os, 'fork'):
+        pytest.skip('needs fork')
 
     def start(*arguments: object, world: int = 1) -> Processes:
         return Processes(tmp_path, arguments, world)
@@ -213,10 +213,10 @@ def assert_same_run() -> Callable[[Path, Path], None]:
     def check(first: Path, second: Path) -> None:
         states = [load_checkpoint(folder / LAST) for folder in (first, second)]
         for state in states:
-            for row in state["history"]:
-                for key in ("seconds", "images_per_second", "data_wait", "mfu", "peak_memory_gib"):
+            for row in state['history']:
+                for key in ('seconds', 'images_per_second', 'data_wait', 'mfu', 'peak_memory_gib'):
                     row.pop(key, None)
-        for key in ("epoch", "updates", "state_dict", "state_dict_ema", "optimizer", "random", "best", "history"):
+        for key in ('epoch', 'updates', 'state_dict', 'state_dict_ema', 'optimizer', 'random', 'best', 'history'):
             assert same(states[0][key], states[1][key]), key
 
     return check

@@ -9,7 +9,7 @@ from hydra_vision.train.config import Config, merge
 from hydra_vision.train.device import configure_torch
 from hydra_vision.train.errors import CheckpointError, ConfigError
 
-NANO = {"model": {"name": "hydra_vit_nano", "kwargs": {"patch_size": 4, "depth": 2}}, "data": {"img_size": 16}}
+NANO = {'model': {'name': 'hydra_vit_nano', 'kwargs': {'patch_size': 4, 'depth': 2}}, 'data': {'img_size': 16}}
 
 
 def recipe(**sections: dict) -> Config:
@@ -19,56 +19,56 @@ def recipe(**sections: dict) -> Config:
 def names_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, dict]:
     """Parameter name -> the group that holds it."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {names[id(parameter)]: group for group in optimizer.param_groups for parameter in group["params"]}
+    return {names[id(parameter)]: group for group in optimizer.param_groups for parameter in group['params']}
 
 
 # What must not decay, by the end of its name; every other parameter must.
-_VIT = (".bias", "pos_embed", "cls_token", "norm.weight", "norm1.weight", "norm2.weight")
+_VIT = ('.bias', 'pos_embed', 'cls_token', 'norm.weight', 'norm1.weight', 'norm2.weight')
 EXEMPT = {
-    "hydra_vit_nano": (*_VIT, "A_log", "dt_bias", ".D"),
-    "vit_base_patch16_224": _VIT,
-    "deit3_small_patch16_224": (*_VIT, "gamma"),
-    "convnext_tiny": (".bias", "gamma", "norm.weight", "stem.1.weight", "downsample.0.weight"),
+    'hydra_vit_nano': (*_VIT, 'A_log', 'dt_bias', '.D'),
+    'vit_base_patch16_224': _VIT,
+    'deit3_small_patch16_224': (*_VIT, 'gamma'),
+    'convnext_tiny': ('.bias', 'gamma', 'norm.weight', 'stem.1.weight', 'downsample.0.weight'),
 }
 
 
-@pytest.mark.parametrize("name", EXEMPT)
+@pytest.mark.parametrize('name', EXEMPT)
 def test_no_decay_for_biases_norms_embeddings_and_the_state_space_parameters(name):
     """The same rule for the Hydra family and for timm's models, on models without memory."""
-    kwargs = {"pos_embed": "learn", "class_token": True} if name.startswith("hydra") else {}
-    with torch.device("meta"):
+    kwargs = {'pos_embed': 'learn', 'class_token': True} if name.startswith('hydra') else {}
+    with torch.device('meta'):
         model = timm.create_model(name, num_classes=10, **kwargs)
-    config = recipe(model={"name": name}, optim={"weight_decay": 0.1})
+    config = recipe(model={'name': name}, optim={'weight_decay': 0.1})
     groups = names_of(build.create_optimizer(config, model), model)
     assert groups.keys() == {parameter for parameter, _ in model.named_parameters()}
     for parameter, group in groups.items():
-        assert group["weight_decay"] == (0 if parameter.endswith(EXEMPT[name]) else 0.1), parameter
-    assert sum(group["weight_decay"] > 0 for group in groups.values()) > 10
-    if name.startswith("hydra"):
-        assert groups["blocks.0.mixer.in_proj.weight"]["weight_decay"] == 0.1
-        assert groups["blocks.0.mixer.A_log"]["weight_decay"] == 0
-        assert groups["blocks.0.mixer.conv1d.weight"]["weight_decay"] == 0.1
+        assert group['weight_decay'] == (0 if parameter.endswith(EXEMPT[name]) else 0.1), parameter
+    assert sum(group['weight_decay'] > 0 for group in groups.values()) > 10
+    if name.startswith('hydra'):
+        assert groups['blocks.0.mixer.in_proj.weight']['weight_decay'] == 0.1
+        assert groups['blocks.0.mixer.A_log']['weight_decay'] == 0
+        assert groups['blocks.0.mixer.conv1d.weight']['weight_decay'] == 0.1
 
 
 def test_a_timm_vit_trains_through_the_same_code(tiny, run, tmp_path):
     """The baseline under the recipe of the Hydra family; only the model's own arguments differ."""
-    text = Path(tiny[1]).read_text().replace("kwargs: {patch_size: 4, depth: 1, embed_dim: 64}", "kwargs: {depth: 1}")
-    (tmp_path / "vit.yaml").write_text(text)
-    sizes = ("--set", "model.kwargs.patch_size=4", "--set", "model.kwargs.embed_dim=64")
-    command = ("--config", "vit.yaml", *tiny[2:], "--model", "vit_base_patch16_224", *sizes)
-    code, out, error = run(*command, "--set", "model.kwargs.num_heads=2", "--set", "log.every=5", "--output", "run")
+    text = Path(tiny[1]).read_text().replace('kwargs: {patch_size: 4, depth: 1, embed_dim: 64}', 'kwargs: {depth: 1}')
+    (tmp_path / 'vit.yaml').write_text(text)
+    sizes = ('--set', 'model.kwargs.patch_size=4', '--set', 'model.kwargs.embed_dim=64')
+    command = ('--config', 'vit.yaml', *tiny[2:], '--model', 'vit_base_patch16_224', *sizes)
+    code, out, error = run(*command, '--set', 'model.kwargs.num_heads=2', '--set', 'log.every=5', '--output', 'run')
     assert code == 0, error
-    assert "vit_base_patch16_224" in out
-    assert (tmp_path / "run" / "steps.csv").read_text().splitlines()[1].endswith(",,,,,")  # no Hydra layer
-    assert not (tmp_path / "run" / "mixers.csv").exists()
+    assert 'vit_base_patch16_224' in out
+    assert (tmp_path / 'run' / 'steps.csv').read_text().splitlines()[1].endswith(',,,,,')  # no Hydra layer
+    assert not (tmp_path / 'run' / 'mixers.csv').exists()
 
 
 def test_layer_decay_grows_towards_the_head():
-    config = recipe(optim={"layer_decay": 0.5})
+    config = recipe(optim={'layer_decay': 0.5})
     model = build.create_model(config, 10)
     groups = names_of(build.create_optimizer(config, model), model)
-    scales = [groups[name]["lr_scale"] for name in ("patch_embed.proj.weight", "blocks.0.mixer.in_proj.weight")]
-    scales += [groups[name]["lr_scale"] for name in ("blocks.1.mixer.in_proj.weight", "head.weight")]
+    scales = [groups[name]['lr_scale'] for name in ('patch_embed.proj.weight', 'blocks.0.mixer.in_proj.weight')]
+    scales += [groups[name]['lr_scale'] for name in ('blocks.1.mixer.in_proj.weight', 'head.weight')]
     assert scales == sorted(scales)
     assert scales[-1] == 1
     assert scales[1] == 0.5 * scales[2]
@@ -76,22 +76,22 @@ def test_layer_decay_grows_towards_the_head():
 
 def test_learning_rates_scale_with_the_images_an_update():
     config = recipe(
-        optim={"lr": 1e-3, "lr_batch_size": 1024, "accum_steps": 2},
-        data={"batch_size": 128},
-        schedule={"min_lr": 1e-5, "epochs": 10},
+        optim={'lr': 1e-3, 'lr_batch_size': 1024, 'accum_steps': 2},
+        data={'batch_size': 128},
+        schedule={'min_lr': 1e-5, 'epochs': 10},
     )
     model = build.create_model(config, 10)
     optimizer = build.create_optimizer(config, model)
     schedule, _ = build.create_schedule(config, optimizer, updates_per_epoch=5)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(2.5e-4)
+    assert optimizer.param_groups[0]['lr'] == pytest.approx(2.5e-4)
     schedule.step_update(50)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(2.5e-6)
+    assert optimizer.param_groups[0]['lr'] == pytest.approx(2.5e-6)
 
 
 def test_schedule_warms_up_and_decays_by_update():
     config = recipe(
-        optim={"lr": 1.0},
-        schedule={"epochs": 10, "warmup_epochs": 2, "warmup_lr": 0.1, "min_lr": 0.01, "cooldown_epochs": 1},
+        optim={'lr': 1.0},
+        schedule={'epochs': 10, 'warmup_epochs': 2, 'warmup_lr': 0.1, 'min_lr': 0.01, 'cooldown_epochs': 1},
     )
     model = build.create_model(config, 10)
     optimizer = build.create_optimizer(config, model)
@@ -99,7 +99,7 @@ def test_schedule_warms_up_and_decays_by_update():
     rates = []
     for update in range(41):
         schedule.step_update(update)
-        rates.append(optimizer.param_groups[0]["lr"])
+        rates.append(optimizer.param_groups[0]['lr'])
     assert epochs == 11
     assert rates[0] == pytest.approx(0.1)
     assert rates[:9] == sorted(rates[:9])
@@ -108,11 +108,11 @@ def test_schedule_warms_up_and_decays_by_update():
 
 
 @pytest.mark.parametrize(
-    ("augment", "name"),
+    ('augment', 'name'),
     [
-        ({"mixup": 0.2, "smoothing": 0.1}, "SoftTargetCrossEntropy"),
-        ({"smoothing": 0.1}, "LabelSmoothingCrossEntropy"),
-        ({}, "CrossEntropyLoss"),
+        ({'mixup': 0.2, 'smoothing': 0.1}, 'SoftTargetCrossEntropy'),
+        ({'smoothing': 0.1}, 'LabelSmoothingCrossEntropy'),
+        ({}, 'CrossEntropyLoss'),
     ],
 )
 def test_the_loss_follows_from_the_labels(augment, name):
@@ -120,14 +120,14 @@ def test_the_loss_follows_from_the_labels(augment, name):
 
 
 @pytest.mark.parametrize(
-    ("sections", "message"),
+    ('sections', 'message'),
     [
         (
-            {"model": {"name": "hydra_vit_nan"}},
+            {'model': {'name': 'hydra_vit_nan'}},
             "'hydra_vit_nan'; the nearest valid name is 'hydra_vit_nano'",
         ),
-        ({"model": {"kwargs": {"patchsize": 4}}}, "unexpected keyword argument 'patchsize'"),
-        ({"data": {"img_size": 18}}, r"data.img_size=18 is not valid .* patches of \(4, 4\)"),
+        ({'model': {'kwargs': {'patchsize': 4}}}, "unexpected keyword argument 'patchsize'"),
+        ({'data': {'img_size': 18}}, r'data.img_size=18 is not valid .* patches of \(4, 4\)'),
     ],
 )
 def test_models_that_cannot_be_built(sections, message):
@@ -136,69 +136,69 @@ def test_models_that_cannot_be_built(sections, message):
 
 
 def test_optimizers_and_schedules_that_cannot_be_built():
-    config = recipe(optim={"name": "adamx"})
+    config = recipe(optim={'name': 'adamx'})
     model = build.create_model(config, 10)
     with pytest.raises(ConfigError, match=r"cannot build optim.name='adamx'"):
         build.create_optimizer(config, model)
-    config = recipe(schedule={"kwargs": {"decay": 3}})
+    config = recipe(schedule={'kwargs': {'decay': 3}})
     with pytest.raises(ConfigError, match=r"cannot build schedule.name='cosine'"):
         build.create_schedule(config, build.create_optimizer(config, model), 1)
 
 
 def test_device_and_precision_that_are_not_here():
     with pytest.raises(ConfigError, match=r"run.device='gpu' is not available"):
-        build.pick_device(recipe(run={"device": "gpu"}))
+        build.pick_device(recipe(run={'device': 'gpu'}))
     with pytest.raises(ConfigError, match=r"run.amp='fp16' needs CUDA"):
-        build.amp_dtype(recipe(run={"amp": "fp16"}), torch.device("cpu"))
+        build.amp_dtype(recipe(run={'amp': 'fp16'}), torch.device('cpu'))
 
 
-@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize('asked', [False, True])
 def test_attention_by_cudnn_runs_where_it_is_asked_for(monkeypatch, asked):
     """Its backward pass gives NaN for some numbers of tokens, so it must not be PyTorch's choice."""
     calls = []
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
-    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", calls.append)
-    config = recipe(run={"cudnn_attention": True}) if asked else recipe()
-    configure_torch(config, torch.device("cpu"))
+    monkeypatch.setattr(torch, 'set_float32_matmul_precision', lambda _: None)
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', torch.backends.cudnn.allow_tf32)
+    monkeypatch.setattr(torch.backends.cuda, 'enable_cudnn_sdp', calls.append)
+    config = recipe(run={'cudnn_attention': True}) if asked else recipe()
+    configure_torch(config, torch.device('cpu'))
     assert calls == []
-    configure_torch(config, torch.device("cuda"))
+    configure_torch(config, torch.device('cuda'))
     assert calls == [asked]
 
 
-@pytest.mark.parametrize("classes", [10, 3])
+@pytest.mark.parametrize('classes', [10, 3])
 def test_initial_weights_keep_the_head_only_where_the_classes_agree(tmp_path, classes):
-    source = timm.create_model("hydra_vit_nano", img_size=16, num_classes=10, **NANO["model"]["kwargs"])
-    torch.save({"state_dict": source.state_dict()}, tmp_path / "weights.pt")
+    source = timm.create_model('hydra_vit_nano', img_size=16, num_classes=10, **NANO['model']['kwargs'])
+    torch.save({'state_dict': source.state_dict()}, tmp_path / 'weights.pt')
     torch.manual_seed(1)
-    model = build.create_model(recipe(model={"checkpoint": str(tmp_path / "weights.pt")}), classes)
+    model = build.create_model(recipe(model={'checkpoint': str(tmp_path / 'weights.pt')}), classes)
     state = source.state_dict()
     for name, value in model.state_dict().items():
-        if not name.startswith("head."):
+        if not name.startswith('head.'):
             assert torch.equal(value, state[name]), name
     assert model.head.weight.shape[0] == classes
     if classes == 10:
         assert torch.equal(model.head.weight, source.head.weight)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize('channels', [1, 3])
 def test_initial_weights_for_grey_images(tmp_path, caplog, channels):
     """Those of a grey model are taken as they are, those of a coloured one are added up over the channels."""
-    kwargs = NANO["model"]["kwargs"]
-    source = timm.create_model("hydra_vit_nano", img_size=16, num_classes=10, in_chans=channels, **kwargs)
-    torch.save({"state_dict": source.state_dict()}, tmp_path / "weights.pt")
-    start = recipe(model={"checkpoint": str(tmp_path / "weights.pt"), "in_chans": 1})
+    kwargs = NANO['model']['kwargs']
+    source = timm.create_model('hydra_vit_nano', img_size=16, num_classes=10, in_chans=channels, **kwargs)
+    torch.save({'state_dict': source.state_dict()}, tmp_path / 'weights.pt')
+    start = recipe(model={'checkpoint': str(tmp_path / 'weights.pt'), 'in_chans': 1})
     model = build.create_model(start, 10)
     assert torch.allclose(model.patch_embed.proj.weight, source.patch_embed.proj.weight.sum(dim=1, keepdim=True))
-    assert not [record for record in caplog.records if record.levelname == "WARNING"]
-    assert data.resolve_input(start, model)["input_size"] == (1, 16, 16)
+    assert not [record for record in caplog.records if record.levelname == 'WARNING']
+    assert data.resolve_input(start, model)['input_size'] == (1, 16, 16)
 
 
 def test_initial_weights_that_do_not_fit(tmp_path):
-    (tmp_path / "text.pt").write_text("not a checkpoint")
-    for path in (tmp_path / "none.pt", tmp_path / "text.pt"):
+    (tmp_path / 'text.pt').write_text('not a checkpoint')
+    for path in (tmp_path / 'none.pt', tmp_path / 'text.pt'):
         with pytest.raises(CheckpointError, match=f"model.checkpoint='{path}'"):
-            build.create_model(recipe(model={"checkpoint": str(path)}), 10)
-    torch.save({"state_dict": {"foo.weight": torch.zeros(1)}}, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match=r"initial weights: .*other.pt"):
-        build.create_model(recipe(model={"checkpoint": str(tmp_path / "other.pt")}), 10)
+            build.create_model(recipe(model={'checkpoint': str(path)}), 10)
+    torch.save({'state_dict': {'foo.weight': torch.zeros(1)}}, tmp_path / 'other.pt')
+    with pytest.raises(CheckpointError, match=r'initial weights: .*other.pt'):
+        build.create_model(recipe(model={'checkpoint': str(tmp_path / 'other.pt')}), 10)

@@ -28,44 +28,44 @@ from hydra_vision.train.randomness import random_state, set_random_state
 
 def listing(folder) -> list[str]:
     """Files below a folder."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file())
 
 
 class Interrupted(BaseException):
     """Stands for Ctrl-C and the like."""
 
 
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed")])
+@pytest.mark.parametrize('failure', [OSError(errno.ENOSPC, 'No space left on device'), RuntimeError('write failed')])
 def test_a_write_that_fails_half_way_keeps_the_old_file(tmp_path, failure):
-    path = tmp_path / "file"
-    path.write_text("old")
+    path = tmp_path / 'file'
+    path.write_text('old')
 
     def write(file):
-        file.write(b"half of the n")
+        file.write(b'half of the n')
         raise failure
 
-    with pytest.raises(CheckpointError, match=r"could not write .*the previous file is intact"):
+    with pytest.raises(CheckpointError, match=r'could not write .*the previous file is intact'):
         write_atomically(path, write)
-    assert [item.name for item in tmp_path.iterdir()] == ["file"]
-    assert path.read_text() == "old"
+    assert [item.name for item in tmp_path.iterdir()] == ['file']
+    assert path.read_text() == 'old'
 
 
 def test_an_interrupt_while_writing_keeps_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
+    path = tmp_path / 'file'
+    path.write_text('old')
 
     def write(file):
-        file.write(b"half")
+        file.write(b'half')
         raise Interrupted
 
     with pytest.raises(Interrupted):
         write_atomically(path, write)
-    assert [item.read_text() for item in tmp_path.iterdir()] == ["old"]
+    assert [item.read_text() for item in tmp_path.iterdir()] == ['old']
 
 
 def test_a_full_disk_keeps_both_checkpoints(tmp_path):
     """A real write error: the process may not write files beyond a size."""
-    save_checkpoint(tmp_path, {"epoch": 1, "updates": 1, "weights": torch.zeros(10)}, is_best=True)
+    save_checkpoint(tmp_path, {'epoch': 1, 'updates': 1, 'weights': torch.zeros(10)}, is_best=True)
     script = """
         import resource, signal, sys, torch
         from pathlib import Path
@@ -78,45 +78,45 @@ def test_a_full_disk_keeps_both_checkpoints(tmp_path):
         except CheckpointError as error:
             print("refused:", error)
     """
-    pytest.importorskip("resource")
-    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+    pytest.importorskip('resource')
+    command = [sys.executable, '-c', textwrap.dedent(script), str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "refused: could not write" in result.stdout
-    assert "the previous last.pt is intact" in result.stdout
-    assert listing(tmp_path) == [BEST, "checkpoints/step-000000001.pt", LAST]
-    assert load_checkpoint(tmp_path / LAST)["epoch"] == load_checkpoint(tmp_path / BEST)["epoch"] == 1
+    assert 'refused: could not write' in result.stdout
+    assert 'the previous last.pt is intact' in result.stdout
+    assert listing(tmp_path) == [BEST, 'checkpoints/step-000000001.pt', LAST]
+    assert load_checkpoint(tmp_path / LAST)['epoch'] == load_checkpoint(tmp_path / BEST)['epoch'] == 1
 
 
 def test_best_stays_when_last_moves_on(tmp_path):
-    save_checkpoint(tmp_path, {"epoch": 1, "updates": 1}, is_best=True)
-    save_checkpoint(tmp_path, {"epoch": 2, "updates": 2}, is_best=False, keep_last=1)
-    assert load_checkpoint(tmp_path / BEST)["epoch"] == 1
-    assert load_checkpoint(tmp_path / LAST)["epoch"] == 2
-    save_checkpoint(tmp_path, {"epoch": 3, "updates": 3}, is_best=True, keep_last=1)
-    assert load_checkpoint(tmp_path / BEST)["epoch"] == 3
-    assert listing(tmp_path) == [BEST, "checkpoints/step-000000003.pt", LAST]
+    save_checkpoint(tmp_path, {'epoch': 1, 'updates': 1}, is_best=True)
+    save_checkpoint(tmp_path, {'epoch': 2, 'updates': 2}, is_best=False, keep_last=1)
+    assert load_checkpoint(tmp_path / BEST)['epoch'] == 1
+    assert load_checkpoint(tmp_path / LAST)['epoch'] == 2
+    save_checkpoint(tmp_path, {'epoch': 3, 'updates': 3}, is_best=True, keep_last=1)
+    assert load_checkpoint(tmp_path / BEST)['epoch'] == 3
+    assert listing(tmp_path) == [BEST, 'checkpoints/step-000000003.pt', LAST]
 
 
-@pytest.mark.parametrize(("keep_last", "keep_steps", "kept"), [(1, (), [6]), (2, {2}, [2, 5, 6]), (3, {6}, [4, 5, 6])])
+@pytest.mark.parametrize(('keep_last', 'keep_steps', 'kept'), [(1, (), [6]), (2, {2}, [2, 5, 6]), (3, {6}, [4, 5, 6])])
 def test_the_newest_and_chosen_older_checkpoints_are_kept(tmp_path, keep_last, keep_steps, kept):
     for step in range(1, 7):
-        save_checkpoint(tmp_path, {"updates": step}, is_best=False, keep_last=keep_last, keep_steps=keep_steps)
-    names = [f"checkpoints/step-{step:09d}.pt" for step in kept]
+        save_checkpoint(tmp_path, {'updates': step}, is_best=False, keep_last=keep_last, keep_steps=keep_steps)
+    names = [f'checkpoints/step-{step:09d}.pt' for step in kept]
     assert listing(tmp_path) == [*names, LAST]
     assert os.path.samefile(tmp_path / LAST, tmp_path / names[-1])
 
 
 def test_a_checksum_covers_names_values_and_types():
-    state = {"a": torch.arange(6.0), "b": [1, 2.5, None, "x"], "c": {"d": torch.zeros(2, dtype=torch.bfloat16)}}
+    state = {'a': torch.arange(6.0), 'b': [1, 2.5, None, 'x'], 'c': {'d': torch.zeros(2, dtype=torch.bfloat16)}}
     assert checksum(state) == checksum(copy.deepcopy(state))
     for change in (
-        {"a": torch.arange(6.0).reshape(2, 3)},
-        {"a": torch.arange(6)},
-        {"a": torch.arange(6.0) + 1e-6},
-        {"b": [1, 2.5, None, "y"]},
-        {"b": [1.0, 2.5, None, "x"]},
-        {"c": {"d": torch.zeros(2, dtype=torch.float16)}},
-        {"c": {"e": torch.zeros(2, dtype=torch.bfloat16)}},
+        {'a': torch.arange(6.0).reshape(2, 3)},
+        {'a': torch.arange(6)},
+        {'a': torch.arange(6.0) + 1e-6},
+        {'b': [1, 2.5, None, 'y']},
+        {'b': [1.0, 2.5, None, 'x']},
+        {'c': {'d': torch.zeros(2, dtype=torch.float16)}},
+        {'c': {'e': torch.zeros(2, dtype=torch.bfloat16)}},
     ):
         assert checksum({**state, **change}) != checksum(state), change
 
@@ -133,44 +133,44 @@ def cut(path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize("spoil", [flip_a_weight, cut, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize('spoil', [flip_a_weight, cut, lambda path: path.write_bytes(b'')])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, spoil):
     for step in (1, 2):
-        save_checkpoint(tmp_path, {"updates": step, "weights": torch.full((100,), 7.0)}, is_best=False)
-    spoil(tmp_path / KEPT / "step-000000002.pt")
+        save_checkpoint(tmp_path, {'updates': step, 'weights': torch.full((100,), 7.0)}, is_best=False)
+    spoil(tmp_path / KEPT / 'step-000000002.pt')
     with pytest.raises(CheckpointError):
         load_checkpoint(tmp_path / LAST)
     path, state, problems = newest_checkpoint(tmp_path)
-    assert state["updates"] == 1
-    assert path.name == "step-000000001.pt"
+    assert state['updates'] == 1
+    assert path.name == 'step-000000001.pt'
     assert len(problems) == 1
-    assert "step-000000002.pt" in problems[0]
+    assert 'step-000000002.pt' in problems[0]
     spoil(path)
-    with pytest.raises(CheckpointError, match=r"no checkpoint of .* is intact: .*000002.pt.*000001.pt"):
+    with pytest.raises(CheckpointError, match=r'no checkpoint of .* is intact: .*000002.pt.*000001.pt'):
         newest_checkpoint(tmp_path)
 
 
 def test_a_folder_with_last_alone_and_one_with_nothing(tmp_path):
     assert newest_checkpoint(tmp_path) == (None, None, [])
-    save_checkpoint(tmp_path, {"updates": 1}, is_best=False)
+    save_checkpoint(tmp_path, {'updates': 1}, is_best=False)
     shutil.rmtree(tmp_path / KEPT)  # somebody copied last.pt only
     assert newest_checkpoint(tmp_path)[0] == tmp_path / LAST
 
 
 def test_checkpoints_of_steps_that_are_trained_again_are_set_aside(tmp_path):
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, {"updates": step}, is_best=False, keep_last=3)
-    assert [path.name for path in set_aside(tmp_path, 1)] == ["step-000000003.pt.old", "step-000000002.pt.old"]
-    assert newest_checkpoint(tmp_path)[1]["updates"] == 1
+        save_checkpoint(tmp_path, {'updates': step}, is_best=False, keep_last=3)
+    assert [path.name for path in set_aside(tmp_path, 1)] == ['step-000000003.pt.old', 'step-000000002.pt.old']
+    assert newest_checkpoint(tmp_path)[1]['updates'] == 1
 
 
 def test_best_is_written_where_links_are_not_possible(tmp_path, monkeypatch):
     def refuse(*_):
-        raise OSError(errno.EPERM, "no links here")
+        raise OSError(errno.EPERM, 'no links here')
 
-    monkeypatch.setattr("os.link", refuse)
-    save_checkpoint(tmp_path, {"epoch": 1}, is_best=True)
-    assert load_checkpoint(tmp_path / BEST)["epoch"] == 1
+    monkeypatch.setattr('os.link', refuse)
+    save_checkpoint(tmp_path, {'epoch': 1}, is_best=True)
+    assert load_checkpoint(tmp_path / BEST)['epoch'] == 1
 
 
 def test_random_state_survives_a_checkpoint(tmp_path):
@@ -179,18 +179,18 @@ def test_random_state_survives_a_checkpoint(tmp_path):
 
     random.gauss(0, 1)  # leaves a second number waiting in the generator
     np.random.randn()
-    save_checkpoint(tmp_path, {"random": random_state(torch.device("cpu"))}, is_best=False)
+    save_checkpoint(tmp_path, {'random': random_state(torch.device('cpu'))}, is_best=False)
     expected = draw()
-    set_random_state(load_checkpoint(tmp_path / LAST)["random"], torch.device("cpu"))
+    set_random_state(load_checkpoint(tmp_path / LAST)['random'], torch.device('cpu'))
     assert draw() == expected
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [(None, "no checkpoint"), (b"", "cannot read"), (b"hello", "cannot read .*: damaged, or not a checkpoint")],
+    ('content', 'message'),
+    [(None, 'no checkpoint'), (b'', 'cannot read'), (b'hello', 'cannot read .*: damaged, or not a checkpoint')],
 )
 def test_files_that_are_no_checkpoint(tmp_path, content, message):
-    path = tmp_path / "model.pt"
+    path = tmp_path / 'model.pt'
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
@@ -198,17 +198,17 @@ def test_files_that_are_no_checkpoint(tmp_path, content, message):
 
 
 def test_checkpoints_of_others(tmp_path):
-    torch.save({"state_dict": {}}, tmp_path / "weights.pt")
-    with pytest.raises(CheckpointError, match=r"was not written by this trainer"):
-        load_checkpoint(tmp_path / "weights.pt")
-    torch.save({"format": 99}, tmp_path / "future.pt")
-    with pytest.raises(CheckpointError, match=r"has format 99"):
-        load_checkpoint(tmp_path / "future.pt")
+    torch.save({'state_dict': {}}, tmp_path / 'weights.pt')
+    with pytest.raises(CheckpointError, match=r'was not written by this trainer'):
+        load_checkpoint(tmp_path / 'weights.pt')
+    torch.save({'format': 99}, tmp_path / 'future.pt')
+    with pytest.raises(CheckpointError, match=r'has format 99'):
+        load_checkpoint(tmp_path / 'future.pt')
 
 
 def test_a_truncated_checkpoint(tmp_path):
-    save_checkpoint(tmp_path, {"weights": torch.zeros(1000)}, is_best=False)
+    save_checkpoint(tmp_path, {'weights': torch.zeros(1000)}, is_best=False)
     content = (tmp_path / LAST).read_bytes()
     (tmp_path / LAST).write_bytes(content[: len(content) // 2])
-    with pytest.raises(CheckpointError, match=r"cannot read"):
+    with pytest.raises(CheckpointError, match=r'cannot read'):
         load_checkpoint(tmp_path / LAST)

@@ -12,13 +12,13 @@ from hydra_vision.train.config import Config, merge
 from hydra_vision.train.digits import Digits
 from hydra_vision.train.errors import ConfigError, DataError
 
-CPU = torch.device("cpu")
+CPU = torch.device('cpu')
 
 
 def recipe(folder: Path | None, **sections: dict) -> Config:
     base = {
-        "model": {"name": "test_vit"},
-        "data": {"dir": None if folder is None else str(folder), "img_size": 16, "batch_size": 4, "workers": 0},
+        'model': {'name': 'test_vit'},
+        'data': {'dir': None if folder is None else str(folder), 'img_size': 16, 'batch_size': 4, 'workers': 0},
     }
     return Config.from_dict(merge(base, sections))
 
@@ -39,20 +39,20 @@ def test_batches_of_a_folder(image_folder):
     assert torch.cat([targets for _, targets in val]).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
-@pytest.mark.parametrize("val_name", ["val", "validation", "valid"])
+@pytest.mark.parametrize('val_name', ['val', 'validation', 'valid'])
 def test_the_validation_folder_may_have_any_usual_name(image_folder, val_name):
     folder = image_folder()
-    (folder / "val").rename(folder / val_name)
+    (folder / 'val').rename(folder / val_name)
     assert len(sources.open_splits(recipe(folder))[1].dataset) == 9
 
 
 def test_tar_files_give_the_same_samples_as_folders(image_folder):
     folder = image_folder()
-    packed = folder.parent / "packed"
+    packed = folder.parent / 'packed'
     packed.mkdir()
-    for split in ("train", "val"):
-        with tarfile.open(packed / f"{split}.tar", "w") as tar:
-            for path in sorted((folder / split).rglob("*.png")):
+    for split in ('train', 'val'):
+        with tarfile.open(packed / f'{split}.tar', 'w') as tar:
+            for path in sorted((folder / split).rglob('*.png')):
                 tar.add(path, arcname=path.relative_to(folder / split))
     pairs = [list(loaders(recipe(path))[1]) for path in (folder, packed)]
     for (images, targets), (tar_images, tar_targets) in zip(*pairs, strict=True):
@@ -60,19 +60,19 @@ def test_tar_files_give_the_same_samples_as_folders(image_folder):
         assert torch.equal(targets, tar_targets)
 
 
-@pytest.mark.parametrize("suffix", [".webp", ".bmp", ".jpeg"])
+@pytest.mark.parametrize('suffix', ['.webp', '.bmp', '.jpeg'])
 def test_images_in_other_formats_are_found(image_folder, suffix):
     assert len(sources.open_splits(recipe(image_folder(suffix=suffix)))[0].dataset) == 24
 
 
 def test_torchvision_sets_are_read(image_folder):
-    train, val = loaders(recipe(image_folder(), data={"name": "torch/image_folder"}))
+    train, val = loaders(recipe(image_folder(), data={'name': 'torch/image_folder'}))
     assert next(iter(train))[0].shape == (4, 3, 16, 16)
     assert len(val.dataset) == 9
 
 
 def test_grey_images_for_one_channel(image_folder):
-    train, _ = loaders(recipe(image_folder(), model={"in_chans": 1}))
+    train, _ = loaders(recipe(image_folder(), model={'in_chans': 1}))
     assert next(iter(train))[0].shape == (4, 1, 16, 16)
 
 
@@ -86,74 +86,74 @@ def test_digits_split_is_fixed_balanced_and_disjoint():
 
 def test_missing_folder(tmp_path):
     with pytest.raises(DataError, match=r"data.dir='.*nowhere' is not a folder"):
-        sources.open_splits(recipe(tmp_path / "nowhere"))
-    with pytest.raises(DataError, match=r"give --data-dir"):
+        sources.open_splits(recipe(tmp_path / 'nowhere'))
+    with pytest.raises(DataError, match=r'give --data-dir'):
         sources.open_splits(recipe(None))
 
 
 def test_missing_split(image_folder):
     folder = image_folder()
-    shutil.rmtree(folder / "val")
-    with pytest.raises(DataError, match=r"has no validation split; looked for validation, .*val\.tar"):
+    shutil.rmtree(folder / 'val')
+    with pytest.raises(DataError, match=r'has no validation split; looked for validation, .*val\.tar'):
         sources.open_splits(recipe(folder))
 
 
 def test_empty_class_folder_is_named(image_folder):
     folder = image_folder()
-    (folder / "train" / "yellow").mkdir()
-    with pytest.raises(DataError, match=r"1 class folder of .* without an image: yellow"):
+    (folder / 'train' / 'yellow').mkdir()
+    with pytest.raises(DataError, match=r'1 class folder of .* without an image: yellow'):
         sources.open_splits(recipe(folder))
 
 
 def test_folder_without_any_image(tmp_path):
-    for split in ("train", "val"):
-        (tmp_path / split / "red").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"Found 0 images"):
+    for split in ('train', 'val'):
+        (tmp_path / split / 'red').mkdir(parents=True)
+    with pytest.raises(DataError, match=r'Found 0 images'):
         sources.open_splits(recipe(tmp_path))
 
 
 def test_images_outside_of_class_folders(image_folder):
     folder = image_folder()
-    shutil.copy(folder / "train" / "red" / "000.png", folder / "train" / "loose.png")
-    with pytest.raises(DataError, match=r"1 images of .* are in no class folder, e\.g\. loose\.png"):
+    shutil.copy(folder / 'train' / 'red' / '000.png', folder / 'train' / 'loose.png')
+    with pytest.raises(DataError, match=r'1 images of .* are in no class folder, e\.g\. loose\.png'):
         sources.open_splits(recipe(folder))
 
 
 def test_splits_with_other_classes(image_folder):
     folder = image_folder()
-    (folder / "val" / "red").rename(folder / "val" / "rouge")
-    with pytest.raises(DataError, match=r"differ: red only in .*train; rouge only in .*val"):
+    (folder / 'val' / 'red').rename(folder / 'val' / 'rouge')
+    with pytest.raises(DataError, match=r'differ: red only in .*train; rouge only in .*val'):
         sources.open_splits(recipe(folder))
 
 
 def test_class_count_that_disagrees_with_the_model(image_folder):
-    config = recipe(image_folder(), model={"num_classes": 1000})
-    with pytest.raises(DataError, match=r"model.num_classes=1000, but .*train has 3 classes: add --num-classes 3"):
+    config = recipe(image_folder(), model={'num_classes': 1000})
+    with pytest.raises(DataError, match=r'model.num_classes=1000, but .*train has 3 classes: add --num-classes 3'):
         sources.count_classes(config, sources.open_splits(config)[0])
 
 
 def test_unknown_reader_says_why(tmp_path):
-    with pytest.raises(DataError, match=r"cannot open torch/nothing"):
-        sources.open_splits(recipe(tmp_path, data={"name": "torch/nothing"}))
+    with pytest.raises(DataError, match=r'cannot open torch/nothing'):
+        sources.open_splits(recipe(tmp_path, data={'name': 'torch/nothing'}))
 
 
 def test_batch_larger_than_the_set(image_folder):
-    with pytest.raises(DataError, match=r"data.batch_size=100 is more than the 24 images"):
-        loaders(recipe(image_folder(), data={"batch_size": 100}))
+    with pytest.raises(DataError, match=r'data.batch_size=100 is more than the 24 images'):
+        loaders(recipe(image_folder(), data={'batch_size': 100}))
 
 
 def test_augmentation_that_timm_refuses(image_folder):
-    with pytest.raises(ConfigError, match=r"Unknown AA policy nonsense"):
-        loaders(recipe(image_folder(), augment={"auto_augment": "nonsense"}))
+    with pytest.raises(ConfigError, match=r'Unknown AA policy nonsense'):
+        loaders(recipe(image_folder(), augment={'auto_augment': 'nonsense'}))
 
 
-@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m10", "original", "augmix-m5"])
+@pytest.mark.parametrize('policy', ['rand-m9-mstd0.5-inc1', 'rand-m10', 'original', 'augmix-m5'])
 def test_every_augmentation_works_at_every_magnitude(image_folder, policy):
     """With Pillow 13, timm's strongest posterize alone is an error that ends a run after thousands of images."""
-    train, _ = loaders(recipe(image_folder(), augment={"auto_augment": policy}))
+    train, _ = loaders(recipe(image_folder(), augment={'auto_augment': policy}))
     operations = list(data.augment_operations(train.dataset.transform))
     assert len(operations) > 10
-    image = Image.new("RGB", (16, 16), (200, 100, 50))
+    image = Image.new('RGB', (16, 16), (200, 100, 50))
     for operation in operations:
         operation.prob, operation.magnitude_std = 1.0, 0
         for magnitude in (0, 0.4, 5, 9, 9.6, 10):
@@ -166,29 +166,29 @@ def spoil(folder: Path, *names: str) -> None:
     for index, name in enumerate(names):
         path = folder / name
         content = path.read_bytes()
-        path.write_bytes((content[: len(content) // 2], b"", b"<html>not found</html>")[index % 3])
+        path.write_bytes((content[: len(content) // 2], b'', b'<html>not found</html>')[index % 3])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize('workers', [0, 2])
 def test_unreadable_images_are_counted_named_and_skipped(image_folder, workers):
     folder = image_folder()
-    bad = ["train/red/000.png", "train/red/001.png", "train/green/007.png"]
+    bad = ['train/red/000.png', 'train/red/001.png', 'train/green/007.png']
     spoil(folder, *bad)
-    config = recipe(folder, data={"workers": workers, "max_unreadable": 3})
+    config = recipe(folder, data={'workers': workers, 'max_unreadable': 3})
     train, _ = loaders(config)
     for _ in range(2):  # an image counts once, however often it is met
         assert sum(len(targets) for _, targets in train) == 24
-    assert sorted(train.dataset.unreadable()) == sorted(name.removeprefix("train/") for name in bad)
-    assert "3 unreadable images" in train.dataset.report()
+    assert sorted(train.dataset.unreadable()) == sorted(name.removeprefix('train/') for name in bad)
+    assert '3 unreadable images' in train.dataset.report()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize('workers', [0, 2])
 def test_too_many_unreadable_images_are_an_error(image_folder, workers):
     folder = image_folder()
-    spoil(folder, "train/red/000.png", "train/red/001.png", "train/green/007.png")
-    train, _ = loaders(recipe(folder, data={"workers": workers, "max_unreadable": 2}))
+    spoil(folder, 'train/red/000.png', 'train/red/001.png', 'train/green/007.png')
+    train, _ = loaders(recipe(folder, data={'workers': workers, 'max_unreadable': 2}))
     with pytest.raises(
-        DataError, match=r"3 unreadable images in the .*train split: (.*\.png.*){3}data.max_unreadable=2"
+        DataError, match=r'3 unreadable images in the .*train split: (.*\.png.*){3}data.max_unreadable=2'
     ):
         for _ in train:
             pass
@@ -196,7 +196,7 @@ def test_too_many_unreadable_images_are_an_error(image_folder, workers):
 
 def test_validation_leaves_out_what_it_cannot_read(image_folder):
     folder = image_folder()
-    spoil(folder, "val/green/002.png")
+    spoil(folder, 'val/green/002.png')
     targets = torch.cat([targets for _, targets in loaders(recipe(folder))[1]])
     assert targets.tolist() == [0, 0, 0, 1, 1, -1, 2, 2, 2]
 
@@ -206,7 +206,7 @@ def test_batches_follow_from_the_epoch_and_not_from_loader_processes_or_where_a_
     before = torch.get_rng_state()
 
     def epochs(workers: int, *passes: tuple[int, int]) -> list[torch.Tensor]:
-        config = recipe(folder, data={"workers": workers}, augment={"erase_prob": 0.5})
+        config = recipe(folder, data={'workers': workers}, augment={'erase_prob': 0.5})
         train, _ = loaders(config)
         found = []
         for epoch, start in passes:
@@ -225,12 +225,12 @@ def test_batches_follow_from_the_epoch_and_not_from_loader_processes_or_where_a_
 
 def test_images_decoded_into_memory_give_the_same_batches(image_folder):
     folder = image_folder()
-    (folder / "train" / "red" / "000.png").write_bytes(b"")
+    (folder / 'train' / 'red' / '000.png').write_bytes(b'')
     found = []
-    for cache in ("none", "ram"):
-        train, val = loaders(recipe(folder, data={"cache": cache, "workers": 2}))
+    for cache in ('none', 'ram'):
+        train, val = loaders(recipe(folder, data={'cache': cache, 'workers': 2}))
         found.append([*data.epoch_batches(recipe(folder), train, 0), *val])
-        assert train.dataset.unreadable() == ["red/000.png"]
+        assert train.dataset.unreadable() == ['red/000.png']
     for (images, targets), (cached, cached_targets) in zip(*found, strict=True):
         assert torch.equal(images, cached)
         assert torch.equal(targets, cached_targets)
@@ -238,25 +238,25 @@ def test_images_decoded_into_memory_give_the_same_batches(image_folder):
 
 def test_decoding_into_memory_gives_up_at_the_limit_and_names_what_it_found(image_folder):
     folder = image_folder()
-    spoil(folder, "train/red/000.png", "train/red/001.png")
-    with pytest.raises(DataError, match=r"2 unreadable images in the .*000\.png, red/001\.png .*max_unreadable=1"):
-        loaders(recipe(folder, data={"cache": "ram", "max_unreadable": 1}))
+    spoil(folder, 'train/red/000.png', 'train/red/001.png')
+    with pytest.raises(DataError, match=r'2 unreadable images in the .*000\.png, red/001\.png .*max_unreadable=1'):
+        loaders(recipe(folder, data={'cache': 'ram', 'max_unreadable': 1}))
 
 
 def test_a_set_that_does_not_fit_into_memory_is_refused_at_once(image_folder, monkeypatch):
     monkeypatch.setattr(
-        "hydra_vision.train.cache.free_memory", lambda: 24 * 24 * 24 * 3
+        'hydra_vision.train.cache.free_memory', lambda: 24 * 24 * 24 * 3
     )  # the training images, no more
     with pytest.raises(DataError, match=r"data.cache='ram': .*train needs about .* set data.cache=none"):
-        loaders(recipe(image_folder(), data={"cache": "ram"}))
+        loaders(recipe(image_folder(), data={'cache': 'ram'}))
 
 
 def test_every_process_of_a_machine_needs_the_memory(image_folder, monkeypatch):
-    config = recipe(image_folder(), data={"cache": "ram"})
-    monkeypatch.setattr("hydra_vision.train.cache.free_memory", lambda: 2 * 24 * 24 * 24 * 3)
+    config = recipe(image_folder(), data={'cache': 'ram'})
+    monkeypatch.setattr('hydra_vision.train.cache.free_memory', lambda: 2 * 24 * 24 * 24 * 3)
     loaders(config)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(DataError, match=r"needs about 0.0 GiB decoded in each of 2 processes, 0.0 GiB are free"):
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    with pytest.raises(DataError, match=r'needs about 0.0 GiB decoded in each of 2 processes, 0.0 GiB are free'):
         loaders(config)
 
 
@@ -265,45 +265,45 @@ def test_an_epoch_of_which_nothing_is_left_does_not_ask_the_loader(image_folder,
     config = recipe(image_folder())
     train, _ = loaders(config)
     assert len(list(data.epoch_batches(config, train, 0, len(train) - 1))) == 1
-    monkeypatch.setattr(type(train), "__iter__", lambda self: pytest.fail("asked"))
+    monkeypatch.setattr(type(train), '__iter__', lambda self: pytest.fail('asked'))
     assert list(data.epoch_batches(config, train, 0, len(train))) == []
 
 
 def test_streamed_sets_are_not_held_in_memory():
     with pytest.raises(ConfigError, match=r"data.cache has no effect for data.name='wds/x'"):
-        recipe(None, data={"name": "wds/x", "cache": "ram", "dir": "x"})
+        recipe(None, data={'name': 'wds/x', 'cache': 'ram', 'dir': 'x'})
 
 
 def unusual_images(folder: Path) -> None:
     """One of each kind that real sets hold, and two that nobody can read."""
     pixels = np.full((16, 16, 3), 100, dtype=np.uint8)
     image = Image.fromarray(pixels)
-    image.convert("CMYK").save(folder / "cmyk.jpg")
-    Image.fromarray(np.full((16, 16), 100 * 257, dtype=np.uint16)).save(folder / "deep.png")
-    image.quantize(4).save(folder / "palette.png")
+    image.convert('CMYK').save(folder / 'cmyk.jpg')
+    Image.fromarray(np.full((16, 16), 100 * 257, dtype=np.uint16)).save(folder / 'deep.png')
+    image.quantize(4).save(folder / 'palette.png')
     tags = Image.Exif()
     tags[0x0112] = 6
-    image.save(folder / "turned.jpg", exif=tags)
-    image.save(folder / "moving.gif", save_all=True, append_images=[Image.fromarray(255 - pixels)])
-    (folder / "empty.jpg").write_bytes(b"")
-    image.save(folder / "short.jpg")
-    (folder / "short.jpg").write_bytes((folder / "short.jpg").read_bytes()[:300])
+    image.save(folder / 'turned.jpg', exif=tags)
+    image.save(folder / 'moving.gif', save_all=True, append_images=[Image.fromarray(255 - pixels)])
+    (folder / 'empty.jpg').write_bytes(b'')
+    image.save(folder / 'short.jpg')
+    (folder / 'short.jpg').write_bytes((folder / 'short.jpg').read_bytes()[:300])
 
 
 def test_unusual_images_of_a_folder_are_converted_or_refused(image_folder):
     folder = image_folder(val=1)
-    unusual_images(folder / "val" / "red")
-    broken = ["empty.jpg", "short.jpg"]
-    _, val = loaders(recipe(folder, data={"mean": [0.0], "std": [1.0], "crop_pct": 1.0}))
+    unusual_images(folder / 'val' / 'red')
+    broken = ['empty.jpg', 'short.jpg']
+    _, val = loaders(recipe(folder, data={'mean': [0.0], 'std': [1.0], 'crop_pct': 1.0}))
     images, targets = (torch.cat(parts) for parts in zip(*val, strict=True))
     converted = images[targets == 2][-5:]  # red/000.png comes first
     assert sorted(Path(name).name for name in val.dataset.unreadable()) == broken
     assert (targets == 2).sum() == 6
     assert (converted - 100 / 255).abs().max() < 0.03
-    refused = {"unusual_images": "unreadable"}
+    refused = {'unusual_images': 'unreadable'}
     _, val = loaders(recipe(folder, data=refused))
     assert len(list(val)) > 0
     names = sorted(Path(name).name for name in val.dataset.unreadable())
-    assert names == sorted([*broken, "cmyk.jpg", "deep.png", "palette.png", "moving.gif"])
-    with pytest.raises(DataError, match=r"1 unreadable image .*max_unreadable=0"):
-        list(loaders(recipe(folder, data={"max_unreadable": 0}))[1])
+    assert names == sorted([*broken, 'cmyk.jpg', 'deep.png', 'palette.png', 'moving.gif'])
+    with pytest.raises(DataError, match=r'1 unreadable image .*max_unreadable=0'):
+        list(loaders(recipe(folder, data={'max_unreadable': 0}))[1])

@@ -13,35 +13,35 @@ from hydra_vision.train.checkpoint import LAST, load_checkpoint
 
 
 def summary(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "summary.csv", newline="") as file:
+    with open(folder / 'summary.csv', newline='') as file:
         return list(csv.DictReader(file))
 
 
 def test_a_resume_takes_changed_settings_and_says_so(tiny, run, tmp_path):
-    assert run(*tiny, "--output", "run")[0] == 0
-    code, out, _ = run("--resume", "run", "--epochs", "4", "--set", "optim.weight_decay=0.3")
+    assert run(*tiny, '--output', 'run')[0] == 0
+    code, out, _ = run('--resume', 'run', '--epochs', '4', '--set', 'optim.weight_decay=0.3')
     assert code == 0
-    assert "resuming with schedule.epochs: 3 -> 4" in out
-    assert "resuming with optim.weight_decay: 0.05 -> 0.3" in out
-    state = load_checkpoint(tmp_path / "run" / LAST)
-    assert state["epoch"] == 4
-    assert {group["weight_decay"] for group in state["optimizer"]["param_groups"]} == {0.0, 0.3}
+    assert 'resuming with schedule.epochs: 3 -> 4' in out
+    assert 'resuming with optim.weight_decay: 0.05 -> 0.3' in out
+    state = load_checkpoint(tmp_path / 'run' / LAST)
+    assert state['epoch'] == 4
+    assert {group['weight_decay'] for group in state['optimizer']['param_groups']} == {0.0, 0.3}
 
 
 def test_a_finished_run_is_not_trained_again(tiny, run, tmp_path):
-    assert run(*tiny, "--output", "run")[0] == 0
-    before = (tmp_path / "run" / LAST).read_bytes()
-    code, out, _ = run(*tiny, "--output", "run", "--resume", "auto")
+    assert run(*tiny, '--output', 'run')[0] == 0
+    before = (tmp_path / 'run' / LAST).read_bytes()
+    code, out, _ = run(*tiny, '--output', 'run', '--resume', 'auto')
     assert code == 0
-    assert "best: " in out
-    assert (tmp_path / "run" / LAST).read_bytes() == before
+    assert 'best: ' in out
+    assert (tmp_path / 'run' / LAST).read_bytes() == before
 
 
-@pytest.mark.parametrize("check_every", [1, 4])
+@pytest.mark.parametrize('check_every', [1, 4])
 def test_a_loss_that_is_nan_stops_the_run_with_the_last_good_checkpoint(
     tiny, fails, tmp_path, monkeypatch, check_every
 ):
-    monkeypatch.setitem(engine._CHECK_EVERY, "cpu", check_every)
+    monkeypatch.setitem(engine._CHECK_EVERY, 'cpu', check_every)
     build_loss = engine.build.create_loss
 
     def create_loss(config):
@@ -53,22 +53,22 @@ def test_a_loss_that_is_nan_stops_the_run_with_the_last_good_checkpoint(
 
         return Breaking()
 
-    monkeypatch.setattr(engine.build, "create_loss", create_loss)
-    error = fails(*tiny, "--output", "run", code=1)
-    assert "the loss became nan at step 9 (epoch 2, batch 3)" in error
-    assert f"the last good checkpoint is {Path('run') / LAST} (epoch 1)" in error
-    state = load_checkpoint(tmp_path / "run" / LAST)
-    assert state["epoch"] == 1
-    assert all(value.isfinite().all() for value in state["state_dict"].values())
-    assert (tmp_path / "run" / "curve.png").is_file()
+    monkeypatch.setattr(engine.build, 'create_loss', create_loss)
+    error = fails(*tiny, '--output', 'run', code=1)
+    assert 'the loss became nan at step 9 (epoch 2, batch 3)' in error
+    assert f'the last good checkpoint is {Path("run") / LAST} (epoch 1)' in error
+    state = load_checkpoint(tmp_path / 'run' / LAST)
+    assert state['epoch'] == 1
+    assert all(value.isfinite().all() for value in state['state_dict'].values())
+    assert (tmp_path / 'run' / 'curve.png').is_file()
 
 
 def test_too_little_memory_says_what_would_need_less(tiny, fails, monkeypatch):
     def backward(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1 GiB.')
 
-    monkeypatch.setattr(engine.Trainer, "_backward", backward)
-    assert "a smaller --batch-size with a larger --accum-steps" in fails(*tiny, code=1)
+    monkeypatch.setattr(engine.Trainer, '_backward', backward)
+    assert 'a smaller --batch-size with a larger --accum-steps' in fails(*tiny, code=1)
 
 
 def test_weights_that_broke_in_the_last_step_are_not_saved(tiny, fails, tmp_path, monkeypatch):
@@ -80,10 +80,10 @@ def test_weights_that_broke_in_the_last_step_are_not_saved(tiny, fails, tmp_path
             with torch.no_grad():
                 self.model.head.bias[0] = math.inf
 
-    monkeypatch.setattr(engine.Learner, "update", breaking)
-    error = fails(*tiny, "--output", "run", code=1)
-    assert "a weight is no longer finite after step 12 (epoch 2)" in error
-    assert load_checkpoint(tmp_path / "run" / LAST)["epoch"] == 1
+    monkeypatch.setattr(engine.Learner, 'update', breaking)
+    error = fails(*tiny, '--output', 'run', code=1)
+    assert 'a weight is no longer finite after step 12 (epoch 2)' in error
+    assert load_checkpoint(tmp_path / 'run' / LAST)['epoch'] == 1
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_keeps_the_previous_one(
@@ -93,42 +93,42 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_keeps_the_previous
 
     def full(state, file):
         if next(calls) == 1:
-            file.write(b"some bytes")
-            raise OSError(28, "No space left on device")
+            file.write(b'some bytes')
+            raise OSError(28, 'No space left on device')
         save(state, file)
 
-    monkeypatch.setattr(torch, "save", full)
-    error = fails(*tiny, "--output", "run", code=1)
-    assert "No space left on device" in error
-    assert "the previous last.pt is intact" in error
-    assert load_checkpoint(tmp_path / "run" / LAST)["epoch"] == 1
+    monkeypatch.setattr(torch, 'save', full)
+    error = fails(*tiny, '--output', 'run', code=1)
+    assert 'No space left on device' in error
+    assert 'the previous last.pt is intact' in error
+    assert load_checkpoint(tmp_path / 'run' / LAST)['epoch'] == 1
 
 
 def test_validation_of_a_checkpoint_gives_the_results_of_the_run(tiny, run, validated, tmp_path):
-    assert run(*tiny, "--output", "run")[0] == 0
-    last = summary(tmp_path / "run")[-1]
-    results = validated("run/last.pt")
-    for name, column in (("raw", "val"), ("EMA", "ema")):
-        assert results[name]["top1"] == pytest.approx(float(last[f"{column}_top1"]), abs=1e-3)
-        assert results[name]["loss"] == pytest.approx(float(last[f"{column}_loss"]), rel=1e-4)
-        assert results[name]["images"] == 18
-    best = max(float(row[column]) for row in summary(tmp_path / "run") for column in ("val_top1", "ema_top1"))
-    assert max(result["top1"] for result in validated("run").values()) == pytest.approx(best, abs=1e-3)
-    code, out, _ = run("--validate", "run", "--set", "data.val_batch_size=7")
+    assert run(*tiny, '--output', 'run')[0] == 0
+    last = summary(tmp_path / 'run')[-1]
+    results = validated('run/last.pt')
+    for name, column in (('raw', 'val'), ('EMA', 'ema')):
+        assert results[name]['top1'] == pytest.approx(float(last[f'{column}_top1']), abs=1e-3)
+        assert results[name]['loss'] == pytest.approx(float(last[f'{column}_loss']), rel=1e-4)
+        assert results[name]['images'] == 18
+    best = max(float(row[column]) for row in summary(tmp_path / 'run') for column in ('val_top1', 'ema_top1'))
+    assert max(result['top1'] for result in validated('run').values()) == pytest.approx(best, abs=1e-3)
+    code, out, _ = run('--validate', 'run', '--set', 'data.val_batch_size=7')
     assert code == 0
-    assert "EMA" in out
+    assert 'EMA' in out
 
 
 def test_accumulated_batches_give_the_update_of_one_large_batch(tiny, run, tmp_path):
-    plain = (*tiny, "--set", "model.drop_path_rate=0", "--set", "augment.hflip=0", "--set", "optim.name=sgd")
-    plain = (*plain, "--set", "augment.scale=[1, 1]", "--set", "augment.ratio=[1, 1]")
-    plain = (*plain, "--set", "augment.interpolation=bicubic", "--lr", "0.1")
-    assert run(*plain, "--output", "large", "--batch-size", 16)[0] == 0
-    assert run(*plain, "--output", "small", "--batch-size", 8, "--accum-steps", 2)[0] == 0
-    large, small = (load_checkpoint(tmp_path / name / LAST) for name in ("large", "small"))
-    assert large["updates"] == small["updates"] == 9
-    for name, value in large["state_dict"].items():
-        torch.testing.assert_close(value, small["state_dict"][name], rtol=1e-4, atol=1e-6)
+    plain = (*tiny, '--set', 'model.drop_path_rate=0', '--set', 'augment.hflip=0', '--set', 'optim.name=sgd')
+    plain = (*plain, '--set', 'augment.scale=[1, 1]', '--set', 'augment.ratio=[1, 1]')
+    plain = (*plain, '--set', 'augment.interpolation=bicubic', '--lr', '0.1')
+    assert run(*plain, '--output', 'large', '--batch-size', 16)[0] == 0
+    assert run(*plain, '--output', 'small', '--batch-size', 8, '--accum-steps', 2)[0] == 0
+    large, small = (load_checkpoint(tmp_path / name / LAST) for name in ('large', 'small'))
+    assert large['updates'] == small['updates'] == 9
+    for name, value in large['state_dict'].items():
+        torch.testing.assert_close(value, small['state_dict'][name], rtol=1e-4, atol=1e-6)
 
 
 def test_an_update_with_fewer_batches_weighs_them_fully(tiny, run, tmp_path, monkeypatch):
@@ -140,13 +140,13 @@ def test_an_update_with_fewer_batches_weighs_them_fully(tiny, run, tmp_path, mon
         seen.append((group, last))
         return backward(self, images, targets, group, last)
 
-    monkeypatch.setattr(engine.Trainer, "_backward", spy)
-    assert run(*tiny, "--accum-steps", 4, "--output", "run")[0] == 0
+    monkeypatch.setattr(engine.Trainer, '_backward', spy)
+    assert run(*tiny, '--accum-steps', 4, '--output', 'run')[0] == 0
     assert seen == [(4, False), (4, False), (4, False), (4, True), (2, False), (2, True)] * 3
-    assert load_checkpoint(tmp_path / "run" / LAST)["updates"] == 6
+    assert load_checkpoint(tmp_path / 'run' / LAST)['updates'] == 6
 
 
-@pytest.mark.parametrize("told", [4, 8])
+@pytest.mark.parametrize('told', [4, 8])
 def test_a_stream_that_told_a_wrong_length_is_trained_on_to_its_end(tiny, run, tmp_path, monkeypatch, told):
     """6 batches in groups of 4 where the loader says 4 or 8: two updates, every loss counted."""
     create = engine.data.train_loader
@@ -164,50 +164,50 @@ def test_a_stream_that_told_a_wrong_length_is_trained_on_to_its_end(tiny, run, t
         def __len__(self):
             return told
 
-    monkeypatch.setattr(engine.data, "train_loader", lambda *arguments: Stream(create(*arguments)))
-    assert run(*tiny, "--accum-steps", 4, "--epochs", 2, "--output", "run")[0] == 0
-    state = load_checkpoint(tmp_path / "run" / LAST)
-    assert state["updates"] == 4
-    assert all(math.isfinite(row["train_loss"]) for row in state["history"])
+    monkeypatch.setattr(engine.data, 'train_loader', lambda *arguments: Stream(create(*arguments)))
+    assert run(*tiny, '--accum-steps', 4, '--epochs', 2, '--output', 'run')[0] == 0
+    state = load_checkpoint(tmp_path / 'run' / LAST)
+    assert state['updates'] == 4
+    assert all(math.isfinite(row['train_loss']) for row in state['history'])
 
 
 def test_checkpointed_activations_and_channels_last_change_nothing(tiny, run, tmp_path):
-    assert run(*tiny, "--output", "plain")[0] == 0
-    options = ("--set", "run.grad_checkpointing=true", "--set", "run.channels_last=true")
-    assert run(*tiny, *options, "--output", "other")[0] == 0
-    plain, other = (load_checkpoint(tmp_path / name / LAST)["state_dict"] for name in ("plain", "other"))
+    assert run(*tiny, '--output', 'plain')[0] == 0
+    options = ('--set', 'run.grad_checkpointing=true', '--set', 'run.channels_last=true')
+    assert run(*tiny, *options, '--output', 'other')[0] == 0
+    plain, other = (load_checkpoint(tmp_path / name / LAST)['state_dict'] for name in ('plain', 'other'))
     for name, value in plain.items():
         torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-4)
 
 
 def test_bfloat16_and_mixing_that_is_switched_off(tiny, run, tmp_path):
-    options = ("--amp", "bf16", "--set", "augment.mixup=0.5", "--set", "augment.mix_off_epoch=1")
-    assert run(*tiny, *options, "--output", "run")[0] == 0
-    rows = summary(tmp_path / "run")
-    assert float(rows[-1]["val_top1"]) > 30
+    options = ('--amp', 'bf16', '--set', 'augment.mixup=0.5', '--set', 'augment.mix_off_epoch=1')
+    assert run(*tiny, *options, '--output', 'run')[0] == 0
+    rows = summary(tmp_path / 'run')
+    assert float(rows[-1]['val_top1']) > 30
     assert all(
-        value.dtype == torch.float32 for value in load_checkpoint(tmp_path / "run" / LAST)["state_dict"].values()
+        value.dtype == torch.float32 for value in load_checkpoint(tmp_path / 'run' / LAST)['state_dict'].values()
     )
 
 
 def test_validation_may_be_rarer_than_epochs(tiny, run, tmp_path):
-    assert run(*tiny, "--set", "run.validate_every=2", "--output", "run")[0] == 0
-    assert [row["val_top1"] != "" for row in summary(tmp_path / "run")] == [False, True, True]
+    assert run(*tiny, '--set', 'run.validate_every=2', '--output', 'run')[0] == 0
+    assert [row['val_top1'] != '' for row in summary(tmp_path / 'run')] == [False, True, True]
 
 
 def test_evaluation_counts_each_image_once_and_leaves_out_masked_ones():
     logits = torch.eye(6)
     batches = [(logits[:4], torch.tensor([0, 1, -1, 0])), (logits[4:], torch.tensor([5, 5]))]
-    result = evaluate({"a": torch.nn.Identity()}, batches, torch.device("cpu"))["a"]
-    assert result["images"] == 5
-    assert result["top1"] == pytest.approx(100 * 3 / 5)
-    assert result["top5"] == pytest.approx(100 * 5 / 5)
+    result = evaluate({'a': torch.nn.Identity()}, batches, torch.device('cpu'))['a']
+    assert result['images'] == 5
+    assert result['top1'] == pytest.approx(100 * 3 / 5)
+    assert result['top5'] == pytest.approx(100 * 5 / 5)
     expected = torch.nn.functional.cross_entropy(logits[[0, 1, 3, 4, 5]], torch.tensor([0, 1, 0, 5, 5]))
-    assert result["loss"] == pytest.approx(float(expected), rel=1e-6)
+    assert result['loss'] == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_the_curve_is_a_picture(tiny, run, tmp_path):
-    assert run(*tiny, "--output", "run")[0] == 0
-    with Image.open(tmp_path / "run" / "curve.png") as image:
+    assert run(*tiny, '--output', 'run')[0] == 0
+    with Image.open(tmp_path / 'run' / 'curve.png') as image:
         assert image.width >= 1000
-        assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 20
+        assert len(np.unique(np.asarray(image.convert('RGB')).reshape(-1, 3), axis=0)) > 20

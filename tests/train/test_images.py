@@ -16,34 +16,34 @@ def reread(image: Image.Image, path, **options) -> Image.Image:
 def test_sixteen_bits_keep_their_range(tmp_path):
     """Pillow's own conversion gives white for everything above 255."""
     deep = Image.fromarray(GREY.astype(np.uint16) * 257)
-    image = ImageRules().apply(reread(deep, tmp_path / "deep.png"))
-    assert image.mode == "RGB"
+    image = ImageRules().apply(reread(deep, tmp_path / 'deep.png'))
+    assert image.mode == 'RGB'
     assert np.array_equal(np.asarray(image)[..., 0], GREY)
 
 
-@pytest.mark.parametrize("mode", ["CMYK", "P", "RGBA", "L", "1", "LA"])
+@pytest.mark.parametrize('mode', ['CMYK', 'P', 'RGBA', 'L', '1', 'LA'])
 def test_other_modes_become_the_colours_that_they_stand_for(tmp_path, mode):
-    source = Image.fromarray(GREY if mode in ("L", "LA", "1") else COLOR).convert(mode)
-    path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
-    options = {"quality": 100, "subsampling": 0} if mode == "CMYK" else {}
+    source = Image.fromarray(GREY if mode in ('L', 'LA', '1') else COLOR).convert(mode)
+    path = tmp_path / ('image.jpg' if mode == 'CMYK' else 'image.png')
+    options = {'quality': 100, 'subsampling': 0} if mode == 'CMYK' else {}
     image = ImageRules().apply(reread(source, path, **options))
-    expected = np.asarray(source.convert("RGB")).astype(int)
-    assert image.mode == "RGB"
-    assert np.abs(np.asarray(image) - expected).max() <= (10 if mode == "CMYK" else 0)
-    assert ImageRules(mode="L").apply(Image.open(path)).mode == "L"
+    expected = np.asarray(source.convert('RGB')).astype(int)
+    assert image.mode == 'RGB'
+    assert np.abs(np.asarray(image) - expected).max() <= (10 if mode == 'CMYK' else 0)
+    assert ImageRules(mode='L').apply(Image.open(path)).mode == 'L'
 
 
 def test_a_palette_with_transparency_gives_no_warning(tmp_path, recwarn):
     image = Image.fromarray(COLOR).quantize(8)
-    image = ImageRules().apply(reread(image, tmp_path / "a.png", transparency=bytes(range(8))))
-    assert image.mode == "RGB"
+    image = ImageRules().apply(reread(image, tmp_path / 'a.png', transparency=bytes(range(8))))
+    assert image.mode == 'RGB'
     assert not recwarn.list
 
 
 def test_the_first_frame_of_an_animation(tmp_path):
-    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    image = ImageRules().apply(Image.open(tmp_path / "a.gif"))
+    frames = [Image.new('RGB', (8, 8), color) for color in ('red', 'blue')]
+    frames[0].save(tmp_path / 'a.gif', save_all=True, append_images=frames[1:])
+    image = ImageRules().apply(Image.open(tmp_path / 'a.gif'))
     assert image.getpixel((0, 0)) == (255, 0, 0)
 
 
@@ -51,30 +51,30 @@ def test_exif_rotation_is_applied_where_asked_for(tmp_path):
     tags = Image.Exif()
     tags[0x0112] = 6  # turn by 90 degrees clockwise
     wide = Image.fromarray(np.tile(COLOR, (1, 2, 1)))
-    image = reread(wide, tmp_path / "turned.jpg", exif=tags)
+    image = reread(wide, tmp_path / 'turned.jpg', exif=tags)
     assert ImageRules().apply(image).size == (16, 8)
-    assert ImageRules(exif_rotation=True).apply(Image.open(tmp_path / "turned.jpg")).size == (8, 16)
+    assert ImageRules(exif_rotation=True).apply(Image.open(tmp_path / 'turned.jpg')).size == (8, 16)
 
 
-@pytest.mark.parametrize("mode", ["CMYK", "P", "RGBA", "I;16"])
+@pytest.mark.parametrize('mode', ['CMYK', 'P', 'RGBA', 'I;16'])
 def test_unusual_images_can_be_refused(tmp_path, mode):
-    if mode == "I;16":
-        source, name = Image.fromarray(GREY.astype(np.uint16)), "a.png"
+    if mode == 'I;16':
+        source, name = Image.fromarray(GREY.astype(np.uint16)), 'a.png'
     else:
-        source, name = Image.fromarray(COLOR).convert(mode), "a.jpg" if mode == "CMYK" else "a.png"
-    with pytest.raises(ValueError, match=r"data.unusual_images=unreadable"):
+        source, name = Image.fromarray(COLOR).convert(mode), 'a.jpg' if mode == 'CMYK' else 'a.png'
+    with pytest.raises(ValueError, match=r'data.unusual_images=unreadable'):
         ImageRules(convert_unusual=False).apply(reread(source, tmp_path / name))
 
 
 def test_an_animation_can_be_refused(tmp_path):
-    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
-    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:])
-    with pytest.raises(ValueError, match=r"an animation"):
-        ImageRules(convert_unusual=False).apply(Image.open(tmp_path / "a.webp"))
+    frames = [Image.new('RGB', (8, 8), color) for color in ('red', 'blue')]
+    frames[0].save(tmp_path / 'a.webp', save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match=r'an animation'):
+        ImageRules(convert_unusual=False).apply(Image.open(tmp_path / 'a.webp'))
 
 
 def test_pixels_without_a_defined_range_are_unreadable():
-    with pytest.raises(ValueError, match=r"no defined range"):
+    with pytest.raises(ValueError, match=r'no defined range'):
         ImageRules().apply(Image.fromarray(GREY.astype(np.float32)))
-    with pytest.raises(ValueError, match=r"more than 16 bits"):
+    with pytest.raises(ValueError, match=r'more than 16 bits'):
         ImageRules().apply(Image.fromarray(GREY.astype(np.int32) << 16))

@@ -5,47 +5,47 @@ from hydra_vision.train.report import speed_line
 
 
 def test_a_dry_run_prints_the_cost_and_writes_nothing(tiny, run, tmp_path):
-    code, out, error = run(*tiny, "--dry-run")
+    code, out, error = run(*tiny, '--dry-run')
     assert code == 0, error
-    for text in ("2 updates of 8 images", "3 epochs, 3 validations", "processor hours", "nothing was written"):
-        assert text in " ".join(out.replace("│", " ").split()), out
+    for text in ('2 updates of 8 images', '3 epochs, 3 validations', 'processor hours', 'nothing was written'):
+        assert text in ' '.join(out.replace('│', ' ').split()), out
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_takes_accumulated_batches_for_one_update(tiny, run):
-    _, out, _ = run(*tiny, "--dry-run", "--accum-steps", 2, "--set", "augment.mixup=0.5")
-    assert "2 updates of 16 images" in " ".join(out.replace("│", " ").split())
+    _, out, _ = run(*tiny, '--dry-run', '--accum-steps', 2, '--set', 'augment.mixup=0.5')
+    assert '2 updates of 16 images' in ' '.join(out.replace('│', ' ').split())
 
 
 def test_the_data_benchmark_says_which_one_is_the_limit(tiny, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "_SECONDS", 0.3)
-    code, out, error = run(*tiny, "--bench-data", "--workers", 1)
+    monkeypatch.setattr(measure, '_SECONDS', 0.3)
+    code, out, error = run(*tiny, '--bench-data', '--workers', 1)
     assert code == 0, error
-    assert "loader alone, 1 process" in out
-    assert "the device is the limit" in out or "the loader is the limit" in out
+    assert 'loader alone, 1 process' in out
+    assert 'the device is the limit' in out or 'the loader is the limit' in out
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("loader", "device", "text"),
-    [(300.0, 100.0, "the device is the limit: the loader is 3.0 times as fast"), (100.0, 400.0, "about 9 processes")],
+    ('loader', 'device', 'text'),
+    [(300.0, 100.0, 'the device is the limit: the loader is 3.0 times as fast'), (100.0, 400.0, 'about 9 processes')],
 )
 def test_the_verdict(loader, device, text):
     assert text in measure._verdict(loader, device, workers=2)
 
 
 def test_measurements_take_no_output_folder(fails):
-    assert "leave out --output" in fails("--dry-run", "--output", "x", code=2)
-    assert "not allowed with" in fails("--dry-run", "--bench-data", code=2)
+    assert 'leave out --output' in fails('--dry-run', '--output', 'x', code=2)
+    assert 'not allowed with' in fails('--dry-run', '--bench-data', code=2)
 
 
 @pytest.mark.parametrize(
-    ("share", "text"),
-    [(0.03, "3 % of it (the loader keeps up)"), (0.3, "would save up to that"), (0.8, "the loader is the limit")],
+    ('share', 'text'),
+    [(0.03, '3 % of it (the loader keeps up)'), (0.3, 'would save up to that'), (0.8, 'the loader is the limit')],
 )
 def test_the_summary_says_how_long_training_waited_for_data(share, text):
-    rows = [{"seconds": 10.0, "images_per_second": 50.0, "data_wait": share, "mfu": None, "peak_memory_gib": 1.5}]
+    rows = [{'seconds': 10.0, 'images_per_second': 50.0, 'data_wait': share, 'mfu': None, 'peak_memory_gib': 1.5}]
     line = speed_line(rows * 2)
-    assert line.startswith("training 0:00:20, 50 img/s, waiting for data ")
+    assert line.startswith('training 0:00:20, 50 img/s, waiting for data ')
     assert text in line
-    assert line.endswith("peak memory 1.50 GiB")
+    assert line.endswith('peak memory 1.50 GiB')

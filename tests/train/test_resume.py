@@ -17,9 +17,9 @@ from hydra_vision.train.checkpoint import KEPT, LAST, load_checkpoint, save_chec
 
 # Everything that is random at once: dropout, stochastic depth, augmentation, erasing, mixing, order.
 RANDOM = (
-    *("--set", "model.drop_rate=0.1", "--set", "model.drop_path_rate=0.2", "--set", "augment.erase_prob=0.3"),
-    *("--set", "augment.auto_augment=rand-m5-mstd0.5", "--set", "augment.mixup=0.2", "--set", "augment.cutmix=1"),
-    *("--accum-steps", "2", "--set", "optim.clip_grad=1"),
+    *('--set', 'model.drop_rate=0.1', '--set', 'model.drop_path_rate=0.2', '--set', 'augment.erase_prob=0.3'),
+    *('--set', 'augment.auto_augment=rand-m5-mstd0.5', '--set', 'augment.mixup=0.2', '--set', 'augment.cutmix=1'),
+    *('--accum-steps', '2', '--set', 'optim.clip_grad=1'),
 )
 
 
@@ -32,7 +32,7 @@ def at_update(monkeypatch, update: int, act) -> None:
             act()
         before(self, measure)
 
-    monkeypatch.setattr(engine.Learner, "update", step)
+    monkeypatch.setattr(engine.Learner, 'update', step)
 
 
 def interrupt() -> None:
@@ -45,203 +45,203 @@ def shake_generators() -> None:
 
 
 @pytest.mark.parametrize(
-    ("workers", "every", "where"), [(0, None, ", from epoch 2 on"), (2, 1, ", from epoch 2 and 2 steps")]
+    ('workers', 'every', 'where'), [(0, None, ', from epoch 2 on'), (2, 1, ', from epoch 2 and 2 steps')]
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(
     tiny, run, tmp_path, monkeypatch, assert_same_run, workers, every, where
 ):
-    arguments = (*tiny, *RANDOM, "--workers", workers, "--set", f"checkpoint.every_steps={every or 'null'}")
-    assert run(*arguments, "--output", "whole")[0] == 0
+    arguments = (*tiny, *RANDOM, '--workers', workers, '--set', f'checkpoint.every_steps={every or "null"}')
+    assert run(*arguments, '--output', 'whole')[0] == 0
     with monkeypatch.context() as patch:
         at_update(patch, 8, interrupt)  # 3 updates an epoch
-        code, _, error = run(*arguments, "--output", "parts")
+        code, _, error = run(*arguments, '--output', 'parts')
     assert code == 130
-    assert "--resume auto" in error
+    assert '--resume auto' in error
     shake_generators()
-    code, out, _ = run(*arguments, "--output", "parts", "--resume", "auto")
+    code, out, _ = run(*arguments, '--output', 'parts', '--resume', 'auto')
     assert code == 0
     assert where in out
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    with open(tmp_path / "parts" / "summary.csv", newline="") as file:
-        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3"]
+    assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
+    with open(tmp_path / 'parts' / 'summary.csv', newline='') as file:
+        assert [row['epoch'] for row in csv.DictReader(file)] == ['1', '2', '3']
 
 
 def test_a_run_that_is_killed_ten_times_at_random_ends_as_one_that_never_was(
     tiny, run, processes, tmp_path, assert_same_run
 ):
     """kill -9: in the middle of a step, of validation, of a checkpoint that is being written."""
-    arguments = (*tiny, *RANDOM, "--epochs", 20, "--set", "log.every=1", "--set", "checkpoint.every_steps=2")
-    assert run(*arguments, "--output", "whole")[0] == 0
+    arguments = (*tiny, *RANDOM, '--epochs', 20, '--set', 'log.every=1', '--set', 'checkpoint.every_steps=2')
+    assert run(*arguments, '--output', 'whole')[0] == 0
     generator = random.Random(0)
-    parts, reached = tmp_path / "parts", 0
+    parts, reached = tmp_path / 'parts', 0
     for _ in range(10):
-        started = processes(*arguments, "--output", parts, "--resume", "auto")
+        started = processes(*arguments, '--output', parts, '--resume', 'auto')
         reached = started.wait_for_update(parts, min(reached + generator.randint(1, 4), 50))
         time.sleep(generator.random() * 0.08)
         started.kill(signal.SIGKILL)
         assert started.wait() == [-signal.SIGKILL]
-    last = processes(*arguments, "--output", parts, "--resume", "auto")
+    last = processes(*arguments, '--output', parts, '--resume', 'auto')
     assert last.wait() == [0], last.output()
-    assert_same_run(tmp_path / "whole", parts)
+    assert_same_run(tmp_path / 'whole', parts)
     rows = [
-        [(row["updates"], row["loss"], row["grad_norm"]) for row in csv.DictReader(open(folder / "steps.csv"))]  # noqa: SIM115
-        for folder in (tmp_path / "whole", parts)
+        [(row['updates'], row['loss'], row['grad_norm']) for row in csv.DictReader(open(folder / 'steps.csv'))]  # noqa: SIM115
+        for folder in (tmp_path / 'whole', parts)
     ]
     assert rows[0] == rows[1]  # the log has neither a gap nor a row twice
-    assert not list(parts.rglob("*.tmp"))
+    assert not list(parts.rglob('*.tmp'))
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1'])
 def test_a_signal_saves_and_ends_the_run_at_once(tiny, run, tmp_path, monkeypatch, assert_same_run, name):
     number = getattr(signal, name)
     arguments = (*tiny, *RANDOM)
-    assert run(*arguments, "--output", "whole")[0] == 0
+    assert run(*arguments, '--output', 'whole')[0] == 0
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
         at_update(patch, 5, lambda: os.kill(os.getpid(), number))
-        code, _, error = run(*arguments, "--output", "parts")
+        code, _, error = run(*arguments, '--output', 'parts')
     assert signal.getsignal(number) is handler
     assert code == 128 + number
-    assert f"stopped by {name}; saved parts/last.pt (epochs done: 1, step 5)" in error
-    state = load_checkpoint(tmp_path / "parts" / LAST)
-    assert (state["updates"], state["progress"]["batches"]) == (5, 4)
+    assert f'stopped by {name}; saved parts/last.pt (epochs done: 1, step 5)' in error
+    state = load_checkpoint(tmp_path / 'parts' / LAST)
+    assert (state['updates'], state['progress']['batches']) == (5, 4)
     shake_generators()
-    assert run(*arguments, "--output", "parts", "--resume", "auto")[0] == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert run(*arguments, '--output', 'parts', '--resume', 'auto')[0] == 0
+    assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
 
 
 def test_a_signal_to_the_loader_processes_as_well_loses_nothing(tiny, run, tmp_path, monkeypatch, assert_same_run):
     """torchrun and SLURM send it to all of them."""
-    arguments = (*tiny, "--workers", 2)
-    assert run(*arguments, "--output", "whole")[0] == 0
+    arguments = (*tiny, '--workers', 2)
+    assert run(*arguments, '--output', 'whole')[0] == 0
 
     def stop_all():
         stopped = (*multiprocessing.active_children(), multiprocessing.current_process())
         # By another process: from this one, PyTorch's loader processes take it for an orderly end.
-        subprocess.run(["kill", "-TERM", *(str(process.pid) for process in stopped)], check=True)
+        subprocess.run(['kill', '-TERM', *(str(process.pid) for process in stopped)], check=True)
         time.sleep(0.2)  # PyTorch looks after its processes
 
     with monkeypatch.context() as patch:
         at_update(patch, 8, stop_all)
-        code, _, error = run(*arguments, "--output", "parts")
+        code, _, error = run(*arguments, '--output', 'parts')
     assert code == 143, error
-    assert "step 8" in error
-    assert run(*arguments, "--output", "parts", "--resume", "auto")[0] == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert 'step 8' in error
+    assert run(*arguments, '--output', 'parts', '--resume', 'auto')[0] == 0
+    assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
 
 
 def test_a_signal_during_validation_repeats_only_the_validation(tiny, run, tmp_path, monkeypatch, assert_same_run):
-    assert run(*tiny, "--output", "whole")[0] == 0
+    assert run(*tiny, '--output', 'whole')[0] == 0
     validate = engine.Trainer._validate_epoch
 
     def signalled(self, meter, row):
-        if row["epoch"] == 2:
+        if row['epoch'] == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         validate(self, meter, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.Trainer, "_validate_epoch", signalled)
-        code, _, error = run(*tiny, "--output", "parts")
+        patch.setattr(engine.Trainer, '_validate_epoch', signalled)
+        code, _, error = run(*tiny, '--output', 'parts')
     assert code == 143
-    assert "(epochs done: 1, step 12)" in error
+    assert '(epochs done: 1, step 12)' in error
     shake_generators()
-    assert run(*tiny, "--output", "parts", "--resume", "auto")[0] == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert run(*tiny, '--output', 'parts', '--resume', 'auto')[0] == 0
+    assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
 
 
 def test_checkpoints_by_the_clock(tiny, run, tmp_path, monkeypatch):
     at_update(monkeypatch, 4, interrupt)
-    assert run(*tiny, "--set", "checkpoint.every_minutes=1e-9", "--output", "run")[0] == 130
-    assert load_checkpoint(tmp_path / "run" / LAST)["updates"] == 3
+    assert run(*tiny, '--set', 'checkpoint.every_minutes=1e-9', '--output', 'run')[0] == 130
+    assert load_checkpoint(tmp_path / 'run' / LAST)['updates'] == 3
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_run_goes_on_before_it(
     tiny, run, fails, tmp_path, assert_same_run
 ):
-    assert run(*tiny, "--output", "whole")[0] == 0
-    assert run(*tiny, "--epochs", "2", "--output", "parts")[0] == 0
-    newest = tmp_path / "parts" / KEPT / "step-000000012.pt"
+    assert run(*tiny, '--output', 'whole')[0] == 0
+    assert run(*tiny, '--epochs', '2', '--output', 'parts')[0] == 0
+    newest = tmp_path / 'parts' / KEPT / 'step-000000012.pt'
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 255
     newest.write_bytes(content)
-    code, out, _ = run(*tiny, "--output", "parts", "--resume", "auto")
+    code, out, _ = run(*tiny, '--output', 'parts', '--resume', 'auto')
     assert code == 0
-    assert "warning: " in out
-    assert "step-000000012.pt" in out
-    assert "going on from" in out
-    assert "step-000000006.pt" in out
-    assert newest.with_name("step-000000012.pt.old").is_file()
-    assert load_checkpoint(tmp_path / "parts" / LAST)["epoch"] == 3
-    for path in (tmp_path / "parts").rglob("*.pt"):
-        path.write_bytes(b"")
-    assert "no checkpoint of parts is intact" in fails(*tiny, "--output", "parts", "--resume", "auto", code=1)
+    assert 'warning: ' in out
+    assert 'step-000000012.pt' in out
+    assert 'going on from' in out
+    assert 'step-000000006.pt' in out
+    assert newest.with_name('step-000000012.pt.old').is_file()
+    assert load_checkpoint(tmp_path / 'parts' / LAST)['epoch'] == 3
+    for path in (tmp_path / 'parts').rglob('*.pt'):
+        path.write_bytes(b'')
+    assert 'no checkpoint of parts is intact' in fails(*tiny, '--output', 'parts', '--resume', 'auto', code=1)
 
 
 def test_a_run_that_goes_on_with_nothing_but_the_validation_of_an_epoch_left(tiny, run, monkeypatch):
     """No pace is known then, of which the remaining time would follow."""
     validate = engine.Trainer._validate_epoch
     with monkeypatch.context() as patch:
-        patch.setattr(engine.Trainer, "_validate_epoch", lambda *_: interrupt())
-        assert run(*tiny, "--set", "checkpoint.every_steps=6", "--output", "run")[0] == 130
+        patch.setattr(engine.Trainer, '_validate_epoch', lambda *_: interrupt())
+        assert run(*tiny, '--set', 'checkpoint.every_steps=6', '--output', 'run')[0] == 130
     assert engine.Trainer._validate_epoch is validate
-    code, out, _ = run("--resume", "run", "--epochs", "2")
+    code, out, _ = run('--resume', 'run', '--epochs', '2')
     assert code == 0
-    assert "from epoch 0" not in out
-    assert "epoch   1/2" in out
+    assert 'from epoch 0' not in out
+    assert 'epoch   1/2' in out
 
 
 def test_a_run_that_goes_on_before_its_end_sets_later_checkpoints_aside(tiny, run, tmp_path, assert_same_run):
-    assert run(*tiny, "--output", "run")[0] == 0
-    whole = load_checkpoint(tmp_path / "run" / LAST)
-    code, out, _ = run("--resume", "run/checkpoints/step-000000012.pt", "--set", "optim.lr=1e-3")
+    assert run(*tiny, '--output', 'run')[0] == 0
+    whole = load_checkpoint(tmp_path / 'run' / LAST)
+    code, out, _ = run('--resume', 'run/checkpoints/step-000000012.pt', '--set', 'optim.lr=1e-3')
     assert code == 0
-    assert "set aside" in out
-    assert load_checkpoint(tmp_path / "run" / LAST)["updates"] == whole["updates"]
-    assert load_checkpoint(tmp_path / "run" / KEPT / "step-000000018.pt.old")["config"]["optim"]["lr"] == 2e-3
+    assert 'set aside' in out
+    assert load_checkpoint(tmp_path / 'run' / LAST)['updates'] == whole['updates']
+    assert load_checkpoint(tmp_path / 'run' / KEPT / 'step-000000018.pt.old')['config']['optim']['lr'] == 2e-3
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(tiny, run, tmp_path):
-    keep = ("--set", "checkpoint.keep_last=1", "--set", "checkpoint.keep_best=2")
-    assert run(*tiny, *keep, "--epochs", "5", "--output", "run")[0] == 0
-    history = load_checkpoint(tmp_path / "run" / LAST)["history"]
-    ranked = sorted(((max(row["val_top1"], row["ema_top1"]), row["updates"]) for row in history), reverse=True)
-    expected = {history[-1]["updates"], *(updates for _, updates in ranked[:2])}
-    assert {int(path.stem[5:]) for path in (tmp_path / "run" / KEPT).iterdir()} == expected
+    keep = ('--set', 'checkpoint.keep_last=1', '--set', 'checkpoint.keep_best=2')
+    assert run(*tiny, *keep, '--epochs', '5', '--output', 'run')[0] == 0
+    history = load_checkpoint(tmp_path / 'run' / LAST)['history']
+    ranked = sorted(((max(row['val_top1'], row['ema_top1']), row['updates']) for row in history), reverse=True)
+    expected = {history[-1]['updates'], *(updates for _, updates in ranked[:2])}
+    assert {int(path.stem[5:]) for path in (tmp_path / 'run' / KEPT).iterdir()} == expected
 
 
 def test_another_batch_size_needs_the_end_of_an_epoch(tiny, run, fails, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         at_update(patch, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert run(*tiny, "--output", "run")[0] == 143
-    error = fails("--resume", "run", "--batch-size", "4", code=2)
-    assert "data.batch_size: 8 -> 4 is not possible in the middle of epoch 2" in error
-    first = "run/checkpoints/step-000000006.pt"
-    assert run("--resume", first, "--batch-size", "4", "--output", "other")[0] == 0
+        assert run(*tiny, '--output', 'run')[0] == 143
+    error = fails('--resume', 'run', '--batch-size', '4', code=2)
+    assert 'data.batch_size: 8 -> 4 is not possible in the middle of epoch 2' in error
+    first = 'run/checkpoints/step-000000006.pt'
+    assert run('--resume', first, '--batch-size', '4', '--output', 'other')[0] == 0
 
 
 def test_what_is_left_of_a_run_without_a_checkpoint_is_used_again(tiny, run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         at_update(patch, 2, interrupt)
         assert run(*tiny)[0] == 130
-    assert [path.name for path in (tmp_path / "output").iterdir()] == ["tiny"]
-    code, out, _ = run(*tiny, "--resume", "auto")
+    assert [path.name for path in (tmp_path / 'output').iterdir()] == ['tiny']
+    code, out, _ = run(*tiny, '--resume', 'auto')
     assert code == 0
-    assert "from epoch" not in out
-    assert [path.name for path in (tmp_path / "output").iterdir()] == ["tiny"]
+    assert 'from epoch' not in out
+    assert [path.name for path in (tmp_path / 'output').iterdir()] == ['tiny']
 
 
-@pytest.mark.parametrize("epochs", [2, 3])
+@pytest.mark.parametrize('epochs', [2, 3])
 def test_a_run_with_all_its_epochs_done_says_so(tiny, run, tmp_path, epochs):
-    assert run(*tiny, "--output", "run")[0] == 0
-    code, out, _ = run("--resume", "run", "--epochs", epochs)
+    assert run(*tiny, '--output', 'run')[0] == 0
+    code, out, _ = run('--resume', 'run', '--epochs', epochs)
     assert code == 0
-    assert f"run     {epochs} epochs: nothing to train, the checkpoint has 3 epochs already" in out
+    assert f'run     {epochs} epochs: nothing to train, the checkpoint has 3 epochs already' in out
 
 
 def test_a_checkpoint_of_another_world_draws_new_numbers_for_new_processes(tiny, run, tmp_path):
-    assert run(*tiny, "--epochs", "2", "--output", "run")[0] == 0
-    state = load_checkpoint(tmp_path / "run" / LAST)
-    save_checkpoint(tmp_path / "run", {**state, "random": state["random"] * 4}, is_best=False)
-    code, out, _ = run("--resume", "run", "--epochs", "3")
+    assert run(*tiny, '--epochs', '2', '--output', 'run')[0] == 0
+    state = load_checkpoint(tmp_path / 'run' / LAST)
+    save_checkpoint(tmp_path / 'run', {**state, 'random': state['random'] * 4}, is_best=False)
+    code, out, _ = run('--resume', 'run', '--epochs', '3')
     assert code == 0
-    assert "resuming with 1 instead of 4 processes" in out
+    assert 'resuming with 1 instead of 4 processes' in out

@@ -17,8 +17,8 @@ def steps(world: int, length: int = 53, batch: int = 12, epoch: int = 1, start: 
     return [sorted(d for part in parts for d in part[k * local : (k + 1) * local]) for k in range(count)]
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
-@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize('world', [2, 3, 4])
+@pytest.mark.parametrize('repeats', [1, 3])
 def test_every_step_has_the_same_images_and_augmentations_on_any_number_of_processes(world, repeats):
     assert steps(world, repeats=repeats) == steps(1, repeats=repeats)
 
@@ -47,12 +47,12 @@ def test_repeated_augmentation_gives_each_image_several_times_with_other_random_
 
 
 def test_a_set_smaller_than_a_batch_is_refused():
-    with pytest.raises(ValueError, match="a batch of 64 images is more than the 53"):
+    with pytest.raises(ValueError, match='a batch of 64 images is more than the 53'):
         TrainSampler(53, batch_size=32, rank=0, world=2, seed=0)
 
 
-@pytest.mark.parametrize("length", [1, 3, 4, 7, 8])
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize('length', [1, 3, 4, 7, 8])
+@pytest.mark.parametrize('world', [1, 2, 3, 5])
 def test_evaluation_counts_every_image_once_and_all_processes_run_equally_long(length, world):
     parts = [list(EvalSampler(length, rank=rank, world=world)) for rank in range(world)]
     assert len({len(part) for part in parts}) == 1

@@ -15,15 +15,15 @@ from hydra_vision.train.stats import mixer_statistics, total_norm
 
 
 def small_model(**kwargs) -> torch.nn.Module:
-    return timm.create_model("hydra_vit_nano", img_size=16, patch_size=4, depth=2, num_classes=5, **kwargs)
+    return timm.create_model('hydra_vit_nano', img_size=16, patch_size=4, depth=2, num_classes=5, **kwargs)
 
 
 def read(path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
+    with open(path, newline='') as file:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"share_bc": True, "dt_limit": (0.02, 0.05)}])
+@pytest.mark.parametrize('kwargs', [{}, {'share_bc': True, 'dt_limit': (0.02, 0.05)}])
 def test_statistics_are_those_of_what_the_mixer_uses(kwargs):
     torch.manual_seed(0)
     model, images = small_model(**kwargs), torch.randn(3, 3, 16, 16)
@@ -34,7 +34,7 @@ def test_statistics_are_those_of_what_the_mixer_uses(kwargs):
         if isinstance(layer, Hydra):
             layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
     found = mixer_statistics(model.train(), images)
-    assert found.keys() == inputs.keys() == {"blocks.0.mixer", "blocks.1.mixer"}
+    assert found.keys() == inputs.keys() == {'blocks.0.mixer', 'blocks.1.mixer'}
     assert model.training
     for name, u in inputs.items():
         layer = model.get_submodule(name)
@@ -49,9 +49,9 @@ def test_statistics_are_those_of_what_the_mixer_uses(kwargs):
         )[2:4]
         dt = torch.stack([dt_f, dt_b]).detach()
         decay = torch.exp(-torch.exp(layer.A_log.detach()) * dt).flatten()
-        assert found[name]["dt_mean"] == pytest.approx(float(dt.mean()), rel=1e-4)
-        assert found[name]["dt_max"] == pytest.approx(float(dt.max()), rel=1e-4)
-        for key, share in (("decay_q05", 0.05), ("decay_q50", 0.5), ("decay_q95", 0.95)):
+        assert found[name]['dt_mean'] == pytest.approx(float(dt.mean()), rel=1e-4)
+        assert found[name]['dt_max'] == pytest.approx(float(dt.max()), rel=1e-4)
+        for key, share in (('decay_q05', 0.05), ('decay_q50', 0.5), ('decay_q95', 0.95)):
             assert found[name][key] == pytest.approx(float(decay.quantile(share)), rel=1e-4)
 
 
@@ -65,7 +65,7 @@ def test_statistics_leave_no_hook_no_gradient_and_no_random_number_behind():
 
 
 def test_a_model_without_hydra_layers_has_no_statistics_and_is_not_run():
-    model = timm.create_model("test_vit")
+    model = timm.create_model('test_vit')
     model.forward = None
     assert mixer_statistics(model, torch.zeros(1, 3, 160, 160)) == {}
     assert across_layers({}) == {}
@@ -78,47 +78,47 @@ def test_total_norm():
 def test_rows_are_written_every_few_updates_and_nothing_is_measured_in_between(tiny, run, tmp_path, monkeypatch):
     calls = []
     measure = engine.mixer_statistics
-    monkeypatch.setattr(engine, "mixer_statistics", lambda *args: calls.append(1) or measure(*args))
-    assert run(*tiny, "--set", "log.every=4", "--output", "run")[0] == 0
-    rows, layers = read(tmp_path / "run" / "steps.csv"), read(tmp_path / "run" / "mixers.csv")
-    assert [row["updates"] for row in rows] == ["4", "8", "12", "16"]
+    monkeypatch.setattr(engine, 'mixer_statistics', lambda *args: calls.append(1) or measure(*args))
+    assert run(*tiny, '--set', 'log.every=4', '--output', 'run')[0] == 0
+    rows, layers = read(tmp_path / 'run' / 'steps.csv'), read(tmp_path / 'run' / 'mixers.csv')
+    assert [row['updates'] for row in rows] == ['4', '8', '12', '16']
     assert len(calls) == 4
     for row in rows:
         numbers = {key: float(value) for key, value in row.items() if value}
         assert all(math.isfinite(value) for value in numbers.values())
-        assert numbers["grad_norm"] > 0
-        assert numbers["param_norm"] > 1
-        assert 0 < numbers["decay_q05"] <= numbers["decay_q50"] <= numbers["decay_q95"] <= 1
-    assert [(row["updates"], row["layer"]) for row in layers] == [(row["updates"], "blocks.0.mixer") for row in rows]
+        assert numbers['grad_norm'] > 0
+        assert numbers['param_norm'] > 1
+        assert 0 < numbers['decay_q05'] <= numbers['decay_q50'] <= numbers['decay_q95'] <= 1
+    assert [(row['updates'], row['layer']) for row in layers] == [(row['updates'], 'blocks.0.mixer') for row in rows]
 
 
 def test_measuring_changes_nothing(tiny, run, tmp_path, assert_same_run):
-    random = ("--set", "model.drop_rate=0.2", "--set", "model.drop_path_rate=0.2")
-    assert run(*tiny, *random, "--set", "log.every=1", "--output", "often")[0] == 0
-    assert run(*tiny, *random, "--set", "log.every=0", "--output", "never")[0] == 0
-    assert_same_run(tmp_path / "often", tmp_path / "never")
-    assert not (tmp_path / "never" / "steps.csv").exists()
+    random = ('--set', 'model.drop_rate=0.2', '--set', 'model.drop_path_rate=0.2')
+    assert run(*tiny, *random, '--set', 'log.every=1', '--output', 'often')[0] == 0
+    assert run(*tiny, *random, '--set', 'log.every=0', '--output', 'never')[0] == 0
+    assert_same_run(tmp_path / 'often', tmp_path / 'never')
+    assert not (tmp_path / 'never' / 'steps.csv').exists()
 
 
 def test_rows_after_the_checkpoint_are_dropped_and_a_torn_one_as_well(tmp_path):
-    values = {"updates": 0, "epoch": 0.5, "lr": 1e-3, "loss": 2.0}
-    layers = {"a": {"dt_mean": 0.1, "dt_max": 0.2, "decay_q05": 0.3, "decay_q50": 0.4, "decay_q95": 0.5}}
+    values = {'updates': 0, 'epoch': 0.5, 'lr': 1e-3, 'loss': 2.0}
+    layers = {'a': {'dt_mean': 0.1, 'dt_max': 0.2, 'decay_q05': 0.3, 'decay_q50': 0.4, 'decay_q95': 0.5}}
     log = CsvLog(tmp_path, 0)
     for updates in (5, 10, 15):
-        log.step(updates, {**values, "updates": updates}, layers)
-    with open(tmp_path / "steps.csv", "a") as file:
-        file.write("20,1.0,0.0")  # killed while it was written
+        log.step(updates, {**values, 'updates': updates}, layers)
+    with open(tmp_path / 'steps.csv', 'a') as file:
+        file.write('20,1.0,0.0')  # killed while it was written
     CsvLog(tmp_path, 10)
-    assert [row["updates"] for row in read(tmp_path / "steps.csv")] == ["5", "10"]
-    assert [row["updates"] for row in read(tmp_path / "mixers.csv")] == ["5", "10"]
+    assert [row['updates'] for row in read(tmp_path / 'steps.csv')] == ['5', '10']
+    assert [row['updates'] for row in read(tmp_path / 'mixers.csv')] == ['5', '10']
 
 
 @pytest.mark.slow
 def test_a_compiled_run_is_measured_and_saved_as_a_plain_one(tiny, run, tmp_path):
-    for name, compiled in (("plain", "false"), ("compiled", "true")):
-        command = (*tiny, "--epochs", "2", "--set", "log.every=5", "--compile", compiled, "--output", name)
+    for name, compiled in (('plain', 'false'), ('compiled', 'true')):
+        command = (*tiny, '--epochs', '2', '--set', 'log.every=5', '--compile', compiled, '--output', name)
         assert run(*command)[0] == 0
-    assert not any("_orig_mod" in name for name in load_checkpoint(tmp_path / "compiled" / LAST)["state_dict"])
-    for first, second in zip(*(read(tmp_path / name / "mixers.csv") for name in ("plain", "compiled")), strict=True):
-        for key in ("dt_mean", "dt_max", "decay_q50"):
+    assert not any('_orig_mod' in name for name in load_checkpoint(tmp_path / 'compiled' / LAST)['state_dict'])
+    for first, second in zip(*(read(tmp_path / name / 'mixers.csv') for name in ('plain', 'compiled')), strict=True):
+        for key in ('dt_mean', 'dt_max', 'decay_q50'):
             assert float(first[key]) == pytest.approx(float(second[key]), rel=1e-2)
