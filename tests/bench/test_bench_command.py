@@ -218,6 +218,26 @@ def test_cuda_run(tmp_path, capsys):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize('what', ['kernels', 'host'])
+def test_times_of_one_call(what, capsys):
+    from hydra_vision.bench import kernels
+
+    kernels.main([what, '--batch', '1', '--length', '64', '--heads', '2'])
+    text = capsys.readouterr().out
+    assert ('mix_heads_kernel' if what == 'kernels' else 'forward + backward') in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_times_of_one_call_need_a_gpu(capsys):
+    pytest.importorskip('triton')
+    from hydra_vision.bench import kernels
+
+    with pytest.raises(SystemExit):
+        kernels.main(['host'])
+    assert 'CUDA device' in capsys.readouterr().err
+
+
+@pytest.mark.gpu
 def test_cuda_graphs_run(tmp_path):
     options = '--models test_hydra_vit --img-sizes 160 --batch-sizes 8 --repeats 3 --time-limit 0 --cuda-graphs'
     assert main(['bench', '--device', 'cuda', *options.split(), '--output', str(tmp_path)]) == 0
