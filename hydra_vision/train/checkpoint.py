@@ -82,9 +82,9 @@ def save_checkpoint(
     except CheckpointError as error:
         kept_text = f'; the previous {LAST} is intact' if (folder / LAST).exists() and not path.exists() else ''
         raise CheckpointError(f'{error}{kept_text}') from error
-    _link(path, folder / LAST)
+    link(path, folder / LAST)
     if is_best:
-        _link(path, folder / BEST)
+        link(path, folder / BEST)
     wanted = {f'step-{step:09d}.pt' for step in keep_steps}
     for old in _steps(folder)[max(keep_last, 1) :]:
         if old.name not in wanted and old != path:
@@ -193,6 +193,13 @@ def set_aside(folder: Path, updates: int) -> list[Path]:
     return aside
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes half-written files of a process that was killed; those of checkpoints are as large as these."""
+    for part in (folder, folder / KEPT):
+        for path in part.glob('.*.tmp'):
+            path.unlink(missing_ok=True)
+
+
 def _on_cpu(value: Any) -> Any:
     """Nested containers with every tensor on the CPU."""
     if isinstance(value, torch.Tensor):
@@ -209,7 +216,7 @@ def _steps(folder: Path) -> list[Path]:
     return sorted((folder / KEPT).glob('step-*.pt'), reverse=True)
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
     """Makes `target` the same file as `source`, atomically; a copy where the file system has no hard links."""
     linked = target.with_name(f'.{target.name}.tmp')
     try:

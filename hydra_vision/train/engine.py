@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from rich.console import Console
 from timm.utils import random_seed
@@ -14,7 +13,7 @@ from torch import nn
 from hydra_vision.eval.classification import Result, evaluate
 from hydra_vision.streams import keep_on_stream
 from hydra_vision.train import build, data, outcome, report, sources
-from hydra_vision.train.checkpoint import LAST, save_checkpoint
+from hydra_vision.train.checkpoint import LAST
 from hydra_vision.train.config import Config
 from hydra_vision.train.cost import measure_cost
 from hydra_vision.train.device import configure_torch, peak_memory, place_model
@@ -29,13 +28,12 @@ from hydra_vision.train.errors import (
 )
 from hydra_vision.train.guard import Guard
 from hydra_vision.train.learner import Learner
-from hydra_vision.train.log import CsvLog, Sink, across_layers
+from hydra_vision.train.log import CsvLog, Sink, StepLog
 from hydra_vision.train.loggers import check_packages, create_loggers
 from hydra_vision.train.progress import Progress
-from hydra_vision.train.randomness import random_state, seed_generators, set_random_state
+from hydra_vision.train.randomness import seed_generators
+from hydra_vision.train.saving import Saver, restore
 from hydra_vision.train.signals import StopSignals
-from hydra_vision.train.stats import mixer_statistics
-from hydra_vision.version import __version__
 
 _CHECK_EVERY = {'cuda': 50}  # batches between looks at the loss, 1 elsewhere: each look waits for the device
 _DRAW_EVERY = 30.0  # seconds between drawings of the curve while the run goes on
@@ -85,15 +83,15 @@ class Trainer:
         self.history: list[report.Row] = []
         self.best: dict[str, Any] | None = None
         if state is not None:
-            self._restore(state)
+            restore(self, state)
         elif self.world.rank > 0:  # the same weights everywhere, but not the same dropout
             seed_generators((config.run.seed, self.world.rank), self.device)
         self.signals = StopSignals()
         self.flags = Flags(self.world, 2)
-        self.saved = time.monotonic()
         self.guard = Guard(config, self.learner, self.world)
+        self.saver, self.steps = Saver(self), StepLog(self)
         if state is not None:
-            self._note_good()
+            self.saver.note_good()
 
     def _build(self, state: dict[str, Any] | None) -> None:
         """What each process builds by itself."""
@@ -173,7 +171,7 @@ class Trainer:
                         self._validate_epoch(meter, row)
                     self.epoch, self.progress = self.epoch + 1, Progress()
                     self.history.append(row)
-                    self._save()
+                    self.saver.save()
                     meter.line(row)
                     for sink in self.sinks:
                         sink.epoch(row)
@@ -204,7 +202,7 @@ class Trainer:
         check_every = _CHECK_EVERY.get(self.device.type, 1)
         accum, total = config.optim.accum_steps, len(loader)
         pending = False
-        self.logged = (time.monotonic(), self.learner.updates)
+        self.steps.start()
         self.learner.train()
         self.learner.optimizer.zero_grad(set_to_none=True)
         with meter.phase(self.epoch, 'train', total) as phase:
@@ -240,47 +238,20 @@ class Trainer:
 
     def _update(self, phase: report.Phase, images: torch.Tensor) -> None:
         """One optimizer step, then what is due after it: a look at the losses, a log row, a checkpoint, the end."""
-        log_every, checkpoint = self.config.log.every, self.config.checkpoint
         step = self.learner.updates + 1
-        log_due = log_every > 0 and step % log_every == 0
+        log_due = self.steps.due_at(step)
         self.learner.update(measure=log_due)
-        minutes = (time.monotonic() - self.saved) / 60
-        time_due = checkpoint.every_minutes is not None and minutes >= checkpoint.every_minutes
-        stop, save_due = self.flags.exchange(self.signals.received > 0, time_due)
-        save_due |= checkpoint.every_steps is not None and step % checkpoint.every_steps == 0
+        stop, save_due = self.flags.exchange(self.signals.received > 0, self.saver.due_by_clock())
+        save_due |= self.saver.due_at(step)
         self.guard.check_steps()
         if log_due or len(self.progress.losses) >= _CHECK_EVERY.get(self.device.type, 1):
             self._look()
         if log_due:
-            self._log(images)
+            self.steps.write(images)
         if stop or save_due:
             self._save_midway(phase)
         if stop:
             self._end_by_signal()
-
-    def _log(self, images: torch.Tensor) -> None:
-        """Tells the sinks where training is."""
-        now, (before, updates_before) = time.monotonic(), self.logged
-        images_an_update = self.config.data.batch_size * self.config.optim.accum_steps
-        layers = {}
-        if self.config.log.mixers and (self.world.primary or self.learner.sharded):
-            layers = mixer_statistics(self.model, images[: self.config.log.mixer_images], self.amp)
-        param_norm = self.learner.param_norm()
-        values = {
-            'updates': self.learner.updates,
-            'epoch': self.epoch + self.progress.batches / len(self.train_loader),
-            'lr': self.learner.lr,
-            'loss': self.progress.last_loss,
-            'grad_norm': self.learner.grad_norm,
-            'param_norm': param_norm,
-            'images_per_second': (self.learner.updates - updates_before) * images_an_update / max(now - before, 1e-9),
-            'skipped': self.learner.skipped,
-            'loss_scale': self.learner.scaler.get_scale() if self.learner.scaler.is_enabled() else None,
-            **across_layers(layers),
-        }
-        for sink in self.sinks:
-            sink.step(self.learner.updates, values, layers)
-        self.logged = (time.monotonic(), self.learner.updates)
 
     def _backward(self, images: torch.Tensor, targets: torch.Tensor, group: int, last: bool = True) -> torch.Tensor:
         """Adds the gradient of one batch; returns its loss."""
@@ -329,88 +300,12 @@ class Trainer:
             self.guard.check_weights(self.epoch)
             progress = self.progress
             progress.images, progress.seconds, progress.waited = phase.images, phase.seconds(), phase.waited
-        self._save()
+        self.saver.save()
 
     def _end_by_signal(self) -> None:
         self.world.barrier()  # rank 0 has written
         number = max(self.world.gather(self.signals.received))
         raise Stopped(number, self.folder / LAST, self.epoch, self.learner.updates)
-
-    def _save(self) -> None:
-        """Checkpoint first, then the summary: what the summary tells can be resumed from."""
-        state = {
-            'arch': self.config.model.name,
-            'config': self.config.to_dict(),
-            'num_classes': self.num_classes,
-            'classes': self.classes,
-            'epoch': self.epoch,
-            'progress': self.progress.to_dict(),
-            'best': self.best,
-            'history': self.history,
-            **self.learner.state(),
-            'random': self.world.gather(random_state(self.device)),
-            'versions': {'hydra_vision': __version__, 'timm': timm.__version__, 'torch': str(torch.__version__)},
-        }
-        error = None
-        if self.world.primary:
-            try:
-                is_best = self.best is not None and self.best['epoch'] == self.epoch and not self.progress.batches
-                checkpoint = self.config.checkpoint
-                save_checkpoint(self.folder, state, is_best, checkpoint.keep_last, self._best_steps())
-                report.write_summary(self.folder, self.history)
-            except CheckpointError as raised:
-                error = str(raised)
-        error = self.world.broadcast(error)
-        if error is not None:
-            raise CheckpointError(error).of_all()
-        self.saved = time.monotonic()
-        self._note_good()
-
-    def _note_good(self) -> None:
-        """What an error may say of the latest checkpoint."""
-        where = f'step {self.learner.updates}' if self.progress.batches else f'epoch {self.epoch}'
-        last = self.folder / LAST
-        self.guard.last_good = f'the last good checkpoint is {last} ({where})'
-        if not last.is_file():
-            self.guard.last_good = 'the checkpoint that it was resumed from is good'
-
-    def _best_steps(self) -> set[int]:
-        """Optimizer steps of the best epochs so far, as many as checkpoints of them are to be kept."""
-        scores = [
-            (max(row[key] for key in ('val_top1', 'ema_top1') if row.get(key) is not None), row['updates'])
-            for row in self.history
-            if row.get('val_top1') is not None
-        ]
-        return {updates for _, updates in sorted(scores, reverse=True)[: self.config.checkpoint.keep_best]}
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        """Takes over everything that a checkpoint holds beside what learns."""
-        self.epoch, self.history, self.best = state['epoch'], state['history'], state['best']
-        self.progress = Progress(**state['progress'])
-        if self.progress.batches:
-            before = state['config']
-            for key, now in (
-                ('data.batch_size', self.config.data.batch_size),
-                ('optim.accum_steps', self.config.optim.accum_steps),
-            ):
-                section, name = key.split('.')
-                if before[section][name] != now:
-                    raise ConfigError(
-                        f'{key}: {before[section][name]} -> {now} is not possible in the middle of epoch '
-                        f'{self.epoch + 1}, where the checkpoint was written; resume with {before[section][name]}, or '
-                        f"from the checkpoint of an epoch's end"
-                    )
-        if self.world.rank < len(state['random']):
-            set_random_state(state['random'][self.world.rank], self.device)
-        else:
-            seed_generators((self.config.run.seed, self.world.rank, self.learner.updates), self.device)
-        if len(state['random']) != self.world.size:
-            self.console.print(
-                f'resuming with {self.world.size} instead of {len(state["random"])} processes: the images of every '
-                f'step stay the same, dropout and mixing draw other numbers',
-                highlight=False,
-                soft_wrap=True,
-            )
 
     def _draw(self) -> None:
         if self.history and self.world.primary:

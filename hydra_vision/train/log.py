@@ -2,10 +2,17 @@
 
 import csv
 import io
+import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
 
 from hydra_vision.train.checkpoint import write_text
+from hydra_vision.train.stats import mixer_statistics
+
+if TYPE_CHECKING:
+    from hydra_vision.train.engine import Trainer
 
 STEPS, MIXERS = 'steps.csv', 'mixers.csv'
 STEP_COLUMNS = (
@@ -79,6 +86,55 @@ class CsvLog:
         csv.writer(text, lineterminator='\n').writerows(formatted)
         with open(self.folder / name, 'a', encoding='utf-8') as file:
             file.write(text.getvalue())
+
+
+class StepLog:
+    """Measures where training is and tells the sinks, every `log.every` updates.
+
+    Args:
+        run: what is measured.
+    """
+
+    def __init__(self, run: 'Trainer'):
+        self.run = run
+        self.start()
+
+    def start(self) -> None:
+        """The pace is measured from here on."""
+        self.time, self.updates = time.monotonic(), self.run.learner.updates
+
+    def due_at(self, step: int) -> bool:
+        """Whether an update is one of those that are measured."""
+        every = self.run.config.log.every
+        return every > 0 and step % every == 0
+
+    def write(self, images: torch.Tensor) -> None:
+        """One row; waits for the device.
+
+        Args:
+            images: (B, C, H, W) of the latest batch, on which Hydra layers are measured.
+        """
+        run, learner, config = self.run, self.run.learner, self.run.config
+        seconds, updates = time.monotonic() - self.time, learner.updates - self.updates
+        images_an_update = config.data.batch_size * config.optim.accum_steps
+        layers = {}
+        if config.log.mixers and (run.world.primary or learner.sharded):
+            layers = mixer_statistics(run.model, images[: config.log.mixer_images], run.amp)
+        values = {
+            'updates': learner.updates,
+            'epoch': run.epoch + run.progress.batches / len(run.train_loader),
+            'lr': learner.lr,
+            'loss': run.progress.last_loss,
+            'grad_norm': learner.grad_norm,
+            'param_norm': learner.param_norm(),
+            'images_per_second': updates * images_an_update / max(seconds, 1e-9),
+            'skipped': learner.skipped,
+            'loss_scale': learner.scaler.get_scale() if learner.scaler.is_enabled() else None,
+            **across_layers(layers),
+        }
+        for sink in run.sinks:
+            sink.step(learner.updates, values, layers)
+        self.start()
 
 
 def across_layers(layers: Layers) -> dict[str, float]:

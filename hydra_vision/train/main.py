@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from hydra_vision.train.arguments import INITIAL, parse_arguments
-from hydra_vision.train.checkpoint import BEST, find_checkpoint, load_checkpoint, set_aside, write_text
+from hydra_vision.train.checkpoint import (
+    BEST,
+    find_checkpoint,
+    load_checkpoint,
+    remove_leftovers,
+    set_aside,
+    write_text,
+)
 from hydra_vision.train.config import Config, check_values, merge, parse_override
 from hydra_vision.train.distributed import World, connected, world_from_environment
 from hydra_vision.train.errors import CheckpointError, ConfigError, Stopped, TrainError, loader_death
 from hydra_vision.train.recipes import read_recipe, recipe_names
-from hydra_vision.train.runs import carry_best, checkpoint_to_resume, folder_of, run_folder
+from hydra_vision.train.runs import checkpoint_to_resume, run_folder, settle
 
 if TYPE_CHECKING:
     from hydra_vision.train.engine import Trainer
@@ -175,14 +182,16 @@ def _prepare(
 ) -> None:
     """What a run folder holds before training starts."""
     from hydra_vision.train.provenance import write_run
+    from hydra_vision.train.report import write_summary
 
+    remove_leftovers(folder)
     write_text(folder / 'config.yaml', trainer.config.to_yaml())
     write_run(folder, trainer.facts(), trainer.device)
     if state is None:
         return
-    if folder_of(checkpoint).resolve() != folder.resolve():
-        carry_best(checkpoint, state, folder)
-    for path in set_aside(folder, state['updates']):
+    write_summary(folder, trainer.history)  # the process before may have been killed between checkpoint and summary
+    best = settle(checkpoint, state, folder)
+    for path in [*set_aside(folder, state['updates']), *([] if best is None else [best])]:
         console.print(f'set aside: {path}', highlight=False, soft_wrap=True)
 
 

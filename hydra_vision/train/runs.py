@@ -1,7 +1,7 @@
 """Run folders: which one a command means, and which checkpoint in it."""
 
+import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ from hydra_vision.train.checkpoint import (
     LAST,
     find_checkpoint,
     has_checkpoint,
+    link,
     load_checkpoint,
     newest_checkpoint,
-    write_atomically,
 )
 from hydra_vision.train.errors import CheckpointError, ConfigError
 
@@ -88,18 +88,40 @@ def folder_of(checkpoint: Path) -> Path:
     return checkpoint.parent.parent if checkpoint.parent.name == KEPT else checkpoint.parent
 
 
-def carry_best(checkpoint: Path, state: dict[str, Any], folder: Path) -> None:
-    """Copies the best checkpoint so far to the folder in which a run goes on: no later epoch may be better."""
-    if state['best'] is None:
-        return
-    for path in (checkpoint, folder_of(checkpoint) / BEST):
-        if not path.is_file():
-            continue
-        found = load_checkpoint(path)
-        if found['epoch'] == state['best']['epoch'] and not found['progress']['batches']:
-            with open(path, 'rb') as source:
-                write_atomically(folder / BEST, lambda file, source=source: shutil.copyfileobj(source, file))
-            return
+def settle(checkpoint: Path, state: dict[str, Any], folder: Path) -> Path | None:
+    """Makes last.pt and best.pt of the folder in which a run goes on those of the part of it that is done.
+
+    They may be others: best.pt of a run in another folder, both of later epochs that are trained again, or of the epoch
+    before where the process was killed between writing a checkpoint and naming it.
+
+    Returns:
+        Where a best.pt of later epochs went, if there was one: `best.pt.old`.
+    """
+    home, target, best = folder_of(checkpoint), folder / BEST, state['best']
+    if home.resolve() == folder.resolve() and checkpoint.name != LAST:
+        link(checkpoint, folder / LAST)
+    named = [] if best is None else [home / BEST, checkpoint, *(home / KEPT).glob('step-*.pt')]
+    found = next((path for path in named if _is_of_epoch(path, best['epoch'])), None)
+    if found is not None and target.is_file() and os.path.samefile(found, target):
+        return None
+    aside = None
+    if target.is_file() and not _is_of_epoch(target, *range(1, state['epoch'] + 1)):
+        aside = target.with_name(f'{BEST}.old')
+        os.replace(target, aside)
+    if found is not None:
+        link(found, target)
+    return aside
+
+
+def _is_of_epoch(path: Path, *epochs: int) -> bool:
+    """Whether a file is an intact checkpoint of the end of one of these epochs."""
+    if not path.is_file():
+        return False
+    try:
+        state = load_checkpoint(path)
+    except CheckpointError:
+        return False
+    return state['epoch'] in epochs and not state.get('progress', {}).get('batches')
 
 
 def _runs(name: str) -> list[Path]:

@@ -7,13 +7,15 @@ import random
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from hydra_vision.train import engine
-from hydra_vision.train.checkpoint import KEPT, LAST, load_checkpoint, save_checkpoint
+from hydra_vision.train import checkpoint, engine, saving
+from hydra_vision.train.checkpoint import BEST, KEPT, LAST, load_checkpoint, save_checkpoint
+from hydra_vision.train.config import Config
 
 # Everything that is random at once: dropout, stochastic depth, augmentation, erasing, mixing, order.
 RANDOM = (
@@ -153,6 +155,67 @@ def test_checkpoints_by_the_clock(tiny, run, tmp_path, monkeypatch):
     at_update(monkeypatch, 4, interrupt)
     assert run(*tiny, '--set', 'checkpoint.every_minutes=1e-9', '--output', 'run')[0] == 130
     assert load_checkpoint(tmp_path / 'run' / LAST)['updates'] == 3
+
+
+def test_the_clock_asks_once_for_a_checkpoint():
+    """Several processes follow a wish one update later: asked again by then, they would write each checkpoint twice."""
+    saver = saving.Saver(SimpleNamespace(config=Config.from_dict({'checkpoint': {'every_minutes': 1}})))
+    assert not saver.due_by_clock()
+    saver.saved -= 61
+    assert [saver.due_by_clock(), saver.due_by_clock()] == [True, False]
+
+
+def improving(monkeypatch, scores: list[float]) -> None:
+    """Lets the validations of a run end with the given top-1, for raw and averaged weights."""
+    given = iter(scores)
+
+    def evaluate(models, loader, *_):
+        top1 = next(given)
+        return {name: {'top1': top1, 'top5': 100.0, 'loss': 1.0, 'images': 18} for name in models}
+
+    monkeypatch.setattr(engine, 'evaluate', evaluate)
+
+
+def stopping(function, name: str, folder):
+    """`function`, which writes or names a file, interrupted at this name once epoch 2 has its checkpoint."""
+
+    def write(first, second):
+        written = 'summary.csv' if first == folder.relative_to(folder.parent) else second.name
+        if written == name and (folder / KEPT / 'step-000000012.pt').exists():
+            interrupt()
+        function(first, second)
+
+    return write
+
+
+@pytest.mark.parametrize('name', [LAST, BEST, 'summary.csv'])
+def test_a_kill_between_the_files_of_a_checkpoint_leaves_none_behind(tiny, run, tmp_path, monkeypatch, name):
+    """The checkpoint of epoch 2 is written; what names or tells it is not."""
+    improving(monkeypatch, [10.0, 30.0, 20.0])
+    with monkeypatch.context() as patch:
+        for module, function in ((checkpoint, 'link'), (saving.report, 'write_summary')):
+            patch.setattr(module, function, stopping(getattr(module, function), name, tmp_path / 'run'))
+        assert run(*tiny, '--output', 'run')[0] == 130
+    (tmp_path / 'run' / KEPT / '.step-000000015.pt.tmp').write_bytes(b'half')  # killed while it was written
+    assert run(*tiny, '--output', 'run', '--resume', 'auto', '--epochs', 2)[0] == 0
+    with open(tmp_path / 'run' / 'summary.csv', newline='') as file:
+        assert [row['val_top1'] for row in csv.DictReader(file)] == ['10', '30']
+    assert run('--resume', 'run', '--epochs', 3)[0] == 0
+    assert load_checkpoint(tmp_path / 'run' / BEST)['epoch'] == 2
+    assert load_checkpoint(tmp_path / 'run' / LAST)['epoch'] == 3
+    assert not list((tmp_path / 'run').rglob('*.tmp'))
+
+
+def test_a_run_that_goes_on_before_its_best_epoch_does_not_take_it_for_its_own(tiny, run, tmp_path, monkeypatch):
+    improving(monkeypatch, [20.0, 10.0, 30.0, 15.0])
+    assert run(*tiny, '--output', 'run')[0] == 0
+    code, out, _ = run('--resume', 'run/checkpoints/step-000000012.pt', '--set', 'optim.lr=1e-3')
+    assert code == 0
+    assert 'set aside: run/best.pt.old' in out
+    assert load_checkpoint(tmp_path / 'run' / 'best.pt.old')['best']['top1'] == 30
+    state = load_checkpoint(tmp_path / 'run' / LAST)
+    assert (state['best']['top1'], state['best']['epoch']) == (20, 1)
+    assert not (tmp_path / 'run' / BEST).exists()  # of epoch 1 nothing is left: keep_best was 1, and epoch 3 better
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_run_goes_on_before_it(
