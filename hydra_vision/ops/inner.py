@@ -65,7 +65,7 @@ def hydra_inner(
         (B, L, d_inner), dtype of ``zxbcdt``: ready for out_proj.
 
     Raises:
-        ValueError: a shape that does not fit, an even d_conv, an empty dt_limit, an unknown backend.
+        ValueError: a shape or device that does not fit, an even d_conv, an empty dt_limit, an unknown backend.
         TypeError: ``zxbcdt`` is not a floating-point tensor.
         RuntimeError: the named backend cannot run here.
     """
@@ -217,6 +217,7 @@ def _check_inner(
     for name, t, shape in (
         ('conv_weight', conv_weight, (conv_dim, 1, d_conv)),
         ('conv_bias', conv_bias, (conv_dim,)),
+        ('dt_bias', dt_bias, (H,)),
         ('A_log', A_log, (H,)),
         ('D', D, (H,)),
         ('fc_D_weight', fc_D_weight, (H, d_inner)),
@@ -225,6 +226,8 @@ def _check_inner(
     ):
         if t is not None and tuple(t.shape) != shape:
             raise ValueError(f'{name} has shape {tuple(t.shape)}; it must be {shape}')
+        if t is not None and t.device != zxbcdt.device:
+            raise ValueError(f'{name} is on device {t.device}; it must be on that of zxbcdt, {zxbcdt.device}')
     low, high = dt_limit
     if not 0.0 <= low <= high:
         raise ValueError(f'dt_limit = {tuple(dt_limit)}; it must be (min, max) with 0 <= min <= max')

@@ -156,6 +156,10 @@ def test_norm_statistics_do_not_overflow_float16():
         (dict(D=lambda t: t[:-1]), 'D has shape'),
         (dict(fc_D_weight=lambda t: t.T), 'fc_D_weight has shape'),
         (dict(norm_weight=lambda t: t[:-1]), 'norm_weight has shape'),
+        *(
+            ({name: lambda t: t.to('meta')}, f'{name} is on device meta; it must be on that of zxbcdt, cpu')
+            for name in ('conv_weight', 'conv_bias', 'dt_bias', 'A_log', 'D', 'fc_D_weight', 'norm_weight')
+        ),
     ],
 )
 def test_bad_tensors_are_named(change, message):

@@ -50,6 +50,18 @@ def test_limits_are_errors(sizes, dtype, error, words):
 
 
 @needs_triton
+def test_heads_too_far_apart_for_32_bits_are_copied():
+    from hydra_vision.ops.triton.function import _mix_arguments
+
+    L, H, P, far = 40, 9, 16, 2**28  # head 8 begins at 2**31
+    x = torch.empty_strided((1, L, H, P), (H * far, P, far, 1), dtype=torch.bfloat16, device='meta')
+    dt = torch.empty(1, L, H, device='meta')
+    bc = tuple(torch.empty_strided((1, L, H, P), (H * far, P, far, 1), device='meta') for _ in range(4))
+    _, x, _, bc, _ = _mix_arguments(x, dt, dt, torch.empty(H, device='meta'), bc, None)
+    assert all(t.stride() == (L * H * P, H * P, P, 1) for t in (x, *bc))
+
+
+@needs_triton
 def test_table_covers_every_size():
     from hydra_vision.ops.triton.table import L_BUCKETS, launch_for, shipped
 

@@ -104,6 +104,60 @@ def test_closed_gates_keep_their_gradients(dtype):
         assert float((found.cpu().double() - expected).norm()) <= tolerance * float(expected.norm())
 
 
+def test_parameters_with_gaps():
+    """Slices and expanded tensors as the parameters that are one number a head or channel."""
+    from hydra_vision.ops import hydra_inner, quasiseparable_mix
+
+    def with_gaps(t):
+        wide = torch.full((*t.shape, 3), 7.0, device=DEVICE)
+        wide[..., 1] = t
+        return wide[..., 1]
+
+    tensors = [t.to(DEVICE) for t in inner_arguments(1, 9, 3, 16, 1, 16)[:8]]
+    gaps = [tensors[0], *(with_gaps(t) for t in tensors[1:])]
+    whole, parts = (hydra_inner(*a, headdim=16, d_state=16, backend='triton') for a in (tensors, gaps))
+    assert torch.equal(whole, parts)
+    arguments = [t.to(DEVICE) for t in mix_arguments(1, 9, 3, 16, 1, 16, D='head')[:9]]
+    arguments[3] = -torch.ones((), device=DEVICE).expand(3)
+    gaps = [with_gaps(t) if k == 8 else t for k, t in enumerate(arguments)]
+    arguments[3] = arguments[3].contiguous()
+    whole, parts = (quasiseparable_mix(*a, backend='triton') for a in (arguments, gaps))
+    assert torch.equal(whole, parts)
+
+
+@pytest.mark.parametrize('layout', ['one tile a chunk', 'three tiles a chunk'])
+def test_scores_beyond_the_range_of_float16(layout):
+    """C . B reaches 150,000; with the step sizes in it the result fits."""
+    from hydra_vision.ops import quasiseparable_mix
+    from hydra_vision.ops.triton.plan import forced_launch
+
+    tensors = mix_arguments(1, 40, 2, 16, 1, 64)[:9]
+    for k in (1, 2):
+        tensors[k] *= 0.02
+    for k in (4, 5, 6, 7):
+        tensors[k] = 40 * tensors[k].abs()
+    tensors = [t.to(DEVICE, torch.float16) if k in (0, 4, 5, 6, 7) else t.to(DEVICE) for k, t in enumerate(tensors)]
+    expected = value_and_grads(lambda a: quasiseparable_mix(*a, backend='chunked'), tensors)
+    assert expected[0].abs().max() < 10000
+    with forced_launch(launches()[layout]):
+        found = value_and_grads(lambda a: quasiseparable_mix(*a, backend='triton'), tensors)
+    for ours, theirs in zip(found, expected):
+        assert float((ours.float() - theirs.float()).norm()) <= 4e-3 * float(theirs.float().norm())
+
+
+def test_saved_tensors_given_back_in_another_layout():
+    from hydra_vision.ops.triton import hydra_inner
+
+    def other_layout(t):
+        return t.transpose(0, 1).contiguous().transpose(0, 1) if t.ndim > 1 else t
+
+    tensors = [t.to(DEVICE) for t in inner_arguments(2, 9, 2, 16, 1, 16)[:8]]
+    expected = value_and_grads(lambda a: hydra_inner(*a, headdim=16, d_state=16), tensors)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, other_layout):
+        found = value_and_grads(lambda a: hydra_inner(*a, headdim=16, d_state=16), tensors)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
 def test_empty_batch():
     from hydra_vision.ops.triton import hydra_inner, quasiseparable_mix
 
@@ -131,6 +185,17 @@ def test_second_derivative_is_refused():
     y = quasiseparable_mix(*arguments)
     with pytest.raises(RuntimeError, match='second derivatives'):
         torch.autograd.grad(y.sum(), arguments[0], create_graph=True)
+
+
+def test_transforms_are_refused():
+    from hydra_vision.ops.triton import hydra_inner, quasiseparable_mix
+
+    arguments = [None if t is None else t.to(DEVICE) for t in mix_arguments(1, 3, 1, 16, 1, 16)]
+    with pytest.raises(RuntimeError, match=r'transforms of torch\.func'):
+        torch.func.grad(lambda x: quasiseparable_mix(x, *arguments[1:]).sum())(arguments[0])
+    z, *others = (t.to(DEVICE) for t in inner_arguments(2, 3, 1, 16, 1, 16)[:8])
+    with pytest.raises(RuntimeError, match=r'transforms of torch\.func'):
+        torch.func.vmap(lambda z: hydra_inner(z[None], *others, headdim=16, d_state=16))(z)
 
 
 def test_operators_pass_opcheck():

@@ -67,6 +67,15 @@ def test_heads_that_few_numbers_divide(arch, H, P):
 
 
 @pytest.mark.parametrize('arch', [80, 90])
+def test_many_wide_heads(arch):
+    """The diagonal's gradient returns through a product over all heads, here 128 of 64 columns."""
+    from hydra_vision.ops.triton.offline import compile_launch, problem_launches
+
+    launches = problem_launches(arch, 196, H=128)
+    check(arch, [compile_launch(launch, arch) for launch in launches if launch.name == 'dx_heads_kernel'])
+
+
+@pytest.mark.parametrize('arch', [80, 90])
 def test_layer_norm(arch):
     from hydra_vision.ops.triton.offline import compile_launch, layer_norm_launches
 

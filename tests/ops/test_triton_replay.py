@@ -1,6 +1,8 @@
 """Kernels of a call started again: the same results at other addresses, and when not to."""
 
 import ctypes
+import gc
+import weakref
 
 import pytest
 import torch
@@ -20,14 +22,14 @@ class Compiled:
     function, packed_metadata = 'function', 'metadata'
 
     def __init__(self, direct):
-        self.direct = direct
+        def run(x, y, z, stream, function, metadata, *rest):
+            assert rest[:3] == (None, None, None)
+            assert (x, y, z, stream, function, metadata) == (3, 1, 1, 'stream', 'function', 'metadata')
+            a, b, out, scale, offset = rest[3:]
+            direct.append(type(a))
+            add(a, b, out, scale, offset)
 
-    def run(self, x, y, z, stream, function, metadata, *rest):
-        assert rest[:3] == (None, None, None)
-        assert (x, y, z, stream, function, metadata) == (3, 1, 1, 'stream', 'function', 'metadata')
-        a, b, out, scale, offset = rest[3:]
-        self.direct.append(type(a))
-        add(a, b, out, scale, offset)
+        self.run = run
 
 
 def add(a, b, out, scale, offset):
@@ -107,6 +109,17 @@ def test_the_second_call_starts_kernels_by_address(modules):
         case(modules, kernel, aligned(N), aligned(2 * N))
     assert kernel.direct == [int] * 9
     assert torch.equal(torch.Tensor(first), kept)  # results are new tensors every time
+
+
+def test_kernels_live_as_long_as_they_may_be_started(modules):
+    """Triton unloads a compiled kernel that nothing refers to."""
+    launch, replay = modules
+    kernel = Kernel()
+    case(modules, kernel, aligned(N), aligned(2 * N))
+    known = [weakref.ref(found[0]) for found in launch._known.values()]
+    launch._known.clear()
+    gc.collect()
+    assert all(reference() is not None for reference in known)
 
 
 def test_addresses_that_other_kernels_are_for_are_not_replayed(modules):

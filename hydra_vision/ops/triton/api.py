@@ -5,7 +5,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .function import HydraInner, QuasiseparableMix
+from .function import HydraInner, QuasiseparableMix, refuse_transforms
 from .library import hydra_inner_op, quasiseparable_mix_op
 
 __all__ = ['hydra_inner', 'quasiseparable_mix']
@@ -26,6 +26,7 @@ def quasiseparable_mix(
     """y (B, L, H, P) = M x. Arguments as in ``hydra_vision.ops.quasiseparable_mix``."""
     if torch.compiler.is_compiling():
         return quasiseparable_mix_op(x, dt_f, dt_b, A, B_f, C_f, B_b, C_b, D, init_states)
+    refuse_transforms()
     return QuasiseparableMix.apply(x, dt_f, dt_b, A, B_f, C_f, B_b, C_b, D, init_states)
 
 
@@ -54,6 +55,7 @@ def hydra_inner(
             zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states,
             headdim, d_state, ngroups, share_bc, low, high, eps,
         )[0]  # fmt: skip
+    refuse_transforms()
     return HydraInner.apply(
         zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states,
         headdim, d_state, ngroups, share_bc, (low, high), eps,

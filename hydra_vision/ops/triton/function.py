@@ -15,6 +15,7 @@ __all__ = [
     'mix_backward_all',
     'mix_forward_all',
     'refuse_second_derivatives',
+    'refuse_transforms',
 ]
 
 
@@ -23,6 +24,15 @@ def refuse_second_derivatives() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "backend 'triton' has no second derivatives (create_graph=True was given); use backend 'chunked' for them"
+        )
+
+
+def refuse_transforms() -> None:
+    """Inside ``torch.func.grad`` or ``vmap`` a kernel would be given wrappers of tensors, which have no memory."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "backend 'triton' cannot run inside the transforms of torch.func (grad, vmap, jvp, ...); "
+            "use backend 'chunked' for them"
         )
 
 
@@ -47,10 +57,15 @@ class HydraInner(torch.autograd.Function):
         return *grads, *(None for _ in ctx.numbers)
 
 
+def _reachable(t: Tensor) -> bool:
+    """Whether the kernels can step through the last two dimensions: heads or groups in 32 bits, columns by one."""
+    return t.stride(-1) == 1 and t.shape[-2] * t.stride(-2) < 2**31
+
+
 def _common(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The same tensors with equal strides and a last stride of 1."""
     strides = tensors[0].stride()
-    if strides[-1] == 1 and all(t.stride() == strides for t in tensors) and strides[-2] >= 0:
+    if _reachable(tensors[0]) and all(t.stride() == strides for t in tensors):
         return tensors
     return tuple(t.contiguous() for t in tensors)
 
@@ -61,16 +76,16 @@ def _mix_arguments(
     B, L, H, P = x.shape
     G, N = bc[0].shape[2:]
     plan = make_plan(B, L, H, P, G, N, x)
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = x if _reachable(x) else x.contiguous()
     if dt_f.dtype != dt_b.dtype:
         dt_f, dt_b = dt_f.float(), dt_b.float()
     dt_f, dt_b = _common(dt_f, dt_b)
     diag = None
     if D is not None and D.ndim == 1:
-        diag = D.float()
+        diag = D.float().contiguous()
     elif D is not None:
         diag = D.float().transpose(1, 2).contiguous()
-    return plan, x, DtSource(dt_f, dt_b, A.float()), _common(*bc), diag
+    return plan, x, DtSource(dt_f, dt_b, A.float().contiguous()), _common(*bc), diag
 
 
 def mix_forward_all(

@@ -29,6 +29,7 @@ CHANNELS = 64
 SEGMENT = 256  # tokens a program of the seven-wide convolution
 LANES = 256  # channels of it
 NORM_PROGRAMS = 792
+_PARAMETERS = ('conv_weight', 'conv_bias', 'dt_bias', 'A_log', 'D', 'fc_D_weight', 'norm_weight', 'init_states')
 
 
 @dataclass
@@ -54,10 +55,10 @@ class InnerArguments:
     def __post_init__(self) -> None:
         if self.zxbcdt.stride(-1) != 1:
             self.zxbcdt = self.zxbcdt.contiguous()
-        self.conv_weight = self.conv_weight.contiguous()
-        self.fc_D_weight = self.fc_D_weight.contiguous()
-        if self.init_states is not None:
-            self.init_states = self.init_states.contiguous()
+        for name in _PARAMETERS:  # a slice or an expanded tensor is a parameter too
+            t = getattr(self, name)
+            if t is not None and not t.is_contiguous():
+                setattr(self, name, t.contiguous())
 
     def tensors(self) -> tuple[Optional[Tensor], ...]:
         """The nine tensors, in order."""
@@ -214,7 +215,8 @@ def inner_backward(
         _, *parameters = a.tensors()
         rows = torch.empty(plan.B, plan.L, padded_row(a.zxbcdt), dtype=plan.dtype, device=plan.device)
         return rows[..., : a.zxbcdt.shape[-1]], *(None if t is None else torch.zeros_like(t) for t in parameters)
-    saved = (out if plan.keeps_norm else y, rstd, diag, dout.contiguous())
+    # contiguous as they were returned, unless a hook on saved tensors gave others back
+    saved = tuple(t.contiguous() for t in (out if plan.keeps_norm else y, rstd, diag, dout))
     kernels = partial(_backward_kernels, a, plan, *saved)
     # B's and C's gradients of both directions are added by PyTorch, between kernels
     results = kernels() if a.share_bc else _run(a, 'backward', kernels, *saved)

@@ -23,7 +23,7 @@ _recording = threading.local()  # .launches: where launches of this thread are n
 
 @contextmanager
 def recorded() -> Iterator[list[tuple[Any, ...]]]:
-    """Notes the launches on GPUs inside the block: (run, function, metadata), grid of three, arguments in order."""
+    """Notes the launches on GPUs inside the block: (kernel, run, function, metadata), grid of three, arguments."""
     before = getattr(_recording, 'launches', None)
     _recording.launches = launches = []
     try:
@@ -81,4 +81,4 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         run(x, y, z, stream, function, metadata, None, None, None, *args, *rest)
     launches = getattr(_recording, 'launches', None)
     if launches is not None:
-        launches.append((found[1:4], (x, y, z), (*args, *found[4])))
+        launches.append((found[:4], (x, y, z), (*args, *found[4])))

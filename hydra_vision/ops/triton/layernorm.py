@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .function import refuse_second_derivatives
+from .function import refuse_second_derivatives, refuse_transforms
 from .launch import launch
 
 __all__ = ['MAX_WIDTH', 'layer_norm']
@@ -171,6 +171,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
 
     Raises:
         ValueError: D is too large, or weight and bias do not have D entries.
+        RuntimeError: inside a transform of torch.func.
     """
     D = x.shape[-1]
     if not 1 <= D <= MAX_WIDTH:
@@ -178,4 +179,5 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
     for name, t in (('weight', weight), ('bias', bias)):
         if tuple(t.shape) != (D,):
             raise ValueError(f'{name} has shape {tuple(t.shape)}; it must be ({D},)')
+    refuse_transforms()
     return LayerNormFunction.apply(x, weight, bias, eps, dtype)

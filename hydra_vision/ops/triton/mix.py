@@ -88,7 +88,7 @@ def off_diagonal(
         total = tile_total(l_ptr, other, T, DIRECTION)
         s = tl.load(s_ptr + (other - first) * (T * T) + t[:, None] * T + t[None, :])  # (T, T)
         xw = scaled_rows(x_ptr, l_ptr, dt_ptr, other, span, total, stride_xl, L, P, T)  # (T, P)
-        acc = tl.dot(s, xw, acc, input_precision=PREC)
+        acc = tl.dot(s, xw.to(s.dtype), acc, input_precision=PREC)
         span += total
     if HAS_STATE:
         n = tl.arange(0, N)

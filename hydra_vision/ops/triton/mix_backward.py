@@ -61,7 +61,7 @@ def _row_sums(
         s = tl.load(s_ptr + (other - first) * (T * T) + t[:, None] * T + t[None, :])  # (T, T)
         total = tile_total(l_ptr, other, T, DIRECTION)
         xw = scaled_rows(x_ptr, l_ptr, dt_ptr, other, span, total, stride_xl, L, P, T)  # (T, P)
-        acc = tl.dot(s, xw, acc, input_precision=PREC)
+        acc = tl.dot(s, xw.to(s.dtype), acc, input_precision=PREC)
     tl.store(out_ptr + t, tl.sum(acc * dyr, axis=1))
 
 
@@ -175,7 +175,8 @@ def _column(
         s = tl.load(st_ptr + (other - first) * (T * T) + t[:, None] * T + t[None, :])  # (T, T), [j, i]
         dyi = load_rows(dy_ptr, other * T + t, p, stride_dl, L)  # (T, P)
         r = tl.exp2((span + row_exponents(l_ptr, other, T, DIRECTION)).to(tl.float32))  # (T,)
-        acc = tl.dot(s, (dyi.to(tl.float32) * r[:, None]).to(dyi.dtype), acc, input_precision=PREC)
+        dyr = (dyi.to(tl.float32) * r[:, None]).to(dyi.dtype)
+        acc = tl.dot(s, dyr.to(s.dtype), acc, input_precision=PREC)
         span += tile_total(l_ptr, other, T, DIRECTION)
     acc = acc * w[:, None]
     tl.store(out_ptr + t, tl.sum(acc * x, axis=1) * dt)
@@ -248,6 +249,7 @@ def mix_columns_kernel(
     ds_ptr = dstates + (((b * H + h) * 2) * nC + chunk) * (N * P)
     xj = load_rows(x + b * stride_xb + h * stride_xh, rows, p, stride_xl, L).to(tl.float32)  # (T, P)
     dyj = load_rows(dy_ptr, rows, p, H * P, L)  # (T, P)
+    dyw = dyj.to(ST.dtype.element_ty)
     s = tl.load(st_ptr + (tile - first) * (T * T) + j * T + i).to(tl.float32)  # (T, T), [j, i]
     row_f = row_exponents(lf_ptr, tile, T, 0)[None, :]
     row_b = row_exponents(lb_ptr, tile, T, 1)[None, :]
@@ -262,7 +264,7 @@ def mix_columns_kernel(
         dy_ptr, st_ptr, B_f + b_off, ds_ptr, lf_ptr, out_ptr + 3 * plane, onward_ptr, xj, dt_j, tile, first, last,
         H * P, stride_bl, L, N, P, T, 0, HAS_STATE, PREC,
     )  # (T, P)  # fmt: skip
-    u = tl.dot(tl.where(i > j, s, 0.0).to(dyj.dtype), dyj, u, input_precision=PREC)
+    u = tl.dot(tl.where(i > j, s, 0.0).to(dyw.dtype), dyw, u, input_precision=PREC)
     tl.store(out_ptr + 4 * plane + t, tl.sum(u * xj, axis=1))
     acc = u * dt_j[:, None]
     dt_j = tl.load(dtb + head + rows)
@@ -270,7 +272,7 @@ def mix_columns_kernel(
         dy_ptr, st_ptr, B_b + b_off, ds_ptr + nC * (N * P), lb_ptr, out_ptr + 9 * plane, onward_ptr + nT, xj, dt_j,
         tile, first, last, H * P, stride_bl, L, N, P, T, 1, HAS_STATE, PREC,
     )  # (T, P)  # fmt: skip
-    u = tl.dot(tl.where(i < j, s, 0.0).to(dyj.dtype), dyj, u, input_precision=PREC)
+    u = tl.dot(tl.where(i < j, s, 0.0).to(dyw.dtype), dyw, u, input_precision=PREC)
     tl.store(out_ptr + 10 * plane + t, tl.sum(u * xj, axis=1))
     acc += u * dt_j[:, None]
 

@@ -74,7 +74,7 @@ def dx_heads_kernel(
         b_off = b * stride_bb + g * stride_bg
         b_f = load_rows(B_f + b_off, rows, n, stride_bl, L).to(wide)  # (T, N)
         b_b = load_rows(B_b + b_off, rows, n, stride_bl, L).to(wide)
-    if FC:
+    if FC and HB * P <= 4096:
         hh = tl.arange(0, HB)
         some = hh < H
         dd = tl.load(ddiag + (b * L + rows)[:, None] * H + hh[None, :], mask=seen[:, None] & some[None, :], other=0.0)
@@ -107,7 +107,18 @@ def dx_heads_kernel(
         if DIAGONAL == 2:
             m = tl.where(i == j, tl.load(diag + (b * H + h) * L + rows, mask=seen, other=0.0)[:, None], m)
         acc = tl.dot(m.to(dyj.dtype), dyj, acc, input_precision=PREC)
-        if FC:
+        if FC and HB * P > 4096:  # all heads at once would need more shared memory than consumer cards have
+            for start in tl.range(0, HB, 64, num_stages=1):
+                hs = start + tl.arange(0, 64)
+                these = hs < H
+                di = tl.load(
+                    ddiag + (b * L + rows)[:, None] * H + hs[None, :],
+                    mask=seen[:, None] & these[None, :],
+                    other=0.0,
+                )  # (T, 64)
+                fi = tl.load(fc + hs[:, None] * (H * P) + h * P + p[None, :], mask=these[:, None], other=0.0)  # (64, P)
+                acc = tl.dot(di.to(product), fi.to(product), acc, input_precision=PREC)
+        elif FC:
             f = tl.load(fc + hh[:, None] * (H * P) + h * P + p[None, :], mask=some[:, None], other=0.0)  # (HB, P)
             acc = tl.dot(dd, f.to(product), acc, input_precision=PREC)
         elif DIAGONAL != 0:

@@ -119,7 +119,7 @@ def decays_backward(plan: Plan, source: DtSource, g: MixGrads, ddtf: Tensor, ddt
 
 def _scores(plan: Plan, bc: tuple[Tensor, ...], transposed: bool) -> Tensor:
     B_f, C_f, B_b, C_b = bc
-    S = plan.tiles(plan.dtype)
+    S = plan.tiles(plan.wide)
     launch(scores_kernel, (plan.nT * plan.G * plan.B,),
         B_f, C_f, B_b, C_b, S, B_f.stride(0), B_f.stride(1), B_f.stride(2), plan.L, plan.G, plan.nT, plan.QT,
         N=plan.N, T=plan.T, TRANSPOSED=transposed, PREC=plan.precision, **plan.options('scores'),

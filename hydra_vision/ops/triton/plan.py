@@ -82,7 +82,7 @@ class Plan:
 
     @cached_property
     def wide(self) -> torch.dtype:
-        """Of states and of the scores' gradient: bfloat16 has the range for them, float16 has not."""
+        """Of states, of scores and of their gradient: bfloat16 has the range for them, float16 has not."""
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
 
     @cached_property

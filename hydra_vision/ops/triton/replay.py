@@ -69,7 +69,8 @@ class Replay:
             return len(inputs) + len(results), offsets[start] + address - start
 
         self.launches = []
-        for (run, function, metadata), grid, args in launches:
+        self.kernels = {kernel for (kernel, *_), _, _ in launches}  # Triton unloads what nothing refers to
+        for (_, run, function, metadata), grid, args in launches:
             template = [0 if isinstance(a, Tensor) else a for a in args]
             addresses = [(position, *place(a)) for position, a in enumerate(args) if isinstance(a, Tensor)]
             self.launches.append((run, grid, function, metadata, template, addresses))
