@@ -15,7 +15,7 @@ from .memory import allocated, peak_above
 from .roofline import Roofline
 from .timing import Timing, measure
 
-__all__ = ['MODES', 'Case', 'Result', 'build_step', 'groups', 'run_group']
+__all__ = ['MODES', 'Case', 'Result', 'build_step', 'fresh_compiler', 'groups', 'run_group']
 
 MODES = {
     'infer': 'inference: forward without gradients, eval mode',
@@ -141,7 +141,7 @@ def run_group(
     """
     steps: dict[Case, Callable[[], object]] = {}
     results: dict[Case, Result] = {}
-    with _fresh_compiler():
+    with fresh_compiler():
         for case in cases:
             verb = 'compiling' if case.compiled else 'building'
             progress(f'{verb} {case.label}, {case.img_size} px, batch {case.batch}, {case.mode}')
@@ -177,7 +177,7 @@ def run_group(
 
 
 @contextlib.contextmanager
-def _fresh_compiler() -> Iterator[None]:
+def fresh_compiler() -> Iterator[None]:
     """Compiled code of one group only; many models may share a class, and none may fall back to eager unnoticed."""
     import torch._dynamo  # costs seconds; by now the models have imported it anyway
 

@@ -1,6 +1,7 @@
 """What a run leaves behind: rows for CSV files, tables for people."""
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -8,6 +9,7 @@ from typing import Any, Optional
 from rich.table import Table
 
 from ..tables import make_table
+from ..train.checkpoint import write_text
 from .goals import Verdict
 from .models import Result
 from .operators import ATTENTION, OperatorResult
@@ -29,11 +31,12 @@ __all__ = [
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Rows with the keys of the first as header; None becomes an empty cell."""
-    with path.open('w', newline='') as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    """Rows with the keys of the first as header; None becomes an empty cell. An interrupted write changes nothing."""
+    text = io.StringIO(newline='')
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def _measured(result: 'Result | OperatorResult') -> dict[str, Any]:

@@ -19,16 +19,31 @@ from .query_key import QueryKeyMixer
 __all__ = ['Cauchy', 'Vandermonde']
 
 
-class _SumOfReciprocals(torch.autograd.Function):
+def _sum_of_reciprocals(a: Tensor, b: Tensor) -> Tensor:
     """M[..., i, j] = sum_d 1 / (a[..., i, d] + b[..., j, d])."""
+    M = a.new_zeros(*a.shape[:-1], b.shape[-2])
+    for d in range(a.shape[-1]):
+        M += (a[..., :, None, d] + b[..., None, :, d]).reciprocal_()
+    return M
+
+
+def _sum_of_cosines(frequency: Tensor) -> Tensor:
+    """M[..., i, j] = sum_d cos(frequency[..., i, d] * j)."""
+    L = frequency.shape[-2]
+    j = torch.arange(L, device=frequency.device, dtype=frequency.dtype)
+    M = frequency.new_zeros(*frequency.shape[:-1], L)
+    for d in range(frequency.shape[-1]):
+        M += (frequency[..., :, None, d] * j).cos_()
+    return M
+
+
+class _SumOfReciprocals(torch.autograd.Function):
+    """``_sum_of_reciprocals``, with a gradient that holds one term at a time."""
 
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
-        M = a.new_zeros(*a.shape[:-1], b.shape[-2])
-        for d in range(a.shape[-1]):
-            M += (a[..., :, None, d] + b[..., None, :, d]).reciprocal_()
-        return M
+        return _sum_of_reciprocals(a, b)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tuple[Tensor, Tensor]:
@@ -42,17 +57,12 @@ class _SumOfReciprocals(torch.autograd.Function):
 
 
 class _SumOfCosines(torch.autograd.Function):
-    """M[..., i, j] = sum_d cos(frequency[..., i, d] * j)."""
+    """``_sum_of_cosines``, with a gradient that holds one term at a time."""
 
     @staticmethod
     def forward(ctx, frequency: Tensor) -> Tensor:
         ctx.save_for_backward(frequency)
-        L = frequency.shape[-2]
-        j = torch.arange(L, device=frequency.device, dtype=frequency.dtype)
-        M = frequency.new_zeros(*frequency.shape[:-1], L)
-        for d in range(frequency.shape[-1]):
-            M += (frequency[..., :, None, d] * j).cos_()
-        return M
+        return _sum_of_cosines(frequency)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
@@ -107,7 +117,8 @@ class Cauchy(_PairwiseMixer):
         a, b = (t.exp() for t in self._wide(extras, tokens))
         if self.data_dependent:
             a = a + 2 * self.c.to(a.dtype).clamp(min=0)
-        return _SumOfReciprocals.apply(a + 1e-8, b) * (v.shape[1] * self.qk_dim) ** -0.5
+        M = _sum_of_reciprocals if torch.jit.is_tracing() else _SumOfReciprocals.apply  # a trace could not be saved
+        return M(a + 1e-8, b) * (v.shape[1] * self.qk_dim) ** -0.5
 
 
 class Vandermonde(_PairwiseMixer):
@@ -134,5 +145,6 @@ class Vandermonde(_PairwiseMixer):
 
     def dense(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
         q, k = (2 * math.pi * self.eps * t for t in self._wide(extras, tokens))
-        M = _SumOfCosines.apply(q) - _SumOfCosines.apply(k).mT
+        total = _sum_of_cosines if torch.jit.is_tracing() else _SumOfCosines.apply  # a trace could not be saved
+        M = total(q) - total(k).mT
         return M * (2 * v.shape[1] * self.qk_dim) ** -0.5

@@ -42,7 +42,13 @@ def toeplitz_product(t: Tensor, v: Tensor) -> Tensor:
 
 
 def _fast_length(n: int) -> int:
-    """The next even length without a prime factor above 7: the lengths that FFT libraries have fast code for."""
+    """The next even length without a prime factor above 7: the lengths that FFT libraries have fast code for.
+
+    Of a symbolic n, which is odd, only the next even one: the graph must not depend on its factors.
+    """
+    if isinstance(n, torch.SymInt):
+        return n + 1
+    n = int(n)  # torch.jit.trace has tensors for sizes
     while True:
         n += n % 2
         rest = n

@@ -5,7 +5,7 @@ from typing import Optional, Tuple, Union
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import PatchEmbed as TimmPatchEmbed
-from torch import Tensor
+from torch import Tensor, _assert
 
 __all__ = ['PatchEmbed']
 
@@ -23,6 +23,7 @@ class PatchConv2d(nn.Conv2d):
         p, q = self.kernel_size[0], self.kernel_size[1]
         B, C, H, W = x.shape
         h, w = H // p, W // q
+        _assert(self.in_channels == C, f'Input channels ({C}) do not match model ({self.in_channels}).')
         x = x[:, :, : h * p, : w * q].reshape(B, C, h, p, w, q).permute(0, 2, 4, 1, 3, 5).reshape(B, h, w, C * p * q)
         return F.linear(x, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 

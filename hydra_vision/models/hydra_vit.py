@@ -477,7 +477,7 @@ class HydraViT(nn.Module):
         """Patches to tokens in scan order (the first block's), with position embedding and class token."""
         grid = self._grid(x)
         if self.dynamic_img_size:
-            B, H, W, C = x.shape
+            _, H, W, _ = x.shape
             if self.pos_embed is not None:
                 pos_embed = resample_abs_pos_embed(
                     self.pos_embed,
@@ -485,9 +485,9 @@ class HydraViT(nn.Module):
                     old_size=self.patch_embed.grid_size,
                     num_prefix_tokens=0,
                 )
-                x = x.reshape(B, -1, C) + pos_embed
+                x = x.flatten(1, 2) + pos_embed
             else:
-                x = x.reshape(B, -1, C)
+                x = x.flatten(1, 2)
         elif self.pos_embed is not None:
             x = x + self.pos_embed
         x = self.pos_drop(x)

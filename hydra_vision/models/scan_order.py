@@ -100,6 +100,9 @@ def reorder(x: Tensor, height: int, width: int, source: str, target: str, class_
     """
     if source == target:
         return x
+    if torch.jit.is_tracing():  # sizes are tensors there, and a trace with a Python function cannot be saved
+        index, _ = _indices(int(height), int(width), source, target, int(class_index), x.device)
+        return x.index_select(1, index)
     symbols = isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt)
     if symbols or torch.compiler.is_dynamo_compiling():  # sizes that may change: one operator in the graph
         index, inverse = _scan_indices(x, height, width, source, target, class_index)
@@ -140,14 +143,15 @@ def _indices(
     height: int, width: int, source: str, target: str, class_index: int, device: torch.device
 ) -> Tuple[Tensor, Tensor]:
     key = (height, width, source, target, class_index, device)
-    found = _CACHE.get(key)
+    tracing = torch.jit.is_tracing()  # a trace is checked against a second one: both must make their own
+    found = None if tracing else _CACHE.get(key)
     if found is None:
         with torch.inference_mode(False):  # kept for training passes too
             found = tuple(
                 torch.tensor(_positions(height, width, *orders, class_index), device=device)
                 for orders in ((source, target), (target, source))
             )
-        if type(found[0]) is not Tensor:  # a tracer's stand-in
+        if tracing or type(found[0]) is not Tensor:  # a tracer's stand-in
             return found
         if len(_CACHE) >= 256:
             _CACHE.clear()

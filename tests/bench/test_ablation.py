@@ -10,7 +10,8 @@ import threading
 import pytest
 import timm
 
-from hydra_vision.bench.ablation import runs
+from hydra_vision.bench.ablation import main as ablation_main
+from hydra_vision.bench.ablation import runs, speed
 from hydra_vision.bench.ablation.family import Family, Row, fit_rows, read_family
 from hydra_vision.bench.ablation.main import main
 from hydra_vision.bench.ablation.report import COLUMNS, markdown, plot, table_rows
@@ -132,6 +133,61 @@ def test_a_failed_run_is_told_and_the_others_go_on(digits, tmp_path, capsys, mon
     assert out.count('not finished') == 2
 
 
+def test_speeds_are_kept_and_a_failing_row_ends_nothing(digits, tmp_path, capsys, monkeypatch):
+    output = tmp_path / 'out'
+    argv = ['--config', digits, '--family', 'table3', '--steps', 'speed', '--time-limit', '0', '--output', str(output)]
+    step, asked = speed._step, []
+
+    def faulty(run, mode, device):
+        asked.append((run.fitted.row.name, mode))
+        if asked[-1] == ('add', 'infer'):
+            raise RuntimeError('no kernel for 17 heads')
+        if asked[-1] == ('causal', 'train'):
+            raise KeyboardInterrupt  # as a machine's time limit would end it
+        return step(run, mode, device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(speed, '_step', faulty)
+        with pytest.raises(KeyboardInterrupt):
+            main([*argv, '--rows', 'add,causal'])
+    assert 'add, infer: failed: RuntimeError: no kernel for 17 heads' in capsys.readouterr().out
+
+    def lines():
+        with (output / 'speed.csv').open(newline='') as file:
+            return {(line['row'], line['mode']): line for line in csv.DictReader(file)}
+
+    first = lines()
+    assert set(first) == {('add', 'infer'), ('causal', 'infer')}
+    assert first['add', 'infer']['images_per_s'] == ''
+
+    asked.clear()
+    monkeypatch.setattr(speed, '_step', lambda *args: asked.append((args[0].fitted.row.name, args[1])) or step(*args))
+    assert main([*argv, '--rows', 'add,causal']) == 0
+    assert set(asked) == {('add', 'infer'), ('add', 'train'), ('causal', 'train')}
+    second = lines()
+    assert second['causal', 'infer'] == first['causal', 'infer']
+    assert float(second['add', 'infer']['images_per_s']) > 0
+
+    asked.clear()
+    assert main([*argv, '--rows', 'concat']) == 0  # other rows are measured beside them, none is lost
+    assert {row for row, _ in asked} == {'concat'}
+    assert {key: line for key, line in lines().items() if key[0] != 'concat'} == second
+
+    asked.clear()
+    assert main([*argv, '--rows', 'causal', '--set', 'data.batch_size=64']) == 0  # other work: measured again
+    assert asked == [('causal', 'infer'), ('causal', 'train')]
+    assert lines()['causal', 'infer']['batch'] == '64'
+
+    before = (output / 'speed.csv').read_bytes()
+    monkeypatch.setattr(ablation_main, 'device_name', lambda device: 'another processor')
+    with pytest.raises(UserError, match=r"speed.csv was measured with device = '.*', this command has 'another"):
+        main([*argv, '--rows', 'causal'])
+    (output / 'speed.csv').write_text('a,b\n1,2\n')
+    with pytest.raises(UserError, match='cannot be read'):
+        main([*argv, '--rows', 'causal'])
+    (output / 'speed.csv').write_bytes(before)
+
+
 def test_sigterm_stops_the_runs(digits, tmp_path, monkeypatch):
     """A scheduler's signal ends the command and its processes."""
     process = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
@@ -191,11 +247,11 @@ def test_table_and_picture(tmp_path):
         {'row': 'b', 'parameters': 1_750_000, 'top1': 70.0},
         {'row': 'b', 'parameters': 1_750_000, 'top1': 71.0},
     ]
-    speed = [
+    speeds = [
         {'row': 'b', 'mode': 'train', 'images_per_s': '1000.4', 'peak_memory_gib': '1.25', 'status': 'ok'},
         {'row': 'a', 'mode': 'infer', 'images_per_s': '', 'peak_memory_gib': '', 'status': 'out of memory'},
     ]
-    lines = table_rows(family, results, speed)
+    lines = table_rows(family, results, speeds)
     assert lines[0] == ['A', 'parameters', '1.700', '60.00', '1', '', 'out of memory', '', '74.7']
     assert lines[1] == ['B', 'tokens', '1.750', '70.50 (70.00 to 71.00)', '2', '1000', '', '1.25', '']
     assert lines[2][3] == 'not finished'

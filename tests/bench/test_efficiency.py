@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from hydra_vision import mixers
+from hydra_vision.bench import turns
+from hydra_vision.bench.efficiency import main as main_module
 from hydra_vision.bench.efficiency import points as points_module
 from hydra_vision.bench.efficiency.crossing import Crossing, find_crossing, fit_power_law, fitted_crossing
 from hydra_vision.bench.efficiency.main import main
 from hydra_vision.bench.efficiency.points import ATTENTIONS, Point, grid_of, make_mixer, measure_length, variants
 from hydra_vision.bench.efficiency.report import crossing_rows, plot_points, table_lines
-from hydra_vision.bench.timing import Timing
 from hydra_vision.command_line import UserError
 
 LENGTHS = [64, 128, 256, 512, 1024]
@@ -91,8 +92,8 @@ def test_points_in_their_order():
     assert [point.mixer for point in points] == names
     for point in points:
         assert (point.length, point.batch, point.status, point.peak_bytes) == (32, 2, 'ok', None)
-        assert len(point.timing.seconds) == 3
-        assert point.seconds_per_token == point.timing.median / 64
+        assert 0 < point.p10 <= point.median <= point.p90
+        assert point.seconds_per_token == point.median / 64
     assert measured(['low_rank'], tokens=1)[0].batch == 1
 
 
@@ -108,27 +109,47 @@ def test_what_does_not_fit_beside_the_others_is_tried_alone(monkeypatch):
     monkeypatch.setattr(points_module, 'make_mixer', scarce)
     points = {point.mixer: point for point in measured(['hydra', ATTENTIONS[1], 'low_rank'])}
     assert points['hydra'].status == 'out of memory'
-    assert points['hydra'].timing is None
+    assert points['hydra'].median is None
     assert points['low_rank'].status == 'ok'
-    assert points['low_rank'].timing is not None
+    assert points['low_rank'].median > 0
     assert attempts == ['hydra', ATTENTIONS[1], 'low_rank', 'hydra', 'low_rank']
 
 
 def test_no_room_for_all_of_them_at_once(monkeypatch):
-    together = points_module.measure
+    together = turns.measure
 
     def scarce(steps, *args, **kwargs):
         if len(steps) > 1:
             raise torch.OutOfMemoryError('full')
         return together(steps, *args, **kwargs)
 
-    monkeypatch.setattr(points_module, 'measure', scarce)
+    monkeypatch.setattr(turns, 'measure', scarce)
     for point in measured(['low_rank', ATTENTIONS[0]]):
-        assert (point.status, len(point.timing.seconds)) == ('ok', 3)
+        assert (point.status, point.median > 0) == ('ok', True)
+
+
+def test_what_fails_is_reported_and_the_others_are_measured(monkeypatch):
+    """When it is built, when it is first called, or only in the middle of timing."""
+
+    def faulty(variant, *args):
+        if variant == 'dft':
+            raise RuntimeError('no such kernel\nand more')
+        mixer = make_mixer(variant, *args)
+        if variant in ('low_rank', 'hydra'):
+            calls = iter(range(1 if variant == 'low_rank' else 4))
+            mixer.register_forward_pre_hook(lambda *_: (next(calls), None)[1])
+        return mixer
+
+    monkeypatch.setattr(points_module, 'make_mixer', faulty)
+    points = {point.mixer: point for point in measured(['dft', 'low_rank', ATTENTIONS[1], 'hydra'])}
+    assert points['dft'].status == 'failed: RuntimeError: no such kernel'
+    assert points['low_rank'].status == points['hydra'].status == 'failed: StopIteration: StopIteration'
+    assert {points[name].median for name in ('dft', 'low_rank', 'hydra')} == {None}
+    assert (points[ATTENTIONS[1]].status, points[ATTENTIONS[1]].median > 0) == ('ok', True)
 
 
 def made_up(mixer, seconds, mode='infer', peak=None):
-    return [Point(mixer, n, 1, mode, Timing((seconds(n) * n,)), None if peak is None else peak(n)) for n in LENGTHS]
+    return [Point(mixer, n, 1, mode, seconds(n) * n, peak_bytes=peak and peak(n)) for n in LENGTHS]
 
 
 def test_rows_table_and_picture(tmp_path):
@@ -162,6 +183,103 @@ def test_command(tmp_path, capsys):
     with (tmp_path / 'crossings.csv').open(newline='') as file:
         assert {row['quantity'] for row in csv.DictReader(file)} == {'time'}  # memory is not measured on the CPU
     assert (tmp_path / 'efficiency_length.png').is_file()
+
+
+def test_points_survive_the_file():
+    points = [
+        Point('dense', 64, 2, 'train', 1.2345678e-3, 1e-3, 2e-3, 123_456_789),
+        Point('dft, x', 64, 1, 'infer', status='out of memory'),
+        Point('m2', 16384, 1, 'infer', status='failed: ValueError: a "quoted", text'),
+    ]
+    for point in points:
+        row = {key: '' if value is None else str(value) for key, value in point.csv({'device': 'x'}).items()}
+        again = Point.from_csv(row)
+        assert again.csv({'device': 'x'}) == point.csv({'device': 'x'})
+        assert (again.mixer, again.mode, again.status) == (point.mixer, point.mode, point.status)
+
+
+def test_a_failed_point_says_nothing_about_cost(tmp_path):
+    points = made_up(ATTENTIONS[0], lambda n: n) + made_up('hydra', lambda n: 100)
+    points[-1] = Point('hydra', LENGTHS[-1], 1, 'infer', status='failed: x')
+    points += [Point('dense', n, 1, 'infer', status='failed: x') for n in LENGTHS]
+    (row,) = crossing_rows(points)
+    assert (row['mixer'], row['measured']) == ('hydra', 'at')  # not 'none in range'
+    plot_points(points, tmp_path / 'a.png', 'title')
+    assert (tmp_path / 'a.png').is_file()
+
+
+ARGV = ['--device', 'cpu', '--mixers', 'low_rank', '--lengths', '16,32', '--tokens', '32', '--mode', 'infer']
+
+
+def test_an_interrupted_measurement_goes_on(tmp_path, capsys, monkeypatch):
+    """What is measured is on the disk at once; the same command measures the rest only."""
+    asked = []
+
+    def stopping(names, length, mode, *args, **kwargs):
+        asked.append((mode, length))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return measure_length(names, length, mode, *args, **kwargs)
+
+    monkeypatch.setattr(main_module, 'measure_length', stopping)
+    argv = [*ARGV, '--output', str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        main(argv)
+    first = (tmp_path / 'points.csv').read_text()
+    assert first.count('\n') == 1 + 3
+    assert main(argv) == 0
+    assert asked == [('infer', 16), ('infer', 32), ('infer', 32)]
+    assert '1 of 2 lengths and passes are measured already' in capsys.readouterr().out
+    last = (tmp_path / 'points.csv').read_text()
+    assert last.startswith(first)
+    assert main([*argv, '--mode', 'train,infer']) == 0  # more of the same kind joins them
+    assert asked[3:] == [('train', 16), ('train', 32)]
+    assert (tmp_path / 'points.csv').read_text().startswith(last)
+    assert (tmp_path / 'crossings.csv').read_text().count('forward+backward') == 2
+
+
+def test_a_failed_mixer_is_told_and_tried_again(tmp_path, capsys, monkeypatch):
+    def faulty(variant, d_model, length, device):
+        if variant == 'low_rank' and device.type != 'meta':
+            raise RuntimeError('no kernel')
+        return make_mixer(variant, d_model, length, device)
+
+    argv = [*ARGV, '--lengths', '16', '--output', str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(points_module, 'make_mixer', faulty)
+        assert main(argv) == 1
+    out = capsys.readouterr().out
+    assert out.count('low_rank: failed: RuntimeError: no kernel') == 1
+    assert '1 of 3 points failed' in out
+    assert main(argv) == 0
+    assert 'failed' not in (tmp_path / 'points.csv').read_text()
+
+
+def test_other_settings_are_refused(tmp_path, monkeypatch):
+    argv = [*ARGV, '--output', str(tmp_path)]
+    assert main(argv) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for more, message in [
+        (['--tokens', '64'], 'measured with tokens = 32, this command has 64; choose another --output'),
+        (['--mixers', 'dft'], 'measured with mixers = '),
+        (['--dtype', 'bfloat16'], "measured with dtype = 'float32', this command has 'bfloat16'"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            main([*argv, *more])
+    with monkeypatch.context() as patch:
+        patch.setattr(main_module, 'device_name', lambda device: 'another processor')
+        with pytest.raises(UserError, match="this command has 'another processor'"):
+            main(argv)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / 'points.csv').write_text('mixer,L\nlow_rank,16\n')
+    with pytest.raises(UserError, match='cannot be read'):
+        main(argv)
+    (tmp_path / 'environment.json').write_text('{}')
+    with pytest.raises(UserError, match='not of this command'):
+        main(argv)
+    (tmp_path / 'environment.json').unlink()
+    with pytest.raises(UserError, match=r'points\.csv but no environment\.json'):
+        main(argv)
 
 
 @pytest.mark.parametrize(

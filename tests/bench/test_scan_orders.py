@@ -2,7 +2,11 @@
 
 import csv
 
+import pytest
+
+from hydra_vision.bench import scan_orders
 from hydra_vision.bench.scan_orders import main
+from hydra_vision.command_line import UserError
 from hydra_vision.models.scan_order import SCAN_ORDERS
 
 
@@ -17,3 +21,25 @@ def test_every_order_is_timed_in_both_modes(tmp_path, capsys):
     assert all(float(row['median_ms']) > 0 for row in rows)
     assert [row['time_over_row'] for row in rows if row['scan_order'] == 'row'] == ['1.0', '1.0']
     assert 'hilbert' in capsys.readouterr().out
+
+
+def test_an_order_that_fails_does_not_end_the_others(tmp_path, capsys, monkeypatch):
+    def faulty(arguments, order, mode, device):
+        if mode == 'train' and order == 'row':
+            raise RuntimeError('no kernel')
+        if mode == 'train' and order == 'hilbert':
+            raise KeyboardInterrupt
+        return lambda: None
+
+    monkeypatch.setattr(scan_orders, '_step', faulty)
+    argv = ['--model', 'test_hydra_vit', '--device', 'cpu', '--rounds', '3', '--output', str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        main(argv)
+    assert (tmp_path / 'scan_orders.csv').read_text().count('infer,') == len(SCAN_ORDERS)  # written already
+    monkeypatch.setattr(scan_orders, 'SCAN_ORDERS', ('row', 'snake'))
+    assert main(argv) == 1
+    text = (tmp_path / 'scan_orders.csv').read_text()
+    assert text.count(',ok,') == 3
+    assert 'failed: RuntimeError: no kernel' in capsys.readouterr().out
+    with pytest.raises(UserError, match='unknown model'):
+        main(['--model', 'no_such_model'])

@@ -486,6 +486,13 @@ def test_torchscript_trace_passes_its_own_check():
     torch.testing.assert_close(torch.jit.trace(model, images())(images()), model(images()))
 
 
+@pytest.mark.parametrize(
+    'kwargs', [dict(), dict(dynamic_img_size=True), dict(dynamic_img_size=True, pos_embed='learn')]
+)
+def test_a_batch_without_images(kwargs):
+    assert create(**kwargs)(images(B=0)).shape == (0, 5)
+
+
 def test_fx():
     model = create(class_token=True, class_token_position='middle')
     traced = torch.fx.symbolic_trace(model, concrete_args={})

@@ -175,6 +175,30 @@ def test_export_with_dynamic_batch(name):
     torch.testing.assert_close(exported(images(5)), model(images(5)))
 
 
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::torch.jit.TracerWarning')
+@pytest.mark.parametrize(('name', 'kwargs'), [
+    ('toeplitz', {}), ('m2', {}), ('dft', {}), ('low_rank', {}), ('cauchy', {}), ('vandermonde', {}), ('monarch', {}),
+    ('semiseparable', {'variant': 'mult'}), ('toeplitz', {'data_dependent': False}),
+    ('cauchy', {'data_dependent': False}),
+])  # fmt: skip
+def test_a_trace_can_be_saved(tmp_path, name, kwargs):
+    model = create(name, kwargs, depth=1)
+    x = torch.randn(2, 3, 64, 64)
+    torch.jit.save(torch.jit.trace(model, x), tmp_path / 'model.pt')
+    torch.testing.assert_close(torch.jit.load(tmp_path / 'model.pt')(x + 1), model(x + 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['toeplitz', 'm2'])
+def test_export_with_dynamic_image_size(name):
+    model = create(name, {}, depth=1, dynamic_img_size=True)
+    sides = [16 * torch.export.Dim(axis, min=2, max=64) for axis in ('h', 'w')]
+    shapes = ({2: sides[0], 3: sides[1]},)
+    exported = torch.export.export(model, (torch.randn(2, 3, 48, 80),), dynamic_shapes=shapes).module()
+    for size in ((64, 64), (32, 48), (48, 48)):  # an even and an odd number of tokens
+        x = torch.randn(2, 3, *size)
+        torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_vit_attention_is_timms_block():
     """The control: with position embedding, class token and MLP, timm's ViT weights give timm's ViT outputs."""
     torch.manual_seed(0)

@@ -58,6 +58,11 @@ def test_other_patch_size():
     assert type(ours.proj) is type(PatchEmbed(64, 16, 3, 24).proj)
 
 
+def test_images_of_other_channels_are_named():
+    with pytest.raises(AssertionError, match=r'Input channels \(1\) do not match model \(3\)'):
+        PatchEmbed(32, 8, 3, 24)(torch.randn(2, 1, 32, 32))
+
+
 def test_channels_last_images():
     theirs, ours = pair(img_size=32, patch_size=8, embed_dim=24)
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 
+from hydra_vision.models import scan_order
 from hydra_vision.models.scan_order import SCAN_ORDERS, raster_index, reorder
 from hydra_vision.visualize.matrix import mixing_matrices
 
@@ -147,6 +148,17 @@ def test_fx_script_and_checkpointing(order):
     model.set_grad_checkpointing()
     model(x).sum().backward()
     torch.testing.assert_close(model.patch_embed.proj.weight.grad, plain)
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::torch.jit.TracerWarning')
+@pytest.mark.parametrize(('order', 'dynamic'), [('hilbert', False), ('snake', True), ('alternate', True)])
+def test_a_trace_can_be_made_and_saved(tmp_path, order, dynamic):
+    scan_order._CACHE.clear()  # the first call of all is the trace
+    model = tiny(order, class_token=True, class_token_position='last', dynamic_img_size=dynamic)
+    x = torch.randn(2, 3, 48, 80)
+    torch.jit.save(torch.jit.trace(model, x), tmp_path / 'model.pt')
+    torch.testing.assert_close(torch.jit.load(tmp_path / 'model.pt')(x + 1), model(x + 1), rtol=1e-4, atol=1e-5)
+    model(x).sum().backward()  # nothing of the trace is left in the cache
 
 
 def test_inference_mode_leaves_nothing_that_breaks_training():

@@ -1,19 +1,23 @@
 """The command `hydra-vision ablation`: trains a family of mixers under one recipe and prints the paper's tables."""
 
 import argparse
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
 from rich.console import Console
 
 from hydra_vision.bench.ablation.family import Family, FittedRow, fit_rows, read_family
 from hydra_vision.bench.ablation.report import COLUMNS, markdown, plot, table_rows
 from hydra_vision.bench.ablation.runs import Run, check_folder, rows_of, train, workers_for
+from hydra_vision.bench.ablation.speed import MODES, SpeedFile, measure_speed, read_speed
 from hydra_vision.bench.report import write_csv
+from hydra_vision.bench.turns import failed
 from hydra_vision.command_line import Parser, UserError, comma_list, positive
+from hydra_vision.environment import device_name
 from hydra_vision.tables import make_table, stdout_console
+from hydra_vision.train.build import amp_dtype, pick_device
 from hydra_vision.train.config import Config, merge, parse_override
 from hydra_vision.train.errors import ConfigError, TrainError
 from hydra_vision.train.recipes import read_recipe
@@ -28,7 +32,7 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision ablatio
     """Run the ablation.
 
     Returns:
-        Exit code: 0; 1 where a run failed (the others are trained and reported).
+        Exit code: 0; 1 where a run or a measurement failed (the others are reported).
 
     Raises:
         UserError: arguments that do not fit, before anything is trained.
@@ -47,16 +51,17 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision ablatio
         return 0
     for run in runs:
         check_folder(run)
+    speed = _speed_file(runs, arguments.output) if 'speed' in arguments.steps else None
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f'--output {str(arguments.output)!r}: {error.strerror}') from error
 
-    failed = train(runs, arguments.jobs, console.print) if 'train' in arguments.steps else []
-    if 'speed' in arguments.steps:
-        _measure(runs, arguments, console)
+    failures = len(train(runs, arguments.jobs, console.print)) if 'train' in arguments.steps else 0
+    if speed is not None:
+        failures += _measure(runs, *speed, arguments.time_limit, console)
     _report(families, runs, arguments.output, console)
-    return 1 if failed else 0
+    return 1 if failures else 0
 
 
 def _chosen(family: Family, rows: Optional[list[str]]) -> Family:
@@ -125,32 +130,41 @@ def _plan_table(runs: list[Run]):
     return make_table(f'{len(runs)} runs', ['row', 'model arguments', 'parameters', 'seeds'], lines, right=(2,))
 
 
-def _measure(runs: list[Run], arguments: argparse.Namespace, console: Console) -> None:
-    from hydra_vision.bench.ablation.speed import measure_speed
-    from hydra_vision.environment import device_name
-    from hydra_vision.train.build import amp_dtype, pick_device
-
-    first = {run.fitted.row.name: run for run in reversed(runs)}
+def _speed_file(runs: list[Run], output: Path) -> tuple[SpeedFile, torch.device]:
+    """The file for the device on which the runs compute, before any work is done."""
     try:
         device = pick_device(runs[0].config)
         amp = amp_dtype(runs[0].config, device)
     except ConfigError as error:
         raise UserError(str(error)) from error
-    speeds = measure_speed(
-        [first[name] for name in dict.fromkeys(run.fitted.row.name for run in runs)],
-        device,
-        rounds=5,
-        time_limit=arguments.time_limit,
-        progress=lambda text: console.print(f'... {text}'),
-    )
     run = {'device': device_name(device), 'dtype': 'float32' if amp is None else str(amp).removeprefix('torch.')}
-    write_csv(arguments.output / 'speed.csv', [speed.csv(run) for speed in speeds])
+    return SpeedFile(output / 'speed.csv', run), device
+
+
+def _measure(runs: list[Run], file: SpeedFile, device: torch.device, time_limit: float, console: Console) -> int:
+    """Measure what is not in the file yet. Returns how many rows failed."""
+    first = list({run.fitted.row.name: run for run in reversed(runs)}.values())[::-1]
+    failures = 0
+    for mode in MODES:
+        missing = file.missing(first, mode)
+        if len(missing) < len(first):
+            console.print(f'{len(first) - len(missing)} of {len(first)} models are measured already, {mode}')
+        if not missing:
+            continue
+        console.print(f'... measuring {len(missing)} models, {mode}')
+        speeds = measure_speed(missing, mode, device, rounds=5, time_limit=time_limit)
+        file.add(speeds, missing)
+        for speed in speeds:
+            if failed(speed.status):
+                failures += 1
+                console.print(f'{speed.row}, {mode}: {speed.status}', soft_wrap=True, markup=False)
+    return failures
 
 
 def _report(families: list[Family], runs: list[Run], output: Path, console: Console) -> None:
     """Tables on the screen and as Markdown, results.csv and the picture."""
     results = rows_of(runs)
-    speed = _read(output / 'speed.csv')
+    speed = read_speed(output / 'speed.csv')
     text = []
     for family in families:
         lines = table_rows(family, results, speed)
@@ -166,18 +180,11 @@ def _report(families: list[Family], runs: list[Run], output: Path, console: Cons
     console.print(f'{output}: {", ".join(files)}', soft_wrap=True)
 
 
-def _read(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(newline='') as file:
-        return list(csv.DictReader(file))
-
-
 def _parser(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
         description="Train a family of mixers under one recipe with equal parameters, and print the paper's tables "
-        'for images. The same command continues where it stopped; finished runs are kept.',
+        'for images. The same command continues where it stopped; finished runs and measured speeds are kept.',
     )
     add = parser.add_argument
     add('--config', default='ablation/cifar10', metavar='NAME', help='recipe; default ablation/cifar10')

@@ -1,7 +1,6 @@
 """The command `hydra-vision efficiency-length`: time and memory of every mixer against attention over L."""
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +8,15 @@ from typing import Optional
 
 import torch
 
-from hydra_vision.bench.efficiency.points import ATTENTIONS, PASSES, Point, make_mixer, measure_length, variants
+from hydra_vision.bench.efficiency.points import ATTENTIONS, PASSES, make_mixer, measure_length, variants
+from hydra_vision.bench.efficiency.record import Record
 from hydra_vision.bench.efficiency.report import COLUMNS, crossing_rows, plot_points, table_lines
 from hydra_vision.bench.main import DTYPES
 from hydra_vision.bench.report import write_csv
 from hydra_vision.bench.timing import MIN_ROUNDS, rounds
+from hydra_vision.bench.turns import failed
 from hydra_vision.command_line import Parser, UserError, comma_list, nearest, positive, positive_list
-from hydra_vision.environment import device_name, environment
+from hydra_vision.environment import device_name, versions
 from hydra_vision.tables import make_table, stdout_console
 
 __all__ = ['main']
@@ -29,6 +30,9 @@ _BURST = {'cuda': 0.02, 'cpu': 0.02}
 
 def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision efficiency-length') -> int:
     """Run the measurement.
+
+    Returns:
+        Exit code: 0; 1 where a mixer failed (the others are measured and reported).
 
     Raises:
         UserError: arguments that do not fit.
@@ -46,42 +50,47 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision efficie
         except (TypeError, ValueError) as error:
             raise UserError(f'{name} cannot be built with --d-model {d_model}: {error}') from error
     output = arguments.output or Path('output') / f'efficiency-length-{device.type}-{time.strftime("%Y%m%d-%H%M%S")}'
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'--output {str(output)!r}: {error.strerror}') from error
-
-    console = stdout_console()
-    points: list[Point] = []
-    for mode in dict.fromkeys(arguments.mode):
-        for length in lengths:
-            console.print(
-                f'... L = {length}, {max(1, tokens // length)} sequences, {PASSES[mode]}, {len(names)} mixers'
-            )
-            points += measure_length(
-                names,
-                length,
-                mode,
-                device,
-                tokens=tokens,
-                d_model=d_model,
-                dtype=dtype,
-                rounds=arguments.rounds,
-                burst=_BURST[device.type],
-            )
     run = {
         'device': device_name(device),
         'dtype': str(dtype).removeprefix('torch.'),
         'd_model': d_model,
+        'tokens': tokens,
+        'rounds': arguments.rounds,
         'threads': torch.get_num_threads(),
+        'mixers': sorted(names),
+        'versions': versions(),
     }
+    record = Record(output, run)
+
+    console = stdout_console()
+    groups = [(mode, length) for mode in dict.fromkeys(arguments.mode) for length in lengths]
+    to_do = record.to_do(groups, names)
+    if len(to_do) < len(groups):
+        console.print(f'{len(groups) - len(to_do)} of {len(groups)} lengths and passes are measured already')
+    console.print(f'every length is written to {output} when it is measured; --output {output} goes on', soft_wrap=True)
+    for mode, length in to_do:
+        console.print(f'... L = {length}, {max(1, tokens // length)} sequences, {PASSES[mode]}, {len(names)} mixers')
+        points = measure_length(
+            names,
+            length,
+            mode,
+            device,
+            tokens=tokens,
+            d_model=d_model,
+            dtype=dtype,
+            rounds=arguments.rounds,
+            burst=_BURST[device.type],
+        )
+        record.add(points)
+        for point in points:
+            if failed(point.status):
+                console.print(f'{point.mixer}: {point.status}', soft_wrap=True, markup=False)
+    points = record.points
     rows = crossing_rows(points)
-    write_csv(output / 'points.csv', [point.csv(run) for point in points])
     if rows:
         write_csv(output / 'crossings.csv', rows)
     where = f'{run["device"]}, {run["dtype"]}, width {d_model}, {tokens} tokens a call'
     plot_points(points, output / 'efficiency_length.png', where)
-    (output / 'environment.json').write_text(json.dumps({**environment(), 'run': run}, indent=2) + '\n')
     title = f'efficiency length: from how many tokens on a mixer costs less than attention ({where})'
     console.print(make_table(title, COLUMNS, table_lines(rows), right=range(2, len(COLUMNS))))
     console.print(
@@ -89,7 +98,10 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision efficie
         "lengths; 'always': cheaper at every length measured; attention: timm's block of the same width"
     )
     console.print(f'wrote {output}: ' + ', '.join(sorted(path.name for path in output.iterdir())), soft_wrap=True)
-    return 0
+    failures = sum(failed(point.status) for point in points)
+    if failures:
+        console.print(f'{failures} of {len(points)} points failed, see points.csv; the same command tries them again')
+    return 1 if failures else 0
 
 
 def _names(given: Optional[list[str]]) -> list[str]:
@@ -113,7 +125,8 @@ def _parser(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
         description='Measure from which sequence length on each mixer costs less than attention, in time and in '
-        'memory: against unfused attention and against scaled_dot_product_attention.',
+        'memory: against unfused attention and against scaled_dot_product_attention. With the same --output the same '
+        'command continues where it stopped.',
         epilog="Mixers whose name ends in ', fixed' have a matrix that does not depend on the image.",
     )
     add = parser.add_argument

@@ -1,44 +1,47 @@
 """Time and memory of one mixer at one length."""
 
-import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
 from hydra_vision import mixers
-from hydra_vision.bench.memory import allocated, peak_above
-from hydra_vision.bench.models import OUT_OF_MEMORY
-from hydra_vision.bench.timing import Timing, measure
+from hydra_vision.bench.turns import time_in_turns
 
 __all__ = ['ATTENTIONS', 'PASSES', 'Point', 'grid_of', 'make_mixer', 'measure_length', 'variants']
 
 UNFUSED, FUSED = 'attention, unfused', 'attention, SDPA'
 ATTENTIONS = (UNFUSED, FUSED)  # timm's block, as it stands in a ViT of the same width
 PASSES = {'infer': 'forward', 'train': 'forward+backward'}
+_QUANTILES = ('median', 'p10', 'p90')
 
 
 @dataclass(frozen=True)
 class Point:
-    """One mixer at one length, on ``batch`` sequences; without a timing where it was not run to the end."""
+    """One mixer at one length, on ``batch`` sequences; without times where it was not run to the end.
+
+    Times are seconds a call, over the rounds of measuring.
+    """
 
     mixer: str
     length: int
     batch: int
     mode: str
-    timing: Optional[Timing] = None
+    median: Optional[float] = None
+    p10: Optional[float] = None
+    p90: Optional[float] = None
     peak_bytes: Optional[int] = None
     status: str = 'ok'
 
     @property
     def seconds_per_token(self) -> Optional[float]:
-        return None if self.timing is None else self.timing.median / (self.batch * self.length)
+        return None if self.median is None else self.median / (self.batch * self.length)
 
     def csv(self, run: dict[str, Any]) -> dict[str, Any]:
         """One row of points.csv; ``run`` holds what is the same in every row."""
-        timing = self.timing
+        times = {f'{name}_ms': _scaled(getattr(self, name), 1e3, 5) for name in _QUANTILES}
         return {
             'mixer': self.mixer,
             'L': self.length,
@@ -46,12 +49,33 @@ class Point:
             'passes': PASSES[self.mode],
             **run,
             'status': self.status,
-            'median_ms': None if timing is None else round(timing.median * 1e3, 5),
-            'p10_ms': None if timing is None else round(timing.p10 * 1e3, 5),
-            'p90_ms': None if timing is None else round(timing.p90 * 1e3, 5),
-            'ns_per_token': None if timing is None else round(self.seconds_per_token * 1e9, 4),
-            'peak_memory_gib': None if self.peak_bytes is None else round(self.peak_bytes / 2**30, 5),
+            **times,
+            'ns_per_token': _scaled(times['median_ms'], 1e6 / (self.batch * self.length), 4),
+            'peak_memory_gib': _scaled(self.peak_bytes, 2**-30, 7),
         }
+
+    @classmethod
+    def from_csv(cls, row: dict[str, str]) -> 'Point':
+        """The point of a row that ``csv`` made.
+
+        Raises:
+            KeyError: A column is missing.
+            ValueError: A number or the kind of passes cannot be read.
+        """
+        times = {name: float(row[f'{name}_ms']) / 1e3 if row[f'{name}_ms'] else None for name in _QUANTILES}
+        return cls(
+            row['mixer'],
+            int(row['L']),
+            int(row['batch']),
+            {passes: mode for mode, passes in PASSES.items()}[row['passes']],
+            peak_bytes=round(float(row['peak_memory_gib']) * 2**30) if row['peak_memory_gib'] else None,
+            status=row['status'],
+            **times,
+        )
+
+
+def _scaled(value: Optional[float], factor: float, digits: int) -> Optional[float]:
+    return None if value is None else round(value * factor, digits)
 
 
 def variants() -> dict[str, tuple[str, dict[str, Any]]]:
@@ -126,7 +150,7 @@ def measure_length(
 ) -> list[Point]:
     """Time the mixers at one length in turns, and take each one's peak memory from a fresh start.
 
-    What does not fit beside the others is tried again alone before it counts as out of memory.
+    What does not fit or fails beside the others is tried again alone before it counts as out of memory or failed.
 
     Args:
         names: Of ``variants`` and ``ATTENTIONS``.
@@ -141,43 +165,14 @@ def measure_length(
     """
     batch = max(1, tokens // length)
     u = torch.randn(batch, length, d_model, device=device, requires_grad=mode == 'train')
-    points: dict[str, Point] = {}
-    steps: dict[str, Callable[[], object]] = {}
 
-    def build(name: str) -> None:
-        before = allocated(device)
-        try:
-            step = _step(make_mixer(name, d_model, length, device), u, mode, dtype)
-            step()  # compiles kernels, allocates workspaces
-            points[name] = Point(name, length, batch, mode, peak_bytes=peak_above(step, device, before))
-            steps[name] = step
-        except torch.OutOfMemoryError:
-            points[name] = Point(name, length, batch, mode, status=OUT_OF_MEMORY)
+    def build(name: str) -> Callable[[], object]:
+        return _step(make_mixer(name, d_model, length, device), u, mode, dtype)
 
-    def run() -> None:
-        try:
-            timings = measure(steps, device, rounds=rounds, time_limit=0.0, warmup=1, burst=burst)
-        except torch.OutOfMemoryError:  # one of them, beside the others
-            for name in steps:
-                points[name] = replace(points[name], peak_bytes=None, status=OUT_OF_MEMORY)
-        else:
-            for name, timing in timings.items():
-                points[name] = replace(points[name], timing=timing)
-        steps.clear()
-        _release(device)
-
-    for name in names:
-        build(name)
-        if name not in steps:
-            _release(device)
-    run()
-    for name in [name for name in names if points[name].status == OUT_OF_MEMORY]:
-        build(name)
-        run()
-    return [points[name] for name in names]
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == 'cuda':
-        torch.cuda.empty_cache()
+    points = []
+    for name, found in time_in_turns(names, build, device, rounds=rounds, time_limit=0.0, burst=burst).items():
+        timing = found.timing
+        times = {} if timing is None else {quantile: getattr(timing, quantile) for quantile in _QUANTILES}
+        peak = None if timing is None else found.peak_bytes
+        points.append(Point(name, length, batch, mode, peak_bytes=peak, status=found.status, **times))
+    return points

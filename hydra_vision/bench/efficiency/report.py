@@ -11,6 +11,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from hydra_vision.bench.efficiency.crossing import find_crossing, fit_power_law, fitted_crossing
 from hydra_vision.bench.efficiency.points import ATTENTIONS, PASSES, Point
+from hydra_vision.bench.turns import failed
 
 __all__ = ['COLUMNS', 'crossing_rows', 'curves', 'plot_points', 'table_lines']
 
@@ -25,13 +26,16 @@ _QUANTITIES: dict[str, Callable[[Point], Optional[float]]] = {
 
 
 def curves(points: Sequence[Point], mode: str, quantity: str) -> dict[str, Curve]:
-    """Mixer -> length -> cost: seconds a token, or peak bytes of a call. Empty for what was not measured at all."""
+    """Mixer -> length -> cost: seconds a token, or peak bytes of a call. Empty for what was not measured at all.
+
+    Out of memory is None; where a mixer failed, nothing is known.
+    """
     value = _QUANTITIES[quantity]
     if all(value(point) is None for point in points):  # memory on the CPU
         return {}
     found: dict[str, Curve] = {}
     for point in points:
-        if point.mode == mode:
+        if point.mode == mode and not failed(point.status):
             found.setdefault(point.mixer, {})[point.length] = value(point)
     return found
 
@@ -90,8 +94,11 @@ def _crossing_text(row: Mapping[str, Any]) -> str:
 
 def plot_points(points: Sequence[Point], path: Path, title: str) -> None:
     """A column a pass; time a token, and peak memory where it was measured. Attention is black."""
+    points = [point for point in points if not failed(point.status)]
+    if not points:
+        return
     modes = list(dict.fromkeys(point.mode for point in points))
-    quantities = [quantity for quantity in _QUANTITIES if curves(points, modes[0], quantity)]
+    quantities = [quantity for quantity in _QUANTITIES if curves(points, modes[0], quantity)] or ['time']
     figure = Figure(figsize=(7.2 * len(modes) + 2.6, 0.6 + 4.6 * len(quantities)), layout='constrained')
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
