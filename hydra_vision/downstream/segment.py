@@ -3,7 +3,8 @@
 import argparse
 import json
 import math
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Optional
@@ -84,6 +85,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda, ... (%(default)s)')
     parser.add_argument('--amp', choices=('auto', 'bf16', 'none'), default='auto', help='auto: bf16 on CUDA')
     parser.add_argument('--seed', type=int, default=0, help='(%(default)s)')
+    parser.add_argument('--save-every', type=int, default=1, help='epochs that a kill may cost (%(default)s)')
+    parser.add_argument('--resume', action='store_true', help='go on with the interrupted run in --output')
     parser.add_argument('--pictures', type=int, default=4, help='test images in predictions.png (%(default)s)')
     parser.add_argument('--measure', action='store_true', help='no training: time the model on random images')
     parser.add_argument(
@@ -111,7 +114,15 @@ def _folder(path: Path) -> Path:
 def _check(arguments: argparse.Namespace) -> None:
     from .segmentation import DIVISOR
 
-    lowest = {'epochs': 1, 'batch_size': 1, 'eval_every': 1, 'num_classes': 1, 'workers': 0, 'pictures': 0}
+    lowest = {
+        'epochs': 1,
+        'batch_size': 1,
+        'eval_every': 1,
+        'save_every': 1,
+        'num_classes': 2,
+        'workers': 0,
+        'pictures': 0,
+    }
     for name, low in {**lowest, 'weight_decay': 0}.items():
         value = getattr(arguments, name)
         if value is not None and value < low:
@@ -140,15 +151,29 @@ def _build(arguments: argparse.Namespace, num_classes: int, device: torch.device
     return model.to(device)
 
 
+def _write_weights(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Replace the weights of a run in one step: a kill leaves the old ones or the new ones."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix='.saving_') as temporary:
+        write_tensors(tensors, Path(temporary) / WEIGHTS)
+        (Path(temporary) / WEIGHTS).replace(folder / WEIGHTS)
+
+
 def _train(arguments: argparse.Namespace) -> int:
     from .segmentation import Recipe, evaluate, predict, train_segmenter
     from .segmentation_data import SegmentationFolder, eval_transform, read_classes, train_transform
     from .segmentation_report import iou_table, plot_predictions, save_mask, summary_table, write_curve
+    from .segmentation_resume import load_state, remove_states, save_state
 
     _check(arguments)
     device = pick_device(arguments.device)
     amp = _amp(arguments.amp, device)
     classes = read_classes(arguments.data_dir, arguments.num_classes)
+    if len(classes) < 2:
+        raise UserError(f'{arguments.data_dir} has {len(classes)} class; a segmenter tells at least two apart')
+    if 0 <= arguments.ignore_index < len(classes):
+        raise UserError(
+            f'--ignore-index {arguments.ignore_index} is one of the {len(classes)} classes, numbered from 0'
+        )
     labels = dict(num_classes=len(classes), ignore_index=arguments.ignore_index)
     train_set = SegmentationFolder(
         arguments.data_dir, 'train', transform=train_transform(arguments.crop, arguments.ignore_index), **labels
@@ -158,7 +183,20 @@ def _train(arguments: argparse.Namespace) -> int:
     )
     torch.manual_seed(arguments.seed)
     model = _build(arguments, len(classes), device)
-    output = _folder(arguments.output)
+    recipe = Recipe(
+        **{name: getattr(arguments, name) for name in ('epochs', 'batch_size', 'lr', 'weight_decay', 'eval_every')}
+    )
+    images = {'train': len(train_set), 'val': len(val_set), 'test': len(test_set)}
+    facts = {
+        **{name: getattr(arguments, name) for name in ('model', 'decoder', 'pretrained', 'drop_path', 'crop', 'seed')},
+        **asdict(recipe),
+        'ignore_index': arguments.ignore_index,
+        'classes': classes,
+        'images': images,
+        'amp': str(amp),
+    }
+    state = load_state(arguments.output.expanduser(), facts) if arguments.resume else None
+    output = arguments.output.expanduser() if arguments.resume else _folder(arguments.output)
 
     def loader(dataset: SegmentationFolder, train: bool) -> DataLoader:
         return DataLoader(
@@ -173,24 +211,23 @@ def _train(arguments: argparse.Namespace) -> int:
         )
 
     train, val, test = loader(train_set, True), loader(val_set, False), loader(test_set, False)
-    recipe = Recipe(
-        **{name: getattr(arguments, name) for name in ('epochs', 'batch_size', 'lr', 'weight_decay', 'eval_every')}
-    )
     console = stdout_console()
     console.print(
         f'{arguments.model} + {arguments.decoder} on {arguments.data_dir}: {len(train_set)} / {len(val_set)} / '
         f'{len(test_set)} images, {len(classes)} classes, {device_name(device)}'
     )
-    curve: list[dict[str, Any]] = []
+    if state is not None:
+        console.print(f'going on after epoch {len(state["curve"])} of {recipe.epochs}')
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task('epochs', total=recipe.epochs)
+        task = progress.add_task('epochs', total=recipe.epochs, completed=len(state['curve']) if state else 0)
 
-        def on_epoch(row: dict[str, Any]) -> None:
-            best = max((before['val_miou'] for before in curve if before['val_miou'] is not None), default=-1.0)
-            if row['val_miou'] is not None and row['val_miou'] > best:
-                write_tensors(model.state_dict(), output / WEIGHTS)  # an interrupted run leaves its best weights
-            curve.append(row)
-            write_curve(output / 'curve.csv', curve)
+        def on_epoch(row: dict[str, Any], now: Callable[[], dict[str, Any]]) -> None:
+            state = now()
+            if row['val_miou'] is not None and row['val_miou'] == state['best']:
+                _write_weights(state['best_weights'], output)  # an interrupted run leaves its best weights
+            write_curve(output / 'curve.csv', state['curve'])
+            if row['epoch'] % arguments.save_every == 0:
+                save_state(output, state, facts)
             progress.advance(task)
             if row['val_miou'] is not None:
                 console.print(
@@ -199,7 +236,9 @@ def _train(arguments: argparse.Namespace) -> int:
                 )
 
         try:
-            train_segmenter(model, train, val, recipe, device=device, amp=amp, on_epoch=on_epoch, **labels)
+            curve = train_segmenter(
+                model, train, val, recipe, device=device, amp=amp, state=state, on_epoch=on_epoch, **labels
+            )
         except FloatingPointError as error:
             raise UserError(str(error)) from error
     val_scores, test_scores = (evaluate(model, split, device=device, amp=amp, **labels) for split in (val, test))
@@ -211,7 +250,7 @@ def _train(arguments: argparse.Namespace) -> int:
         'classes': classes,
         'crop': list(arguments.crop),
         'drop_path': arguments.drop_path,
-        'images': {'train': len(train_set), 'val': len(val_set), 'test': len(test_set)},
+        'images': images,
         'recipe': asdict(recipe),
         'seed': arguments.seed,
         'amp': str(amp).removeprefix('torch.') if amp else None,
@@ -222,25 +261,26 @@ def _train(arguments: argparse.Namespace) -> int:
         'seconds': curve[-1]['seconds'],
     }
     (output / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
-    write_tensors(model.state_dict(), output / WEIGHTS)
+    _write_weights(model.state_dict(), output)
 
     # images spread over the test set, for the picture
     indices = np.linspace(0, len(test_set) - 1, min(arguments.pictures, len(test_set))).round().astype(int)
-    (output / 'predictions').mkdir()
-    images, truths, predictions = [], [], []
+    (output / 'predictions').mkdir(exist_ok=True)
+    pictures, truths, predictions = [], [], []
     for i in indices:
         x, mask = test_set[i]
         with torch.inference_mode(), torch.autocast(device.type, dtype=amp, enabled=amp is not None):
             predicted = predict(model, x[None].to(device)).argmax(1)[0]
         save_mask(output / 'predictions' / f'{test_set.images[i].stem}.png', predicted)
-        images.append(np.asarray(Image.open(test_set.images[i]).convert('RGB')))
+        pictures.append(np.asarray(Image.open(test_set.images[i]).convert('RGB')))
         truths.append(mask.numpy())
         predictions.append(predicted.cpu().numpy())
-    if images:
-        plot_predictions(output / 'predictions.png', images, truths, {arguments.model: predictions}, classes)
+    if pictures:
+        plot_predictions(output / 'predictions.png', pictures, truths, {arguments.model: predictions}, classes)
     data = {'root': str(arguments.data_dir.resolve()), 'ignore_index': arguments.ignore_index}
     data['images'] = [test_set.images[i].name for i in indices]
     (output / 'pictures.json').write_text(json.dumps(data, indent=2) + '\n')
+    remove_states(output)
     console.print(iou_table(summary))
     console.print(summary_table([summary]))
     console.print(f'wrote {output}')

@@ -1,7 +1,7 @@
 """A semantic segmenter on a timm backbone: smp's decoder and metrics, timm's optimizer and schedule, a short loop."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from ..command_line import UserError
 from ..optional import require
+from ..train.randomness import random_state, set_random_state
 from .smp import register_smp_encoder
 
 __all__ = ['DIVISOR', 'Recipe', 'Scores', 'build_segmenter', 'evaluate', 'measure_speed', 'predict', 'train_segmenter']
@@ -137,7 +138,8 @@ def train_segmenter(
     ignore_index: int,
     device: torch.device,
     amp: Optional[torch.dtype] = None,
-    on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
+    state: Optional[Mapping[str, Any]] = None,
+    on_epoch: Callable[[dict[str, Any], Callable[[], dict[str, Any]]], None] = lambda row, state: None,
 ) -> list[dict[str, Any]]:
     """Train, and leave the model with the weights that were best on `val`.
 
@@ -150,10 +152,14 @@ def train_segmenter(
         ignore_index: class number without loss.
         device: of the model.
         amp: autocast type; None for float32.
-        on_epoch: called with each row of the curve.
+        state: of an interrupted training, to go on from; `recipe`, `model` and data must be the same. With
+            num_workers=0 the result is that of a training without interruption.
+        on_epoch: called with each row of the curve and a function that gives the state after it: numbers and tensors,
+            for `torch.save`.
 
     Returns:
-        The curve: epoch, loss, seconds since the start, and where measured, val_miou and val_accuracy.
+        The curve: epoch, loss, seconds of all epochs so far (without `on_epoch`), and where measured, val_miou and
+        val_accuracy.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -173,8 +179,28 @@ def train_segmenter(
     )
     curve: list[dict[str, Any]] = []
     best, best_weights = -1.0, None
-    update, start = 0, time.perf_counter()
-    for epoch in range(1, recipe.epochs + 1):
+    seconds = 0.0
+    if state is not None:
+        model.load_state_dict(state['model'])
+        optimizer.load_state_dict(state['optimizer'])
+        set_random_state(state['random'], device)
+        curve, best, best_weights = list(state['curve']), state['best'], state['best_weights']
+        seconds = curve[-1]['seconds']
+    update = len(curve) * len(train)
+
+    def now() -> dict[str, Any]:
+        return {
+            'updates': update,
+            'curve': curve,
+            'best': best,
+            'best_weights': best_weights,
+            'model': model.state_dict(),
+            'optimizer': optimizer.state_dict(),
+            'random': random_state(device),
+        }
+
+    for epoch in range(len(curve) + 1, recipe.epochs + 1):
+        start = time.perf_counter()
         model.train()
         total = torch.zeros((), device=device)
         for images, masks in train:
@@ -182,7 +208,9 @@ def train_segmenter(
             images, masks = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                 logits = model(images)
-            loss = F.cross_entropy(logits.float(), masks, ignore_index=ignore_index)
+            # not reduction='mean': that is nan for a batch in which no pixel has a class
+            losses = F.cross_entropy(logits.float(), masks, ignore_index=ignore_index, reduction='sum')
+            loss = losses / (masks != ignore_index).sum().clamp(min=1)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
@@ -198,9 +226,10 @@ def train_segmenter(
             if scores.miou > best:
                 best = scores.miou
                 best_weights = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
-        row['seconds'] = time.perf_counter() - start
+        seconds += time.perf_counter() - start
+        row['seconds'] = seconds
         curve.append(row)
-        on_epoch(row)
+        on_epoch(row, now)
     if best_weights is not None:
         model.load_state_dict(best_weights)
     return curve

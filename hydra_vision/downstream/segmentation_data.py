@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from PIL import Image
@@ -94,6 +94,21 @@ def read_classes(root: Path, num_classes: Optional[int]) -> list[str]:
     return names
 
 
+class _RandomScale(v2.Transform):
+    """Both sides times one factor between two. torchvision's ScaleJitter fits the image into the crop first."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        scale = float(torch.empty(()).uniform_(self.low, self.high))
+        return {'size': [max(1, round(scale * side)) for side in v2.query_size(flat_inputs)]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return self._call_kernel(F.resize, inpt, **params, interpolation=InterpolationMode.BILINEAR, antialias=True)
+
+
 def train_transform(crop: Sequence[int], ignore_index: int) -> v2.Compose:
     """Random scale (0.5 to 2), crop, flip and colours; what a crop reaches beyond the image is ignored.
 
@@ -104,7 +119,7 @@ def train_transform(crop: Sequence[int], ignore_index: int) -> v2.Compose:
     height, width = crop
     return v2.Compose(
         [
-            v2.ScaleJitter((height, width), scale_range=(0.5, 2.0), interpolation=InterpolationMode.BILINEAR),
+            _RandomScale(0.5, 2.0),
             v2.RandomCrop(
                 (height, width),
                 pad_if_needed=True,

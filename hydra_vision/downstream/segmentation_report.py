@@ -107,4 +107,5 @@ def plot_predictions(
 
 def save_mask(path: Path, mask: torch.Tensor) -> None:
     """Class numbers (H, W) as a PNG."""
-    Image.fromarray(mask.cpu().numpy().astype(np.uint8)).save(path)
+    numbers = mask.cpu().numpy()
+    Image.fromarray(numbers.astype(np.uint8 if numbers.max() < 256 else np.uint16)).save(path)

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..version import __version__
 
-__all__ = ['CONFIG', 'WEIGHTS', 'push_to_hub', 'save_pretrained', 'write_tensors']
+__all__ = ['CONFIG', 'WEIGHTS', 'constructor_args', 'push_to_hub', 'save_pretrained', 'write_tensors']
 
 CONFIG, WEIGHTS, CODE, CARD = 'config.json', 'model.safetensors', 'hydra_vision_auto.py', 'README.md'
 
@@ -198,7 +198,7 @@ def _config(
     data_config: Optional[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """timm's config.json with this model's constructor arguments and preprocessing; tried before it is returned."""
-    args = _model_args(model, model_args)
+    args = constructor_args(model, model_args)
     cfg = dict(model.pretrained_cfg)
     size = args.get('img_size')
     cfg['input_size'] = (args.get('in_chans', 3), *(to_2tuple(size) if size else cfg['input_size'][1:]))
@@ -236,7 +236,7 @@ def _config(
     return config
 
 
-def _model_args(model: nn.Module, extra: Optional[Mapping[str, Any]]) -> dict[str, Any]:
+def constructor_args(model: nn.Module, extra: Optional[Mapping[str, Any]] = None) -> dict[str, Any]:
     """Recorded constructor arguments, brought up to date with later changes of size, pooling and channels."""
     args = {key: value for key, value in getattr(model, '_model_args', {}).items() if key not in _RUNTIME}
     args = {key: value for key, value in args.items() if not (key == 'drop_rate' or key.endswith('_drop_rate'))}

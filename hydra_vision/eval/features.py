@@ -1,6 +1,6 @@
 """Two sets of labelled features that belong together: what a probe learns from, and what it is judged on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -9,10 +9,10 @@ from timm.utils.misc import natural_key
 
 from ..features import FeatureError, Features
 
-__all__ = ['Split', 'class_names', 'paired_splits', 'top_accuracy']
+__all__ = ['Split', 'check_same', 'class_names', 'paired_splits', 'top_accuracy']
 
 # What has to be the same on both sides for features to be comparable.
-_SAME = ('model', 'fingerprint', 'pool', 'layers', 'data')
+_SAME = ('model', 'fingerprint', 'arguments', 'pool', 'layers', 'data', 'rules')
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,7 @@ def paired_splits(train: Features, test: Features) -> tuple[Split, Split, list[s
         FeatureError: Features of different models or settings, more than a vector an image, no classes, a test class
             that the training set does not have, a single class.
     """
-    for key in _SAME:
-        if train.card[key] != test.card[key]:
-            raise FeatureError(
-                f'{train.path.name} and {test.path.name} are features of different models or settings: {key} '
-                f'{_brief(train.card[key])} and {_brief(test.card[key])}'
-            )
+    check_same(train.path.name, train.card, test.path.name, test.card)
     for features in (train, test):
         if len(features.card['shape']) != 1:
             raise FeatureError(
@@ -57,6 +52,20 @@ def paired_splits(train: Features, test: Features) -> tuple[Split, Split, list[s
         return Split(np.array(features.array, np.float32), y, features.card['images'])
 
     return split(train), split(test), names
+
+
+def check_same(one: str, card: Mapping[str, Any], other: str, other_card: Mapping[str, Any]) -> None:
+    """Let two cards pass whose features can be compared.
+
+    Raises:
+        FeatureError: Different models or settings.
+    """
+    for key in _SAME:
+        if card.get(key) != other_card.get(key):
+            raise FeatureError(
+                f'{one} and {other} are features of different models or settings: {key} '
+                f'{_brief(card.get(key))} and {_brief(other_card.get(key))}'
+            )
 
 
 def class_names(train: Optional[Sequence[str]], test: Optional[Sequence[str]]) -> list[str]:

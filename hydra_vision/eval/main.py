@@ -17,7 +17,7 @@ from ..features.options import add_image_options, add_model_options, add_run_opt
 from ..features.pooling import check_layers
 from ..tables import make_table, stdout_console
 from . import knn, probe
-from .features import Split, class_names, paired_splits
+from .features import Split, check_same, class_names, paired_splits
 
 __all__ = ['knn_main', 'probe_main']
 
@@ -71,7 +71,7 @@ def probe_main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision p
         '--sweep', type=numbers, metavar='X,...', help='C of logistic, learning rates of linear; one: no sweep'
     )
     parser.add_argument('--holdout', type=float, metavar='X', help='share of the training set for the sweep (0.2)')
-    parser.add_argument('--seed', type=int, default=0, metavar='N')
+    parser.add_argument('--seed', type=int, metavar='N', help='of the held-out part, and of linear; default 0')
     parser.add_argument('--max-iter', type=int, metavar='N', help='of logistic; default 1000')
     parser.add_argument('--epochs', type=int, metavar='N', help='of linear; default 100')
     parser.add_argument('--head-batch-size', type=int, metavar='N', help='of linear; default 256')
@@ -85,12 +85,15 @@ def probe_main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision p
             if value is not None and value < 1:
                 raise UserError(f'--{name.replace("_", "-")} = {value}; it must be at least 1')
             options[name] = default if value is None else value
+    sweeps = len(arguments.sweep or (0, 0)) > 1
+    if arguments.head == 'logistic' and not sweeps and arguments.seed is not None:
+        raise UserError('--seed is for choosing among several values; --sweep gives one')
     if arguments.holdout is not None and not 0 < arguments.holdout < 1:
         raise UserError(f'--holdout = {arguments.holdout}; it must be between 0 and 1')
-    if arguments.holdout is not None and len(arguments.sweep or (0, 0)) == 1:
+    if arguments.holdout is not None and not sweeps:
         raise UserError('--holdout is for choosing among several values; --sweep gives one')
     options = {key.removeprefix('head_'): value for key, value in own[arguments.head].items()}
-    options |= {'holdout': 0.2 if arguments.holdout is None else arguments.holdout, 'seed': arguments.seed}
+    options |= {'holdout': 0.2 if arguments.holdout is None else arguments.holdout, 'seed': arguments.seed or 0}
 
     def run(train: Split, test: Split, classes: int, device: str) -> list[dict[str, Any]]:
         kwargs = {**options, **({'values': arguments.sweep} if arguments.sweep else {})}
@@ -98,7 +101,8 @@ def probe_main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision p
             return [probe.logistic_probe(train, test, num_classes=classes, **kwargs)]
         return [probe.linear_probe(train, test, num_classes=classes, device=device, **kwargs)]
 
-    return _evaluate(parser, arguments, run, probe.protocol(arguments.head, arguments.sweep, **options))
+    text = probe.protocol(arguments.head, arguments.sweep, **options)
+    return _evaluate(parser, arguments, run, text, on_device=arguments.head == 'linear')
 
 
 def _parser(prog: str, description: str) -> Parser:
@@ -116,8 +120,13 @@ def _parser(prog: str, description: str) -> Parser:
 
 
 def _evaluate(
-    parser: Parser, arguments: argparse.Namespace, run: Callable[..., list[dict[str, Any]]], protocol: str
+    parser: Parser,
+    arguments: argparse.Namespace,
+    run: Callable[..., list[dict[str, Any]]],
+    protocol: str,
+    on_device: bool = True,
 ) -> int:
+    """Features of both sets, then ``run`` on them; ``on_device`` says whether that takes a device, too."""
     sources = [_open(arguments.train), _open(arguments.test)]
     class_names(*(source.classes for source in sources))
     most = max(getattr(arguments, 'k', (1,)))
@@ -125,6 +134,11 @@ def _evaluate(
         raise UserError(f'--k {most}: there are {len(sources[0].paths)} images to train on')
     if arguments.pool not in (None, 'avg', 'max', 'cls'):
         raise UserError(f'--pool {arguments.pool}: a probe takes one vector an image: avg, max or cls')
+    files_alone = all(isinstance(source, Features) for source in sources)
+    if files_alone and not on_device and arguments.device != parser.get_default('device'):
+        raise UserError(
+            f'--device {arguments.device}: scikit-learn works on the CPU, and both sets are features already'
+        )
     backbone = _backbone(parser, arguments, sources)
     with tempfile.TemporaryDirectory(prefix='hydra-vision-') as scratch:
         features = [
@@ -173,14 +187,14 @@ def _backbone(parser: Parser, arguments: argparse.Namespace, sources: Sequence[A
         return None
     backbone = backbone_from(arguments)
     layers = check_layers(backbone.model, arguments.layers)
+    card = {**backbone.card(), 'pool': arguments.pool or 'avg', 'layers': None if layers is None else list(layers)}
     for source in sources:
-        if isinstance(source, Features) and source.card['fingerprint'] != backbone.fingerprint():
-            raise FeatureError(f'{source.path} holds features of another model ({source.card["model"]}, other weights)')
-        if isinstance(source, Features) and (source.card['pool'], source.card['layers']) != (
-            arguments.pool or 'avg',
-            None if layers is None else list(layers),
-        ):
-            raise FeatureError(f'{source.path} has pool {source.card["pool"]}, layers {source.card["layers"]}')
+        if isinstance(source, Features):
+            if source.card['fingerprint'] != card['fingerprint']:
+                raise FeatureError(
+                    f'{source.path} holds features of another model ({source.card["model"]}, other weights)'
+                )
+            check_same(source.path.name, source.card, 'the images beside it', card)
     return backbone
 
 

@@ -28,8 +28,8 @@ _PROTOCOLS = {
         'scikit-learn logistic regression (L-BFGS, at most {max_iter} iterations) on standardised features; {value}'
     ),
     'linear': (
-        'linear head of timm on standardised features without augmentation: SGD, momentum 0.9, no weight decay, '
-        'batches of {batch_size}, cosine over {epochs} epochs, seed {seed}; {value}'
+        'linear head of timm on standardised features without augmentation: SGD, Nesterov momentum 0.9, no weight '
+        'decay, batches of {batch_size}, cosine over {epochs} epochs, seed {seed}; {value}'
     ),
 }
 HEADS = tuple(_PROTOCOLS)
@@ -91,7 +91,7 @@ def logistic_probe(
             warnings.simplefilter('ignore', ConvergenceWarning)  # reported as `converged`
             model.fit(x, y)
         fit.converged = bool((model[-1].n_iter_ < max_iter).all())
-        return lambda features: _logits(model, features)
+        return lambda features: _logits(model, features, num_classes)
 
     return _sweep(fit, 'C', train, test, values, holdout, seed) | {'converged': fit.converged}
 
@@ -127,13 +127,19 @@ def linear_probe(
     Raises:
         FeatureError: As `logistic_probe`; epochs or batch_size below 1.
     """
+    from sklearn.preprocessing import StandardScaler
+
     if epochs < 1 or batch_size < 1:
         raise FeatureError(f'epochs = {epochs}, batch_size = {batch_size}; both must be at least 1')
 
     def fit(x: np.ndarray, y: np.ndarray, lr: float) -> Callable[[np.ndarray], np.ndarray]:
-        mean, std = x.mean(0), x.std(0) + 1e-6
+        scaler = StandardScaler().fit(x)  # leaves features that never change as they are, sums in float64
+
+        def scaled(features: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(scaler.transform(features)).to(device)
+
         head = _train_head(
-            torch.from_numpy((x - mean) / std).to(device),
+            scaled(x),
             torch.from_numpy(y).to(device),
             num_classes=num_classes,
             lr=lr,
@@ -141,8 +147,7 @@ def linear_probe(
             batch_size=batch_size,
             seed=seed,
         )
-        with torch.inference_mode():
-            return lambda features: head(torch.from_numpy((features - mean) / std).to(device)).detach().cpu().numpy()
+        return lambda features: head(scaled(features)).cpu().numpy()
 
     return _sweep(fit, 'lr', train, test, values, holdout, seed)
 
@@ -204,6 +209,10 @@ def _sweep(
     return {name: best, **top_accuracy(scores, test.y), 'sweep': sweep}
 
 
-def _logits(model: Any, x: np.ndarray) -> np.ndarray:
+def _logits(model: Any, x: np.ndarray, num_classes: int) -> np.ndarray:
+    """Scores (rows, num_classes), -inf for classes that scikit-learn has not seen: it leaves out their columns."""
     scores = model.decision_function(x)
-    return np.stack([-scores, scores], 1) if scores.ndim == 1 else scores  # two classes: one score
+    scores = np.stack([-scores, scores], 1) if scores.ndim == 1 else scores  # two classes: one score
+    columns = np.full((len(scores), num_classes), -np.inf)
+    columns[:, model.classes_] = scores
+    return columns

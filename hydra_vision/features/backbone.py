@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import math
 import pickle
 from collections.abc import Callable, Mapping
@@ -17,12 +18,16 @@ from torch import nn
 import hydra_vision  # noqa: F401  registers the models
 
 from ..command_line import check_model_name
+from ..downstream.sharing import constructor_args
 from ..train.images import ImageRules
 from .errors import FeatureError
 
 __all__ = ['Backbone', 'load_backbone', 'pick_device']
 
 Size = Union[int, tuple[int, int]]
+
+# Arguments that a card leaves out: the size is in its data, classes are no features, the rest are ways to compute.
+_SAME_FEATURES = ('img_size', 'num_classes', 'dynamic_img_size', 'backend')
 
 
 @dataclasses.dataclass
@@ -37,6 +42,7 @@ class Backbone:
         rules: What becomes of grey, 16-bit, rotated images; by default what the trainer does by default.
         classes: Names of the classes of its head, where they are known.
         build: Makes the same model without weights.
+        arguments: What it was built with, where the model keeps no record of it.
     """
 
     model: nn.Module
@@ -46,6 +52,7 @@ class Backbone:
     rules: ImageRules
     classes: Optional[list[str]] = None
     build: Optional[Callable[[], nn.Module]] = None
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(
@@ -55,6 +62,7 @@ class Backbone:
         name: Optional[str] = None,
         weights: str = 'in memory',
         build: Optional[Callable[[], nn.Module]] = None,
+        arguments: Optional[Mapping[str, Any]] = None,
     ) -> 'Backbone':
         """A timm model that is loaded already, with the preprocessing that its ``pretrained_cfg`` states.
 
@@ -81,6 +89,7 @@ class Backbone:
             ImageRules('L' if channels == 1 else 'RGB'),
             list(names) if names else None,
             build,
+            dict(arguments or {}),
         )
 
     @property
@@ -113,8 +122,25 @@ class Backbone:
         model.eval().requires_grad_(False).to(next(self.model.parameters()).device)
         return other
 
+    def card(self) -> dict[str, Any]:
+        """What features follow from, as JSON gives it back: weights, constructor arguments, preprocessing."""
+        arguments = {**self.arguments, **constructor_args(self.model)}
+        arguments = {key: value for key, value in arguments.items() if key not in _SAME_FEATURES}
+        card = {
+            'model': self.name,
+            'weights': self.weights,
+            'fingerprint': self.fingerprint(),
+            'arguments': arguments,
+            'data': self.data,
+            'rules': dataclasses.asdict(self.rules),
+        }
+        return json.loads(json.dumps(card, default=_text))
+
     def fingerprint(self) -> str:
-        """SHA-256 over names, shapes and values of all weights: two models agree in it only if they are the same."""
+        """SHA-256 over names, shapes and values of all weights.
+
+        Models that differ in what has no weights, as the order of a scan, share it: see ``card``.
+        """
         digest = hashlib.sha256()
         for key, value in sorted(self.model.state_dict().items()):
             digest.update(f'{key} {tuple(value.shape)} {value.dtype}'.encode())
@@ -297,7 +323,15 @@ def _from_timm(
         raise FeatureError(f'num_classes = {model.num_classes}, but the weights of {name} have {trained} classes')
     kwargs.pop('pretrained_cfg_overlay', None)
     origin = path if weights is not None else 'random' if random_init else 'pretrained'
-    return Backbone.of(model, name=name, weights=origin, build=partial(timm.create_model, name, **kwargs))
+    build = partial(timm.create_model, name, **kwargs)
+    return Backbone.of(model, name=name, weights=origin, build=build, arguments=kwargs)
+
+
+def _text(value: Any) -> Any:
+    """A layer class or function as JSON: its name, without an address that changes from run to run."""
+    if isinstance(value, partial):
+        return [_text(value.func), *value.args, value.keywords]
+    return getattr(value, '__qualname__', type(value).__qualname__)
 
 
 def _resize(backbone: Backbone, size: tuple[int, int]) -> None:

@@ -1,7 +1,6 @@
 """Extraction: images through a model into a file, row by row, in constant memory, resumable."""
 
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from .errors import FeatureError
 from .files import FORMATS, Features, load_features
 from .pooling import POOLS, check_layers, image_features
 from .sources import Images, open_images, sample_digest
-from .store import RowStore
+from .store import RowStore, only_writer
 
 __all__ = ['check_target', 'default_workers', 'extract', 'feature_batches']
 
@@ -51,7 +50,8 @@ def extract(
 
     Beside ``out`` appear ``out.csv``, a line for every image with its row or with the reason why it has none, and
     ``out.json``, how the features were made. While the work goes on, rows are in ``out.partial``: the same call
-    continues an interrupted one after the last committed row. Memory holds a batch of images and the list of names.
+    continues an interrupted one after the last committed row, and no second process may write the same file
+    (``out.lock``). Memory holds a batch of images and the list of names.
 
     Args:
         images: As in ``open_images``: a folder, .tar, .txt list, data set.
@@ -116,10 +116,7 @@ def extract(
     layers = check_layers(backbone.model, layers)
     shape, widths = _row_shape(backbone, pool, layers)
     card = {
-        'model': backbone.name,
-        'weights': backbone.weights,
-        'fingerprint': backbone.fingerprint(),
-        'data': {key: list(v) if isinstance(v, tuple) else v for key, v in backbone.data.items()},
+        **backbone.card(),
         'pool': pool,
         'layers': None if layers is None else list(layers),
         'widths': widths,
@@ -131,16 +128,29 @@ def extract(
         'sample': sample_digest(source),
         'labelled': source.classes is not None,
     }
-    # A card holds what json gives back, so that a resumed extraction can compare it.
-    store = RowStore(target, source, json.loads(json.dumps(card)))
+    with only_writer(target):
+        _write(RowStore(target, source, card), backbone, overwrite, batch_size, workers, max_unreadable, on_progress)
+    return load_features(target)
+
+
+def _write(
+    store: RowStore,
+    backbone: Backbone,
+    overwrite: bool,
+    batch_size: int,
+    workers: int,
+    max_unreadable: int,
+    on_progress: Optional[Callable[[int, int], None]],
+) -> None:
+    source, card, target = store.source, store.card, store.target
     if store.open(overwrite):
         if on_progress is not None:
             on_progress(store.done, len(source))
         loader = feature_batches(
             backbone,
             source,
-            pool=pool,
-            layers=layers,
+            pool=card['pool'],
+            layers=card['layers'],
             start=store.done,
             batch_size=batch_size,
             workers=workers,
@@ -149,10 +159,12 @@ def extract(
         try:
             with store:
                 for features, errors in loader:
-                    features = features.to(getattr(torch, dtype))
+                    features = features.to(getattr(torch, card['dtype']))
                     if not features.isfinite().all():
                         where = f'{source.paths[store.done]} or one of the {len(errors) - 1} after it'
-                        raise FeatureError(f'the features of {where} are not finite in {dtype} with amp {card["amp"]}')
+                        raise FeatureError(
+                            f'the features of {where} are not finite in {card["dtype"]} with amp {card["amp"]}'
+                        )
                     store.add(features.numpy(), errors)
                     if len(store.skipped) > max_unreadable:
                         raise FeatureError(_too_many(store.skipped, max_unreadable))
@@ -164,7 +176,6 @@ def extract(
                 f'{target} could not be written ({error.strerror or error}); what was committed is kept, the same call '
                 f'goes on from there'
             ) from error
-    return load_features(target)
 
 
 def feature_batches(

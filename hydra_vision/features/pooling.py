@@ -69,7 +69,7 @@ def image_features(model: nn.Module, x: Tensor, *, pool: str = 'avg', layers: Op
     """
     if pool not in POOLS:
         raise FeatureError(f'pool = {pool!r}; allowed: {", ".join(POOLS)}')
-    if pool == 'cls' and not getattr(model, 'num_prefix_tokens', 0):
+    if pool == 'cls' and not _has_class_token(model):
         raise FeatureError(f"pool = 'cls': {type(model).__name__} has no class token here; allowed: avg, max, ...")
     layers = check_layers(model, layers)
     maps = [_final(model, x, pool)] if layers is None else _intermediates(model, x, layers, pool)
@@ -77,6 +77,12 @@ def image_features(model: nn.Module, x: Tensor, *, pool: str = 'avg', layers: Op
     if len({tuple(y.shape[1:-1] if pool == 'tokens' else y.shape[2:]) for y in pooled}) > 1:
         raise FeatureError(f'layers = {list(layers)} have different grids and cannot be joined with pool = {pool!r}')
     return torch.cat(pooled, dim=-1 if pool == 'tokens' else 1)
+
+
+def _has_class_token(model: nn.Module) -> bool:
+    """Whether the first prefix token is one: models may have register tokens alone."""
+    own = getattr(model, 'has_class_token', getattr(model, 'cls_token', None) is not None)
+    return bool(own) and getattr(model, 'num_prefix_tokens', 0) > 0
 
 
 def _final(model: nn.Module, x: Tensor, pool: str) -> Tensor:

@@ -51,8 +51,8 @@ def open_images(source: Union[str, os.PathLike, Images, Any]) -> Images:
     Args:
         source: One of
 
-            - a folder, searched recursively; the folder that holds an image is its class (as timm's and torchvision's
-              image folders have it), unless images lie directly in the source: then there are no classes;
+            - a folder, searched recursively; the folder that holds an image is its class (as timm has it; torchvision
+              takes the outermost one), unless images lie directly in the source: then there are no classes;
             - a ``.tar`` of images, or of tars of images, with classes in the same way (a tar inside is a class);
             - a ``.txt`` list with one path a line, optionally a tab and a class; relative paths start at the list;
             - one image file;

@@ -4,12 +4,15 @@ import csv
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 import timm
 import torch
+from filelock import FileLock, Timeout
 
 from ..train.checkpoint import write_text
 from ..train.errors import TrainError
@@ -18,11 +21,33 @@ from .errors import FeatureError
 from .files import LOG_FIELDS, card_path, header, log_path, read_card, read_log, to_parquet
 from .sources import Images
 
-__all__ = ['RowStore']
+__all__ = ['RowStore', 'only_writer']
 
 _TEXT = dict(newline='', encoding='utf-8', errors='surrogateescape')
 _NAMES = {'weights', 'images'}  # the same by another path; fingerprint, sample and lines say whether they are
 _COMMIT_SECONDS = 1.0  # at most this much work is lost in a kill
+_LOCK_SECONDS = 8.0  # loader processes hold the lock of a killed run for up to five seconds
+
+
+@contextmanager
+def only_writer(target: Path) -> Iterator[None]:
+    """Keep other processes from writing the same files; a kill ends it.
+
+    Raises:
+        FeatureError: Another process writes them.
+    """
+    path = target.with_name(target.name + '.lock')
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=_LOCK_SECONDS)
+    except Timeout:
+        raise FeatureError(f'another process is writing {target}: wait for it, or choose another file') from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows does not remove an open file
+            path.unlink()
+        lock.release()
 
 
 class RowStore:
@@ -112,8 +137,9 @@ class RowStore:
         """Cut both files back to what they agree on."""
         start = len(self._header(0))
         whole = max(0, self.partial.stat().st_size - start) // self.row_bytes if self.partial.exists() else 0
-        while lines and lines[-1]['row'] != '' and int(lines[-1]['row']) >= whole:
-            lines.pop()
+        # The first line whose row is missing, not the last ones: a line of an unreadable image may follow it.
+        lost = (i for i, line in enumerate(lines) if line['row'] != '' and int(line['row']) >= whole)
+        del lines[next(lost, len(lines)) :]
         self.done, self.rows = len(lines), sum(line['row'] != '' for line in lines)
         self.skipped = [f'{line["path"]}: {line["error"]}' for line in lines if line['row'] == '']
         with open(self.partial, 'r+b' if self.partial.exists() else 'w+b') as file:
@@ -142,7 +168,7 @@ class RowStore:
         if differs == {'sample'}:
             return f'{self.target} was begun with other images ({before["images"]}, now {self.card["images"]})'
         if differs:
-            parts = [f'{key} {_brief(before.get(key))}, now {_brief(self.card[key])}' for key in sorted(differs)]
+            parts = [_difference(key, before.get(key), self.card[key]) for key in sorted(differs)]
             return f'{self.target} holds features made in another way ({"; ".join(parts)})'
         for path, line in zip(self.source.paths, lines):
             if line['path'] != path:
@@ -157,6 +183,13 @@ class RowStore:
             write_text(card_path(self.target), json.dumps({**self.card, **more}, indent=2) + '\n')
         except TrainError as error:
             raise FeatureError(str(error)) from error
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    if isinstance(before, dict) and isinstance(now, dict):  # of arguments, those that differ
+        keys = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        before, now = ({name: each[name] for name in keys if name in each} for each in (before, now))
+    return f'{key} {_brief(before)}, now {_brief(now)}'
 
 
 def _brief(value: Any) -> str:

@@ -16,8 +16,16 @@ from hydra_vision import cli
 from hydra_vision.command_line import UserError
 
 pytest.importorskip('segmentation_models_pytorch')
-from hydra_vision.downstream.segmentation import build_segmenter, evaluate, measure_speed, predict
+from hydra_vision.downstream.segmentation import (
+    Recipe,
+    build_segmenter,
+    evaluate,
+    measure_speed,
+    predict,
+    train_segmenter,
+)
 from hydra_vision.downstream.segmentation_data import SegmentationFolder, read_classes, train_transform
+from hydra_vision.downstream.segmentation_report import save_mask
 
 RUN = ['--model', 'test_hydra_vit', '--crop', '64', '64', '--workers', '0', '--device', 'cpu', '--batch-size', '4']
 
@@ -123,10 +131,95 @@ def test_an_interrupted_run_leaves_its_best_weights(drawn_folder, tmp_path, monk
     out = tmp_path / 'run'
     arguments = ['segment', '--data-dir', str(drawn_folder), *RUN, '--decoder', 'FPN', '--output', str(out)]
     assert cli.main([*arguments, '--epochs', '3', '--eval-every', '1']) == 130
-    assert {path.name for path in out.iterdir()} == {'curve.csv', 'model.safetensors'}
+    assert {path.name for path in out.iterdir()} == {'curve.csv', 'model.safetensors', 'last.pt', 'checkpoints'}
     assert len(load_file(out / 'model.safetensors')) > 20
     assert cli.main(['segment', '--compare', str(out), '--output', str(tmp_path / 'c')]) == 2
     assert 'not a finished run' in capsys.readouterr().err
+
+
+def test_a_killed_run_goes_on(drawn_folder, tmp_path, monkeypatch, capsys):
+    """The same weights and curve as without the kill, which costs one epoch."""
+
+    class Killed(BaseException):
+        pass
+
+    def train(out, *more):
+        arguments = ['--decoder', 'FPN', '--epochs', '3', '--eval-every', '1', '--output', str(out), *more]
+        return cli.main(['segment', '--data-dir', str(drawn_folder), *RUN, *arguments])
+
+    def curve(out):
+        return [{k: v for k, v in row.items() if k != 'seconds'} for row in csv.DictReader((out / 'curve.csv').open())]
+
+    whole, out = tmp_path / 'whole', tmp_path / 'run'
+    assert train(whole) == 0
+    assert {path.name for path in whole.iterdir()} == {
+        *('curve.csv', 'model.safetensors', 'pictures.json', 'predictions', 'predictions.png', 'summary.json'),
+    }
+    calls = []
+
+    def kill(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 3:  # in the third epoch
+            raise Killed
+        return evaluate(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr('hydra_vision.downstream.segmentation.evaluate', kill)
+        with pytest.raises(Killed):
+            train(out)
+    assert len(curve(out)) == 2
+    capsys.readouterr()
+    for more, match in (
+        (['--lr', '1e-3'], 'has lr 0.0005, not 0.001'),
+        (['--epochs', '4'], 'has epochs 3, not 4'),
+        (['--seed', '1'], 'has seed 0, not 1'),
+    ):
+        assert train(out, '--resume', *more) == 2
+        assert match in capsys.readouterr().err
+    assert train(out) == 2  # unasked, nothing goes on
+    assert train(out, '--resume') == 0
+    assert 'going on after epoch 2 of 3' in capsys.readouterr().out
+    assert curve(out) == curve(whole)
+    one, two = (load_file(folder / 'model.safetensors') for folder in (out, whole))
+    assert all(torch.equal(one[key], two[key]) for key in two)
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+    assert train(out, '--resume') == 2
+    assert 'it is finished' in capsys.readouterr().err
+
+
+def test_a_batch_without_a_class_is_no_error():
+    model = build_segmenter('test_hydra_vit', 'FPN', 3, img_size=(64, 64), depth=1)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    empty, some = torch.full((2, 64, 64), 255), torch.ones(2, 64, 64, dtype=torch.long)
+    batches = [(torch.randn(2, 3, 64, 64), mask) for mask in (empty, some)]
+    curve = train_segmenter(
+        model, batches, batches, Recipe(epochs=1), num_classes=3, ignore_index=255, device=torch.device('cpu')
+    )
+    assert 0 < curve[0]['loss'] < 3
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert not torch.equal(model.state_dict()['segmentation_head.0.weight'], before['segmentation_head.0.weight'])
+
+
+def test_scale_is_that_of_the_image_not_of_the_crop(tmp_path):
+    """A crop far smaller than the image shows its details between half and twice their size."""
+    column = np.repeat(np.arange(64, dtype=np.uint8), 8)[None].repeat(512, 0)  # a class every 8 px
+    for name, array in (('images', np.stack([column] * 3, -1)), ('masks', column)):
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        Image.fromarray(array).save(tmp_path / 'train' / name / 'a.png')
+    data = SegmentationFolder(
+        tmp_path, 'train', num_classes=64, ignore_index=255, transform=train_transform((64, 64), 255)
+    )
+    torch.manual_seed(0)
+    widths = [64 / len(data[0][1].unique()) for _ in range(20)]
+    assert 3 < min(widths) < 7
+    assert 9 < max(widths) < 17
+
+
+def test_masks_hold_more_than_256_classes(tmp_path):
+    for most in (255, 300):
+        mask = torch.tensor([[0, most]])
+        save_mask(tmp_path / 'm.png', mask)
+        assert np.asarray(Image.open(tmp_path / 'm.png')).tolist() == [[0, most]]
 
 
 def test_speed():
@@ -143,7 +236,9 @@ def test_bad_input(drawn_folder, tmp_path, capsys):
         ('UPerNet', [*data, '--decoder', 'Unett']),
         ('multiples of 32', [*data, '--crop', '60', '64']),
         ('at least 1', [*data, '--epochs', '0']),
-        ('--num-classes 0', [*data, '--num-classes', '0']),
+        ('--num-classes 1', [*data, '--num-classes', '1']),
+        ('is one of the 3 classes', [*data, '--ignore-index', '2']),
+        ('holds no interrupted run', [*data, '--resume']),
         ('--lr -1.0', [*data, '--lr', '-1']),
         ('--workers -1', [*data, '--workers', '-1']),
         ('--epochs has no meaning with --measure', ['segment', '--measure', '--epochs', '3']),

@@ -8,12 +8,13 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from hydra_vision.cli import main
 from hydra_vision.eval import probe
-from hydra_vision.eval.features import Split, paired_splits, top_accuracy
+from hydra_vision.eval.features import Split, class_names, paired_splits, top_accuracy
 from hydra_vision.eval.knn import knn_probe, knn_scores
 from hydra_vision.features import FeatureError, extract, load_backbone
 
@@ -50,6 +51,17 @@ def test_knn_with_a_small_temperature_is_the_nearest_neighbour():
     assert small == nearest
 
 
+def test_knn_takes_each_k():
+    train, test = blobs(1), blobs(2)
+    both = knn_probe(train, test, num_classes=4, k=(1, 50))
+    assert both == [knn_probe(train, test, num_classes=4, k=(k,))[0] for k in (1, 50)]
+    assert both[0]['top1'] != both[1]['top1']
+
+
+def test_classes_are_in_natural_order():
+    assert class_names(['10', '9', 'b', 'a'], ['9']) == ['9', '10', 'a', 'b']
+
+
 def test_top_accuracy():
     scores = np.array([[0.1, 0.5, 0.4], [0.2, 0.3, 0.5], [0.9, 0.05, 0.05]])
     result = top_accuracy(scores, np.array([2, 2, 1]), ks=(1, 2, 5))
@@ -67,6 +79,76 @@ def test_logistic_probe_is_scikit_learns(classes):
     assert result['top1'] == pytest.approx(100 * reference.score(scaler.transform(test.x), test.y))
     assert result['converged']
     assert not probe.logistic_probe(train, test, num_classes=classes, values=(1.0,), max_iter=1)['converged']
+
+
+def by_hand(train: Split, test: Split, lr: float, epochs: int, batch_size: int, seed: int = 0) -> float:
+    """The linear probe as its protocol says, in plain PyTorch."""
+    mean, std = train.x.mean(0), train.x.std(0)
+    x, y = torch.from_numpy((train.x - mean) / std), torch.from_numpy(train.y)
+    torch.manual_seed(seed)
+    head = torch.nn.Linear(x.shape[1], 4)
+    optimizer = torch.optim.SGD(head.parameters(), lr=lr, momentum=0.9, nesterov=True)
+    updates = epochs * -(-len(x) // batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for index in torch.randperm(len(x), generator=generator).split(batch_size):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(head(x[index]), y[index]).backward()
+            optimizer.step()
+            schedule.step()
+    with torch.no_grad():
+        return head(torch.from_numpy((test.x - mean) / std)).numpy()
+
+
+@pytest.mark.parametrize('scale', [1.0, 50.0])
+def test_linear_probe_does_what_its_protocol_says(scale, monkeypatch):
+    stretch = np.geomspace(1, scale, 8).astype(np.float32)  # features of very different sizes
+    train, test = (Split((part.x + 3) * stretch, part.y, part.name) for part in (blobs(1), blobs(2)))
+    seen = []
+    monkeypatch.setattr(probe, 'top_accuracy', lambda scores, y, **_: seen.append(scores) or {'top1': 0.0})
+    probe.linear_probe(train, test, num_classes=4, values=(0.03,), epochs=3, batch_size=64)
+    np.testing.assert_allclose(seen[0], by_hand(train, test, 0.03, 3, 64), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('run', [probe.logistic_probe, probe.linear_probe])
+def test_a_feature_that_never_changes_is_no_feature(run):
+    """Not one that is divided by nothing: in the test set it may differ a little."""
+    train, test = blobs(1), blobs(2)
+    noise = 5 + 1e-3 * np.random.default_rng(3).normal(size=(300, 1)).astype(np.float32)
+    more = (
+        Split(np.hstack([train.x, np.full_like(noise, 5)]), train.y, ''),
+        Split(np.hstack([test.x, noise]), test.y, ''),
+    )
+    value = {'values': (0.1,), 'num_classes': 4}
+    assert abs(run(*more, **value)['top1'] - run(train, test, **value)['top1']) < 2
+
+
+@pytest.mark.parametrize('values', [(0.001, 0.01, 1.0)])
+def test_the_sweep_is_judged_on_images_that_were_held_out(values):
+    train, test = blobs(1), blobs(2)
+    result = probe.logistic_probe(train, test, num_classes=4, values=values[::-1], holdout=0.25, seed=3)
+    x, held, y, y_held = train_test_split(train.x, train.y, test_size=0.25, stratify=train.y, random_state=3)
+    scaler = StandardScaler().fit(x)
+    for row, C in zip(result['sweep'], values):
+        model = LogisticRegression(C=C, max_iter=1000).fit(scaler.transform(x), y)
+        assert row == {'C': C, 'top1': pytest.approx(100 * model.score(scaler.transform(held), y_held))}
+    best = max(row['top1'] for row in result['sweep'])
+    assert result['C'] == min(row['C'] for row in result['sweep'] if row['top1'] == best)
+
+
+def test_equal_values_of_a_sweep_give_the_smaller_one():
+    easy = blobs(1, spread=0.01)
+    assert probe.logistic_probe(easy, easy, num_classes=4, values=(10.0, 1.0, 5.0))['C'] == 1.0
+
+
+def test_a_class_without_images_keeps_its_number():
+    train, test = (blobs(seed, classes=3) for seed in (1, 2))
+    moved = [Split(part.x, np.array([0, 2, 3])[part.y], '') for part in (train, test)]
+    for a, b in ((moved, (train, test)), ([Split(s.x[s.y != 2], s.y[s.y != 2], '') for s in moved], None)):
+        result = probe.logistic_probe(*a, num_classes=4, values=(1.0,))
+        assert result['top1'] > 50
+        assert b is None or result['top1'] == probe.logistic_probe(*b, num_classes=3, values=(1.0,))['top1']
 
 
 def test_linear_probe_comes_close_to_logistic_regression():
@@ -208,6 +290,16 @@ def test_features_that_do_not_belong_together(digits, tmp_path, capsys, monkeypa
     assert '--batch-size: both sets are features' in fails(
         capsys, 'knn', *(str(f.path) for f in digits), '--batch-size', '8'
     )
+    for option, value in (('--device', 'cpu'), ('--seed', '3')):  # nothing that would use them
+        error = fails(capsys, 'probe', str(train.path), str(test.path), '--sweep', '1', option, value)
+        assert option in error
+    assert main(['probe', str(train.path), str(test.path), '--head', 'linear', '--epochs', '1', '--sweep', '1',
+                 '--device', 'cpu', '--seed', '3']) == 0  # fmt: skip
+    capsys.readouterr()
+    with monkeypatch.context() as patch:  # before the images are run through the model
+        patch.setattr('hydra_vision.eval.main.extract', lambda *_, **__: pytest.fail('extracted'))
+        other_size = ['--model', CHECKPOINT, '--mean', '0.5']
+        assert 'settings: data' in fails(capsys, 'knn', str(train.path), DIGITS[1], *other_size)
     one = fails(capsys, 'probe', *(str(f.path) for f in digits), '--sweep', '1', '--holdout', '0.3')
     assert '--holdout is for choosing' in one
     assert '--epochs is for --head linear' in fails(capsys, 'probe', str(train.path), str(test.path), '--epochs', '3')

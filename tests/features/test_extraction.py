@@ -1,6 +1,8 @@
 """Extraction: the rows are the model's features, none is missing in silence, a kill costs nothing."""
 
+import contextlib
 import csv
+import dataclasses
 import errno
 import json
 import os
@@ -28,6 +30,7 @@ from hydra_vision.features import (
     open_images,
     store,
 )
+from hydra_vision.train.images import ImageRules
 
 
 def by_hand(backbone, folder: Path, paths: list[str]) -> np.ndarray:
@@ -157,6 +160,57 @@ def test_resumes_to_the_same_file(backbone, folder, tmp_path, suffix, damage):
     extract(folder, out, on_progress=lambda done, total: pytest.fail('read again'), **kwargs)
 
 
+@pytest.mark.parametrize('gone', ['f.npy', 'f.npy.partial'])
+def test_rows_that_are_gone_are_made_again(backbone, folder, tmp_path, gone):
+    """A line of an unreadable image, the last one here, has no row that could be missed."""
+    kwargs = dict(model=backbone, workers=0, batch_size=3)
+    (folder / 'c' / 'image11.jpg').write_bytes(b'no image')
+    (folder / 'b' / 'image1.jpg').write_bytes(b'no image')
+
+    def stop(done, total):
+        if done == total and gone.endswith('.partial'):
+            raise Stop
+
+    with contextlib.suppress(Stop):
+        extract(folder, tmp_path / 'f.npy', on_progress=stop, **kwargs)
+    (tmp_path / gone).unlink()
+    features = extract(folder, tmp_path / 'f.npy', **kwargs)
+    assert len(features.skipped) == 2
+    np.testing.assert_allclose(features.array, by_hand(backbone, folder, features.paths), atol=1e-5)
+
+
+def test_two_at_once(backbone, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, '_LOCK_SECONDS', 0.1)
+    kwargs = dict(model=backbone, workers=0, batch_size=3)
+    refused = []
+
+    def second(done, total):
+        with pytest.raises(FeatureError, match=r'another process is writing .*f\.npy: wait for it'):
+            extract(folder, tmp_path / 'f.npy', **kwargs)
+        extract(folder, tmp_path / 'g.npy', **kwargs)  # another file is free
+        refused.append(done)
+
+    features = extract(folder, tmp_path / 'f.npy', on_progress=second, **kwargs)
+    assert refused == [0, 3, 6, 9, 12]
+    np.testing.assert_allclose(features.array, by_hand(backbone, folder, features.paths), atol=1e-5)
+    assert not list(tmp_path.glob('*.lock'))
+
+
+@pytest.mark.slow
+def test_a_lock_of_a_killed_process_is_none(folder, tmp_path):
+    """Nor one that its loader processes hold for a moment longer."""
+    code = (
+        'import os, sys; from hydra_vision.features import extract;'
+        'extract(sys.argv[1], sys.argv[2], model="test_hydra_vit", random_init=True, img_size=32, workers=2,'
+        'batch_size=1, device="cpu", on_progress=lambda done, _: done > 3 and os.kill(os.getpid(), 9))'
+    )
+    out = tmp_path / 'f.npy'
+    done = subprocess.run([sys.executable, '-c', code, str(folder), str(out)], check=False, stderr=subprocess.DEVNULL)
+    assert done.returncode == -signal.SIGKILL
+    features = extract(folder, out, model=load_backbone('test_hydra_vit', random_init=True, img_size=32), workers=0)
+    assert len(features.array) == 12
+
+
 def test_the_same_folder_by_another_path_goes_on(backbone, folder, tmp_path, monkeypatch):
     extract(folder, tmp_path / 'f.npy', model=backbone, workers=0)
     monkeypatch.chdir(tmp_path)
@@ -265,6 +319,15 @@ def test_other_features_are_not_overwritten(backbone, folder, tmp_path):
     (folder / 'a' / 'image0.png').rename(folder / 'a' / 'image00.png')
     with pytest.raises(FeatureError, match='begun with other images'):
         extract(folder, out, model=backbone, **kwargs)
+    # what has no weights makes another model, too
+    kwargs['model'] = load_backbone('test_hydra_vit', random_init=True, img_size=32)
+    extract(folder, tmp_path / 'h.npy', **kwargs)
+    built = load_backbone('test_hydra_vit', random_init=True, img_size=32, model_kwargs={'scan_order': 'column'})
+    assert built.fingerprint() == backbone.fingerprint()
+    grey = dataclasses.replace(kwargs.pop('model'), rules=ImageRules(exif_rotation=True))
+    for model, match in ((built, 'arguments {}, now {"scan_order": "column"}'), (grey, 'now {"exif_rotation": true}')):
+        with pytest.raises(FeatureError, match=match):
+            extract(folder, tmp_path / 'h.npy', model=model, **kwargs)
     assert out.read_bytes() == content
     after = extract(folder, out, model=backbone, pool='max', overwrite=True, **kwargs)
     assert not np.allclose(after.array, np.load(out) * 0 + np.frombuffer(content[256:], np.float32).reshape(12, 64))
@@ -348,6 +411,11 @@ def test_layers(backbone):
         cls = image_features(vit, x, pool='cls', layers=[0, -1])
         outputs = vit.get_intermediate_layers(x, n=[0, len(vit.blocks) - 1], return_prefix_tokens=True, norm=True)
         torch.testing.assert_close(cls, torch.cat([prefix[:, 0] for _, prefix in outputs], 1))
+        registers = timm.create_model(
+            'vit_little_patch16_reg4_gap_256', img_size=32, embed_dim=64, depth=1, num_heads=2
+        )
+        with pytest.raises(FeatureError, match='has no class token'):  # the first prefix token is a register
+            image_features(registers.eval(), x, pool='cls')
         resnet = timm.create_model('test_resnet').eval()
         assert image_features(resnet, x, layers=[1, 2]).shape == (
             2,
