@@ -113,7 +113,7 @@ def create_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     kwargs = dict(optim.kwargs)
     kwargs |= {key: getattr(optim, key) for key in ('betas', 'eps') if getattr(optim, key) is not None}
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model,
             opt=optim.name,
             lr=scaled_lr(config),
@@ -123,6 +123,11 @@ def create_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         )
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f'cannot build optim.name={optim.name!r} with {kwargs}: {error}') from error
+    if getattr(optimizer, 'is_second_order', False):
+        raise ConfigError(
+            f'optim.name={optim.name!r} needs gradients of gradients, which this trainer does not compute'
+        )
+    return optimizer
 
 
 def scaled_lr(config: Config) -> float:

@@ -1,6 +1,7 @@
 """What training costs: operations an image, the share of the device's peak that is used, hours of a whole run."""
 
 import dataclasses
+import re
 
 import torch
 from torch import nn
@@ -12,11 +13,12 @@ from hydra_vision.train import build
 from hydra_vision.train.config import Config
 from hydra_vision.train.report import duration
 
-# Dense peak in TFLOP/s by the makers' data sheets: (part of the device's name, bf16 or fp16, TF32). Special before
+# Dense peak in TFLOP/s by the makers' data sheets: (words of the device's name, bf16 or fp16, TF32). Special before
 # general; a name that is not here has no known peak.
 _PEAKS = (
     ('B200', 2250, 1100),
     ('GH200', 989, 495),
+    ('H200 NVL', 835, 417),
     ('H200', 989, 495),
     ('H100 PCIe', 756, 378),
     ('H100 NVL', 835, 417),
@@ -35,8 +37,9 @@ _PEAKS = (
 
 def training_flops(config: Config, num_classes: int, input_size: tuple[int, int, int]) -> float | None:
     """Operations of one training image, forward and backward: matrix products and convolutions, the multiply and the
-    add of a product as two; the backward pass twice the forward pass, that of the patch embedding once. Recomputed
-    activations (run.grad_checkpointing) do not count.
+    add of a product as two; the backward pass twice the forward pass, that of the patch embedding once. Of a linear
+    probe (model.freeze_backbone) the classifier alone has a backward pass, of its weights. Recomputed activations
+    (run.grad_checkpointing) do not count.
 
     Returns:
         The number, or None for a model that cannot be counted without running it.
@@ -50,6 +53,8 @@ def training_flops(config: Config, num_classes: int, input_size: tuple[int, int,
         counts = count_flops(model, input_size)
     except (RuntimeError, NotImplementedError, TypeError):  # something in it needs values
         return None
+    if config.model.freeze_backbone:
+        return float(counts.flops + 2 * sum(p.numel() for p in model.get_classifier().parameters() if p.ndim > 1))
     return float(3 * counts.flops - counts.stem_flops)
 
 
@@ -59,7 +64,7 @@ def peak_flops(device: torch.device, amp: torch.dtype | None, tf32: bool) -> flo
         return None
     name = device_name(device)
     for part, half, single in _PEAKS:
-        if part in name:
+        if re.search(rf'\b{part}\b', name):  # whole words: an RTX A4000 is no A40, an L40 is no L4
             return 1e12 * (single if amp is None else half)
     return None
 

@@ -107,6 +107,9 @@ class Trainer:
         train_split, val_split = sources.open_splits(config, world=world)
         self.classes = train_split.classes
         self.num_classes = sources.count_classes(config, train_split)
+        warning = None if state is None else sources.check_classes(train_split, state['classes'])
+        if warning is not None:
+            self.console.print(warning, highlight=False, soft_wrap=True)
         self.model = place_model(build.create_model(config, self.num_classes, state is None), config, self.device)
         build.check_backend(self.model, self.device)
         if config.run.grad_checkpointing:
@@ -114,13 +117,13 @@ class Trainer:
                 raise ConfigError(f'run.grad_checkpointing: {config.model.name} does not support it')
             self.model.set_grad_checkpointing(True)
         self.train_split, self.train_size = train_split, None
-        self._resize(0 if state is None else state['epoch'])
+        self.resize(0 if state is None else state['epoch'])
         self.val_loader = data.val_loader(config, val_split, self.num_classes, self.model, self.device, world)
         self.mixup = data.create_mixup(config, self.num_classes)
         self.input_size = tuple(data.resolve_input(config, self.model)['input_size'])
 
-    def _resize(self, epoch: int) -> None:
-        """A loader of training images of the size that they have in an epoch."""
+    def resize(self, epoch: int) -> None:
+        """A loader of training images of the size that they have in an epoch, counted from 0."""
         config = data.at_epoch(self.config, epoch)
         size = tuple(data.resolve_input(config, self.model)['input_size'])
         if size == self.train_size:
@@ -195,7 +198,7 @@ class Trainer:
 
     def _train_epoch(self, meter: report.Meter) -> report.Row:
         """One pass over the training set, or what is left of it."""
-        self._resize(self.epoch)
+        self.resize(self.epoch)
         config, loader, progress = self.config, self.train_loader, self.progress
         if self.mixup is not None and config.augment.mix_off_epoch is not None:
             self.mixup.mixup_enabled = self.epoch < config.augment.mix_off_epoch

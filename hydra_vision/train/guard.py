@@ -27,6 +27,7 @@ class Guard:
     def __init__(self, config: Config, learner: Learner, world: World):
         self.config, self.learner, self.world = config, learner, world
         self.last_good = 'no epoch was finished yet'
+        self.counted: tuple[int, int] | None = None  # epoch and update of the last step that was counted as bad
 
     def check_losses(self, progress: Progress, epoch: int, batches: int) -> None:
         """Takes the latest losses into account, averaged over the processes; stops at one that is NaN or infinite.
@@ -44,16 +45,16 @@ class Guard:
         first = progress.batches - len(progress.losses)
         progress.losses.clear()
         for number, value in enumerate(losses.tolist(), start=first + 1):
+            update = (epoch, (number - 1) // self.config.optim.accum_steps)
             if math.isfinite(value):
                 progress.checked += 1
                 progress.loss_sum += value
                 progress.last_loss = value
             elif not self.config.optim.skip_nonfinite:
-                accum = self.config.optim.accum_steps
-                step = epoch * build.updates_in(batches, accum) + (number - 1) // accum + 1
+                step = epoch * build.updates_in(batches, self.config.optim.accum_steps) + update[1] + 1
                 self._stop(f'the loss became {value} at step {step} (epoch {epoch + 1}, batch {number})')
-            elif self.learner.scaler.is_enabled():
-                self.learner.skipped += 1
+            elif self.learner.scaler.is_enabled() and update != self.counted:
+                self.learner.skipped, self.counted = self.learner.skipped + 1, update
         self.check_steps()
 
     def check_steps(self) -> None:
@@ -70,7 +71,8 @@ class Guard:
     def check_weights(self, epoch: int) -> None:
         """Stops where the last step broke the weights, which no loss has shown yet."""
         if self.learner.broken_weights():
-            self._stop(f'a weight is no longer finite after step {self.learner.updates} (epoch {epoch + 1})')
+            step = f'step {self.learner.updates} (epoch {epoch + 1})'
+            self._stop(f'a weight or a running statistic is no longer finite after {step}')
 
     def _stop(self, what: str) -> None:
         raise NonFiniteError(

@@ -49,6 +49,8 @@ class ImageRules:
 def _refuse_unusual(image: Image.Image) -> None:
     if image.mode not in ('L', 'RGB', '1'):
         raise ValueError(f'mode {image.mode} (data.unusual_images=unreadable)')
+    if any(';16' in str(tile[3]) for tile in getattr(image, 'tile', ())):  # opened as mode RGB
+        raise ValueError('16 bits (data.unusual_images=unreadable)')
     if getattr(image, 'is_animated', False):
         raise ValueError('an animation (data.unusual_images=unreadable)')
 

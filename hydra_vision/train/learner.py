@@ -1,6 +1,7 @@
 """What learns: model, loss, optimizer, schedule, loss scale and moving average, and one update of all of them."""
 
 import contextlib
+import itertools
 import math
 import warnings
 from typing import Any
@@ -39,6 +40,7 @@ class Learner:
         epochs: length of the schedule, cool-down included.
         updates: optimizer steps done, skipped ones included.
         skipped: of these, how many were left out for gradients that are NaN or infinite.
+        lr: learning rate of the top layers in the latest update.
         grad_norm: of the last update that measured it, before clipping.
 
     Raises:
@@ -77,7 +79,7 @@ class Learner:
         self.optimizer = build.create_optimizer(config, model)
         self.schedule, self.epochs = build.create_schedule(config, self.optimizer, updates_per_epoch)
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-        self.updates, self.skipped, self.grad_norm = 0, 0, math.nan
+        self.updates, self.skipped, self.grad_norm, self.lr = 0, 0, math.nan, self._lr()
         if state is not None:
             self._restore(state, epochs_done)
         self.forward, self.forward_ema = model, None if self.ema is None else self.ema.module
@@ -144,12 +146,16 @@ class Learner:
             self.skipped += 1
         else:
             if optim.clip_grad is not None:
-                dispatch_clip_grad(self.task.get_clip_parameters(), optim.clip_grad, mode=optim.clip_mode)
+                parameters = self.task.get_clip_parameters(
+                    exclude_head=optim.clip_mode == 'agc'
+                )  # as timm and the paper
+                dispatch_clip_grad(parameters, optim.clip_grad, mode=optim.clip_mode)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.ema is not None:
                 self.ema.update(self.model, step=self.updates)
         self.optimizer.zero_grad(set_to_none=True)
+        self.lr = self._lr()
         if self.schedule is not None:
             self.schedule.step_update(self.updates)
 
@@ -164,9 +170,8 @@ class Learner:
             for model in (self.model, *([] if self.ema is None else [self.ema.module])):
                 distribute_bn(model, self.world.size, reduce=True)
 
-    @property
-    def lr(self) -> float:
-        """Current learning rate of the top layers."""
+    def _lr(self) -> float:
+        """Learning rate of the top layers in the next update."""
         return self.optimizer.param_groups[-1]['lr']
 
     def param_norm(self) -> float:
@@ -174,8 +179,10 @@ class Learner:
         return total_norm(self.model.parameters())
 
     def broken_weights(self) -> bool:
-        """Whether a weight is NaN or infinite, on any process."""
-        parts = [getattr(p, '_local_tensor', p).isfinite().all() for p in self.model.parameters()]
+        """Whether a weight, or a running statistic of a norm, is NaN or infinite, on any process."""
+        statistics = (b for name, b in self.model.named_buffers() if name.endswith(('running_mean', 'running_var')))
+        tensors = itertools.chain(self.model.parameters(), statistics)
+        parts = [getattr(tensor, '_local_tensor', tensor).isfinite().all() for tensor in tensors]
         broken = (~torch.stack(parts).all()).float()
         return bool(self.world.sum(broken) > 0)
 
@@ -214,10 +221,13 @@ class Learner:
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f'the checkpoint does not fit {self.config.model.name}: {error}') from error
         for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+            setting.pop('lookahead_step', None)  # timm's Lookahead counts its steps among the settings
             group.update(setting)  # a setting that was changed on purpose holds, also after a resume
         if self.scaler.is_enabled() and state['scaler']:
             self.scaler.load_state_dict(state['scaler'])
         self.updates, self.skipped = state['updates'], state['skipped']
         self.end_epoch(epochs_done)
-        if self.schedule is not None:
-            self.schedule.step_update(self.updates)
+        for update in (max(self.updates - 1, 0), self.updates):
+            self.lr = self._lr()
+            if self.schedule is not None:
+                self.schedule.step_update(update)

@@ -9,6 +9,7 @@ import torch
 
 from hydra_vision.streams import keep_on_stream
 from hydra_vision.train.cost import estimate
+from hydra_vision.train.data import at_epoch
 from hydra_vision.train.device import peak_memory
 from hydra_vision.train.report import print_table
 
@@ -25,31 +26,47 @@ def dry_run(trainer: 'Trainer') -> None:
     Args:
         trainer: newly built; its weights are of no use afterwards.
     """
-    config, device = trainer.config, trainer.device
-    accum = config.optim.accum_steps
-    batches = itertools.chain.from_iterable(itertools.repeat(trainer.train_loader))
-    _train(trainer, itertools.islice(batches, _WARM_UP * accum), accum)
-    started = _now(device)
-    images = _train(trainer, itertools.islice(batches, _TIMED * accum), accum)
-    rate = images / (_now(device) - started)
+    config, device, devices = trainer.config, trainer.device, trainer.world_size
+    rows, training = [], 0.0
+    for epoch, epochs in _stages(trainer):  # images of each size take their own time
+        trainer.resize(epoch)
+        images, seconds = _training_pace(trainer)
+        rate, size = images / seconds, 'x'.join(map(str, trainer.train_size[1:]))
+        pace = f'{rate:.0f} images/s a process, measured over {_TIMED} updates of {images // _TIMED} images'
+        rows.append([f'training {epochs} epochs at {size}', pace])
+        mfu = trainer.cost.mfu(rate * devices)
+        rows.append(['MFU', trainer.cost.describe(device) if mfu is None else f'{100 * mfu:.1f} %'])
+        training += epochs * len(trainer.train_loader) * config.data.batch_size / (rate * devices)
     val_rate = _validation_rate(trainer)
-    devices = trainer.world_size
-    train_images = len(trainer.train_loader) * config.data.batch_size
     validations = math.ceil(trainer.epochs / config.run.validate_every)
-    training = trainer.epochs * train_images / (rate * devices)
     validating = validations * len(trainer.val_loader.dataset) / (val_rate * devices)
     kind = 'GPU' if device.type == 'cuda' else 'processor'
-    mfu, memory = trainer.cost.mfu(rate * devices), peak_memory(device)
-    rows = [
-        ['training', f'{rate:.0f} images/s a process, measured over {_TIMED} updates of {images // _TIMED} images'],
+    memory = peak_memory(device)
+    rows += [
         ['validation', f'{val_rate:.0f} images/s a process, measured over one batch'],
-        ['MFU', trainer.cost.describe(device) if mfu is None else f'{100 * mfu:.1f} %'],
         ['peak memory', 'not measured on the CPU' if memory is None else f'{memory:.2f} GiB'],
         ['whole run', f'{trainer.epochs} epochs, {validations} validations, {devices} process(es)'],
         ['estimate', estimate(training + validating, devices, kind)],
         ['of it validation', f'{100 * validating / (training + validating):.0f} %'],
     ]
     print_table(trainer.console, f'dry run of {config.model.name}: nothing was written', ['', 'value'], rows)
+
+
+def _stages(trainer: 'Trainer') -> list[tuple[int, int]]:
+    """First epoch, and number of epochs, of every size of training images."""
+    sizes = [at_epoch(trainer.config, epoch).data.img_size for epoch in range(trainer.epochs)]
+    starts = [epoch for epoch in range(len(sizes)) if epoch == 0 or sizes[epoch] != sizes[epoch - 1]]
+    return [(start, end - start) for start, end in zip(starts, [*starts[1:], len(sizes)])]
+
+
+def _training_pace(trainer: 'Trainer') -> tuple[int, float]:
+    """Images of this process and seconds of a few updates, after others to warm up."""
+    accum = trainer.config.optim.accum_steps
+    batches = itertools.chain.from_iterable(itertools.repeat(trainer.train_loader))
+    _train(trainer, itertools.islice(batches, _WARM_UP * accum), accum)
+    started = _now(trainer.device)
+    images = _train(trainer, itertools.islice(batches, _TIMED * accum), accum)
+    return images, _now(trainer.device) - started
 
 
 def bench_data(trainer: 'Trainer') -> None:

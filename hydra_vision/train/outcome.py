@@ -59,10 +59,7 @@ def conclude(run: 'Trainer') -> dict[str, Result]:
         results[label] = {key: run.best[key] for key in ('top1', 'top5', 'loss', 'images')}
     rows = report.result_rows(results)
     for loader in (run.train_loader, run.val_loader):
-        if hasattr(loader.dataset, 'add_up'):
-            loader.dataset.add_up(run.world.sum)
-        if getattr(loader.dataset, 'unreadable', list)():
-            run.console.print(f'warning: skipped {loader.dataset.report()}', highlight=False, soft_wrap=True)
+        report.tell_unreadable(run.console, loader, run.world)
     report.print_table(run.console, f'{run.config.model.name}, validation', report.RESULT_HEADER, rows)
     run.console.print(report.speed_line(run.history), highlight=False, soft_wrap=True)
     if not run.world.primary:

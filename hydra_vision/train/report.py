@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from hydra_vision.train.checkpoint import write_atomically, write_text
+from hydra_vision.train.distributed import World
 
 Row = dict[str, Any]
 COLUMNS = (
@@ -80,6 +81,14 @@ def speed_line(history: Sequence[Row]) -> str:
     parts += [f'MFU {100 * sum(mfu) / len(mfu):.1f} %'] if mfu else []
     parts += [f'peak memory {max(memory):.2f} GiB'] if memory else []
     return ', '.join(parts)
+
+
+def tell_unreadable(console: Console, loader: Any, world: World) -> None:
+    """Names the images that the loaders of all processes skipped; a collective call."""
+    if hasattr(loader.dataset, 'add_up'):
+        loader.dataset.add_up(world.sum)
+    if getattr(loader.dataset, 'unreadable', list)():
+        console.print(f'warning: skipped {loader.dataset.report()}', highlight=False, soft_wrap=True)
 
 
 def result_rows(results: Mapping[str, Mapping[str, float]]) -> list[list[str]]:

@@ -53,6 +53,30 @@ def open_splits(config: Config, train: bool = True, world: World = _ALONE) -> tu
     return first, val
 
 
+def check_classes(split: Split, trained: list[str] | None) -> str | None:
+    """Compares the classes of a split with those that a checkpoint was trained on.
+
+    Args:
+        split: whose images the model is about to see.
+        trained: class names in index order, None where they are not known.
+
+    Returns:
+        A warning where all names are others, as in a renamed copy of the set.
+
+    Raises:
+        DataError: other numbers of classes, or some names are the same and stand at other indices or beside others.
+    """
+    if split.classes is None or trained is None or split.classes == trained:
+        return None
+    if len(split.classes) != len(trained):
+        raise DataError(f'{split.name} has {len(split.classes)} classes; the checkpoint has {len(trained)}')
+    index = next(i for i, (here, there) in enumerate(zip(split.classes, trained)) if here != there)
+    text = f'class {index} of {split.name} is {split.classes[index]!r}, of the checkpoint {trained[index]!r}'
+    if set(split.classes) & set(trained):
+        raise DataError(f'{text}: it was trained on other classes, or on these in another order')
+    return f'warning: {text}: all names differ, the order of the classes is taken to be the same'
+
+
 def count_classes(config: Config, split: Split) -> int:
     """Number of classes for the model: the recipe's, which must agree with the data, or else the data's.
 
@@ -89,6 +113,8 @@ def _open(config: Config, split: str, is_training: bool, world: World) -> Split:
     else:
         root, name = data.dir, f'{data.name} ({split})'
     prefix = data.name.split('/')[0].lower()
+    if data.class_map is not None:
+        _check_class_map(data.class_map)
     _check_package(data.name, prefix)
     reader = f'hfds/{_parquet_folder(data.dir)}' if data.name == PARQUET else data.name
     root = None if data.name == PARQUET else root
@@ -121,7 +147,7 @@ def _open(config: Config, split: str, is_training: bool, world: World) -> Split:
         dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
     classes = _class_names(dataset)
     if data.name == '' and root.is_dir():
-        _check_folder(root, dataset.reader.samples)
+        _check_folder(root, dataset.reader.samples, None if data.class_map is None else classes)
     return Split(dataset, name, classes)
 
 
@@ -155,10 +181,27 @@ def _split_root(folder: str | None, split: str) -> Path:
     raise DataError(f'{root} has no {split} split; looked for {", ".join(path.name for path in candidates)}')
 
 
-def _check_folder(root: Path, samples: list[tuple[str, int]]) -> None:
-    """Every class folder must hold an image: timm numbers only those that do, which would shift the other classes."""
+def _check_class_map(path: str) -> None:
+    """A class name a line: an empty line or a name that comes twice would shift the numbers of those after it."""
+    if not Path(path).is_file():
+        raise DataError(f'data.class_map={path!r} is not a file')
+    if Path(path).suffix != '.txt':
+        return
+    names = [line.strip() for line in Path(path).read_text().splitlines()]
+    wrong = next((number for number, name in enumerate(names) if not name or name in names[:number]), None)
+    if wrong is not None:
+        what = f'{names[wrong]!r} a second time' if names[wrong] else 'no class name'
+        raise DataError(f'data.class_map={path!r} has {what} in line {wrong + 1}')
+
+
+def _check_folder(root: Path, samples: list[tuple[str, int]], mapped: list[str] | None) -> None:
+    """Every class folder must hold an image: timm numbers only those that do, which would shift the other classes.
+
+    Of classes that a class map names, that is; it may leave folders out.
+    """
     filled = {Path(path).relative_to(root).parts[0] for path, _ in samples}
-    empty = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name not in filled and not p.name.startswith('.'))
+    folders = [path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith('.')]
+    empty = sorted(name for name in folders if name not in filled and (mapped is None or name in mapped))
     if empty:
         noun = 'class folder' if len(empty) == 1 else 'class folders'
         raise DataError(f'{len(empty)} {noun} of {root} without an image: {_some(empty)}')

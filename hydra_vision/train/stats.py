@@ -76,8 +76,8 @@ def _layer_statistics(layer: Hydra, u: torch.Tensor) -> dict[str, torch.Tensor]:
     raw = F.linear(u, weight, None if bias is None else bias[-2 * heads :]).float()  # (B, L, 2H): the last columns
     dt = F.softplus(raw.unflatten(-1, (2, heads)) + layer.dt_bias.float())  # (B, L, 2, H)
     dt = dt.clamp(layer.dt_limit_min, layer.dt_limit_max)
-    decay = torch.exp(-torch.exp(layer.A_log.float()) * dt).flatten()
-    decay = decay[:: -(-decay.numel() // _MOST)]
+    decay = torch.exp(-torch.exp(layer.A_log.float()) * dt).flatten(0, 1)  # (B * L, 2, H)
+    decay = decay[:: -(-decay.numel() // _MOST)].flatten()  # fewer tokens, but of all heads
     points = torch.tensor(list(QUANTILES.values()), device=decay.device)
     return {
         'dt_mean': dt.mean(),

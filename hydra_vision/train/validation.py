@@ -24,7 +24,7 @@ def initial_state(config: Config, world: World) -> dict[str, Any]:
     torch.manual_seed(config.run.seed)
     model = build.create_model(config, num_classes)
     return {
-        **{'arch': config.model.name, 'num_classes': num_classes, 'epoch': 0},
+        **{'arch': config.model.name, 'num_classes': num_classes, 'classes': split.classes, 'epoch': 0},
         **{'state_dict': model.state_dict(), 'state_dict_ema': None},
     }
 
@@ -44,6 +44,9 @@ def validate(config: Config, state: dict[str, Any], console: Console, world: Wor
     _, split = sources.open_splits(config, train=False, world=world)
     if split.classes is not None and len(split.classes) != state['num_classes']:
         raise DataError(f'{split.name} has {len(split.classes)} classes; the checkpoint has {state["num_classes"]}')
+    warning = sources.check_classes(split, state['classes'])
+    if warning is not None:
+        console.print(warning, highlight=False, soft_wrap=True)
     models = {}
     for name, key in (('raw', 'state_dict'), ('EMA', 'state_dict_ema')):
         if state[key] is None:
@@ -60,6 +63,5 @@ def validate(config: Config, state: dict[str, Any], console: Console, world: Wor
     with meter.bar, meter.phase(state['epoch'] - 1, 'validate', len(loader)) as phase:
         batches = data.shared_batches(loader, world, lockstep=False)
         results = evaluate(models, batches, device, amp, config.run.channels_last, phase.advance, world.sum)
-    if getattr(loader.dataset, 'unreadable', list)():
-        console.print(f'warning: skipped {loader.dataset.report()}', highlight=False, soft_wrap=True)
+    report.tell_unreadable(console, loader, world)
     return results

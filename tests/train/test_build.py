@@ -119,6 +119,19 @@ def test_the_loss_follows_from_the_labels(augment, name):
     assert type(build.create_loss(recipe(augment=augment))).__name__ == name
 
 
+def test_rates_of_dropping_reach_the_model():
+    for name, kwargs in (('hydra_vit_nano', NANO['model']['kwargs']), ('test_vit', {'patch_size': 4, 'depth': 2})):
+        rates = {'name': name, 'kwargs': kwargs, 'drop_rate': 0.3, 'drop_path_rate': 0.2}
+        model = build.create_model(recipe(model=rates), 10)
+        assert model.head_drop.p == 0.3
+        paths = [module.drop_prob for module in model.modules() if type(module).__name__ == 'DropPath']
+        assert max(paths) == pytest.approx(0.2)
+
+
+def test_the_last_updates_of_an_epoch_count_for_the_schedule():
+    assert [build.updates_in(batches, 4) for batches in (4, 5, 6, 8)] == [1, 2, 2, 2]
+
+
 @pytest.mark.parametrize(
     ('sections', 'message'),
     [

@@ -31,6 +31,12 @@ def test_a_linear_layer_by_hand():
     assert 3 * mlp < flops < 3 * 6 * mlp
 
 
+def test_a_linear_probe_has_no_backward_pass_but_that_of_the_classifier():
+    counts = count_model('test_vit', 160)
+    probe = Config.from_dict({'model': {'name': 'test_vit', 'freeze_backbone': True}})
+    assert cost.training_flops(probe, 1000, (3, 160, 160)) == counts.flops + 2 * 64 * 1000
+
+
 @pytest.mark.parametrize(
     ('name', 'amp', 'tf32', 'expected'),
     [
@@ -40,6 +46,9 @@ def test_a_linear_layer_by_hand():
         ('NVIDIA A100-SXM4-80GB', torch.bfloat16, False, 312e12),
         ('NVIDIA L40S', torch.bfloat16, False, 362e12),
         ('NVIDIA L4', torch.bfloat16, False, 121e12),
+        ('NVIDIA L40', torch.bfloat16, False, None),
+        ('NVIDIA RTX A4000', torch.bfloat16, False, None),
+        ('NVIDIA H200 NVL', torch.bfloat16, False, 835e12),
         ('NVIDIA H200', None, False, None),
         ('Some New GPU', torch.bfloat16, True, None),
     ],
@@ -47,6 +56,16 @@ def test_a_linear_layer_by_hand():
 def test_peaks_by_name_of_the_device(monkeypatch, name, amp, tf32, expected):
     monkeypatch.setattr(cost, 'device_name', lambda device: name)
     assert cost.peak_flops(CUDA, amp, tf32) == expected
+
+
+def test_the_peak_and_the_hours_are_those_of_all_devices(monkeypatch):
+    monkeypatch.setattr(cost, 'device_name', lambda device: 'NVIDIA H200')
+    monkeypatch.setattr(cost.build, 'amp_dtype', lambda *_: torch.bfloat16)
+    model = timm.create_model('test_vit', num_classes=10)
+    found = cost.measure_cost(recipe('test_vit'), model, (3, 160, 160), CUDA, devices=8)
+    assert found.peak == 8 * 989e12
+    assert found.flops == cost.training_flops(recipe('test_vit'), 10, (3, 160, 160))
+    assert cost.estimate(5400, 8, 'GPU') == '1:30:00 (h:mm:ss), 12.00 GPU hours'
 
 
 def test_utilisation_is_told_only_where_the_peak_is_known():

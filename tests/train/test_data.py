@@ -126,6 +126,43 @@ def test_splits_with_other_classes(image_folder):
         sources.open_splits(recipe(folder))
 
 
+def test_a_class_map_chooses_and_orders_classes(image_folder, tmp_path):
+    """Folders that it leaves out are none of the set; it holds a name a line and nothing else."""
+    folder, path = image_folder(), tmp_path / 'map.txt'
+    path.write_text('red\nblue\n')
+    config = recipe(folder, data={'class_map': str(path)})
+    train, val = sources.open_splits(config)
+    assert train.classes == val.classes == ['red', 'blue']
+    assert (len(train.dataset), len(val.dataset)) == (16, 6)
+    assert {(Path(name).parent.name, target) for name, target in val.dataset.reader.samples} == {
+        ('red', 0),
+        ('blue', 1),
+    }
+    for text, message in (('red\n\nblue\n', 'no class name in line 2'), ('red\nblue\nred\n', "'red' a second time")):
+        path.write_text(text)
+        with pytest.raises(DataError, match=message):
+            sources.open_splits(config)
+    with pytest.raises(DataError, match=r'is not a file'):
+        sources.open_splits(recipe(folder, data={'class_map': 'none.txt'}))
+    path.write_text('red\nblue\nyellow\n')
+    (folder / 'train' / 'yellow').mkdir()
+    with pytest.raises(DataError, match=r'without an image: yellow'):
+        sources.open_splits(config)
+
+
+def test_classes_of_a_checkpoint():
+    """Equal numbers of classes are not enough: other names, or another order, make every accuracy meaningless."""
+    split = sources.Split(None, 'val', ['a', 'b', 'c'])
+    assert sources.check_classes(split, ['a', 'b', 'c']) is None
+    assert sources.check_classes(split, None) is None
+    for other in (['a', 'c', 'b'], ['a', 'b', 'd']):
+        with pytest.raises(DataError, match=r"class . of val is '.', of the checkpoint '.': it was trained on other"):
+            sources.check_classes(split, other)
+    with pytest.raises(DataError, match=r'val has 3 classes; the checkpoint has 2'):
+        sources.check_classes(split, ['a', 'b'])
+    assert 'the order of the classes is taken to be the same' in sources.check_classes(split, ['x', 'y', 'z'])
+
+
 def test_class_count_that_disagrees_with_the_model(image_folder):
     config = recipe(image_folder(), model={'num_classes': 1000})
     with pytest.raises(DataError, match=r'model.num_classes=1000, but .*train has 3 classes: add --num-classes 3'):

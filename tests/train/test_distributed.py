@@ -55,6 +55,8 @@ def test_two_processes_learn_what_one_learns(tiny, run, processes, tmp_path, opt
     assert load_checkpoint(tmp_path / 'two' / BEST)['best']['images'] == 18
     assert (tmp_path / '1.log').read_text() == ''  # only rank 0 tells
     assert '(4 x 2 processes' in (tmp_path / '0.log').read_text()
+    for row in load_checkpoint(tmp_path / 'two' / BEST)['history']:
+        assert row['images_per_second'] * row['seconds'] == pytest.approx(48, rel=0.05)
 
 
 def test_gradients_in_bfloat16_are_close_to_those_in_float32(tiny, processes, tmp_path):

@@ -180,14 +180,40 @@ def test_checkpointed_activations_and_channels_last_change_nothing(tiny, run, tm
         torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-4)
 
 
-def test_bfloat16_and_mixing_that_is_switched_off(tiny, run, tmp_path):
-    options = ('--amp', 'bf16', '--set', 'augment.mixup=0.5', '--set', 'augment.mix_off_epoch=1')
+def test_bfloat16_and_mixing_that_is_switched_off(tiny, run, tmp_path, monkeypatch):
+    mixed = []
+    backward = engine.Learner.backward
+
+    def spy(self, images, targets, *arguments):
+        mixed.append(bool((targets.max(dim=1).values < 0.85).any()))  # smoothed by 0.1, mixed by about a half
+        return backward(self, images, targets, *arguments)
+
+    monkeypatch.setattr(engine.Learner, 'backward', spy)
+    mix = ('--set', 'augment.mixup=8', '--set', 'augment.smoothing=0.1', '--set', 'augment.mix_off_epoch=1')
+    options = ('--amp', 'bf16', *mix)
     assert run(*tiny, *options, '--output', 'run')[0] == 0
+    assert [any(mixed[start : start + 6]) for start in (0, 6, 12)] == [True, False, False]
     rows = summary(tmp_path / 'run')
     assert float(rows[-1]['val_top1']) > 30
     assert all(
         value.dtype == torch.float32 for value in load_checkpoint(tmp_path / 'run' / LAST)['state_dict'].values()
     )
+
+
+def test_the_best_weights_may_be_the_average(tiny, run, tmp_path, monkeypatch):
+    """The first of equals stays the best."""
+    scores = iter([(10.0, 20.0), (20.0, 15.0), (30.0, 30.0)])
+
+    def evaluate(models, *_):
+        pair = zip(models, next(scores), strict=True)
+        return {name: {'top1': top1, 'top5': 100.0, 'loss': 1.0, 'images': 18} for name, top1 in pair}
+
+    monkeypatch.setattr(engine, 'evaluate', evaluate)
+    for epochs, best in ((1, (20.0, 'EMA', 1)), (2, (20.0, 'EMA', 1)), (3, (30.0, 'raw', 3))):
+        resume = ('--resume', 'auto') if epochs > 1 else ('--set', 'schedule.warmup_epochs=0')
+        assert run(*tiny, '--epochs', epochs, '--output', 'run', *resume)[0] == 0
+        found = load_checkpoint(tmp_path / 'run' / LAST)['best']
+        assert (found['top1'], found['weights'], found['epoch']) == best
 
 
 def test_validation_may_be_rarer_than_epochs(tiny, run, tmp_path):

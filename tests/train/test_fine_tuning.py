@@ -191,6 +191,16 @@ def test_training_images_grow_over_the_run(tiny, run, tmp_path, monkeypatch, mod
     assert seen == [16]
 
 
+@pytest.mark.parametrize(
+    ('sizes', 'epochs', 'seen'),
+    [([8, 16], 4, [8, 8, 16, 16, 16]), ([8, 16], 5, [8, 8, 8, 16, 16, 16]), ([8, 12, 16], 3, [8, 12, 16, 16])],
+)
+def test_the_sizes_have_equal_parts_of_the_epochs(sizes, epochs, seen):
+    """And the last one all of the cool-down."""
+    config = recipe(data={'img_size': 16, 'progressive_sizes': sizes}, schedule={'epochs': epochs})
+    assert [data.at_epoch(config, epoch).data.img_size for epoch in range(epochs + 1)] == seen
+
+
 def test_sizes_that_cannot_grow(fails, tiny):
     sizes = 'data.progressive_sizes'
     assert 'must end with data.img_size=8' in fails(*tiny, '--set', f'{sizes}=[4, 16]', code=2)

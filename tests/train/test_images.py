@@ -1,3 +1,7 @@
+import io
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -64,6 +68,23 @@ def test_unusual_images_can_be_refused(tmp_path, mode):
         source, name = Image.fromarray(COLOR).convert(mode), 'a.jpg' if mode == 'CMYK' else 'a.png'
     with pytest.raises(ValueError, match=r'data.unusual_images=unreadable'):
         ImageRules(convert_unusual=False).apply(reread(source, tmp_path / name))
+
+
+def png_of_16_bits(red: int, green: int, blue: int) -> Image.Image:
+    """A coloured PNG of 16 bits a channel, which Pillow reads but cannot write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
+
+    pixels = (b'\0' + struct.pack('>3H', red, green, blue) * 4) * 4
+    parts = ((b'IHDR', struct.pack('>IIBBBBB', 4, 4, 16, 2, 0, 0, 0)), (b'IDAT', zlib.compress(pixels)), (b'IEND', b''))
+    return Image.open(io.BytesIO(b'\x89PNG\r\n\x1a\n' + b''.join(chunk(*part) for part in parts)))
+
+
+def test_sixteen_bits_a_channel():
+    assert ImageRules().apply(png_of_16_bits(0xFFFF, 0x8000, 0x00FF)).getpixel((0, 0)) == (255, 128, 0)
+    with pytest.raises(ValueError, match=r'16 bits \(data.unusual_images=unreadable\)'):
+        ImageRules(convert_unusual=False).apply(png_of_16_bits(1, 2, 3))
 
 
 def test_an_animation_can_be_refused(tmp_path):

@@ -1,6 +1,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -229,6 +230,16 @@ def test_output_is_plain_lines_where_there_is_no_terminal(tiny, tmp_path):
     assert all('img/s' in line for line in lines)
     assert 'ETA' in lines[0]
     assert json.dumps(result.stderr) == '""'
+
+
+def test_a_checkpoint_meets_no_other_classes(tiny, run, fails, tmp_path):
+    assert run(*tiny, '--epochs', 2, '--output', 'run')[0] == 0
+    shutil.copytree(tiny[-1], tmp_path / 'other')
+    for split in ('train', 'val'):
+        (tmp_path / 'other' / split / 'red').rename(tmp_path / 'other' / split / 'azure')
+    for arguments in (('--validate', 'run'), ('--resume', 'run', '--epochs', 3)):
+        error = fails(*arguments, '--data-dir', tmp_path / 'other', code=1)
+        assert "is 'azure', of the checkpoint 'blue': it was trained on other classes" in error
 
 
 def test_initial_weights_can_be_validated(tiny, run, fails, validated, tmp_path):

@@ -1,6 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from hydra_vision.train import measure
+from hydra_vision.train.config import Config
+from hydra_vision.train.cost import Cost
 from hydra_vision.train.report import speed_line
 
 
@@ -10,6 +15,37 @@ def test_a_dry_run_prints_the_cost_and_writes_nothing(tiny, run, tmp_path):
     for text in ('2 updates of 8 images', '3 epochs, 3 validations', 'processor hours', 'nothing was written'):
         assert text in ' '.join(out.replace('│', ' ').split()), out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('devices', [1, 4])
+def test_the_estimate_by_hand(monkeypatch, devices):
+    """1000 images of 16 px a second and process, 250 of 32 px, 500 in validation: every size counts with its epochs."""
+    config = Config.from_dict(
+        {
+            'data': {'img_size': 32, 'progressive_sizes': [16, 32], 'batch_size': 100},
+            **{'schedule': {'epochs': 10, 'cooldown_epochs': 1}, 'run': {'validate_every': 2}},
+        }
+    )
+    shown = []
+    trainer = SimpleNamespace(
+        **{'config': config, 'device': torch.device('cpu'), 'world_size': devices, 'epochs': 11},
+        **{'cost': Cost(1e9, 1e13), 'console': None, 'train_loader': [None] * 20},
+        val_loader=SimpleNamespace(dataset=range(1500)),
+    )
+    trainer.resize = lambda epoch: setattr(trainer, 'train_size', (3, 16, 16) if epoch < 5 else (3, 32, 32))
+    pace = lambda trainer: (100, 0.1 if trainer.train_size[1] == 16 else 0.4)  # noqa: E731
+    monkeypatch.setattr(measure, '_training_pace', pace)
+    monkeypatch.setattr(measure, '_validation_rate', lambda trainer: 500.0)
+    monkeypatch.setattr(measure, 'print_table', lambda console, title, header, rows: shown.extend(rows))
+    measure.dry_run(trainer)
+    rows = dict(shown)
+    training, validating = 5 * 2000 / 1000 + 6 * 2000 / 250, 6 * 1500 / 500
+    seconds = (training + validating) / devices
+    assert rows['whole run'] == f'11 epochs, 6 validations, {devices} process(es)'
+    assert rows['estimate'] == f'0:{int(seconds) // 60:02}:{int(seconds) % 60:02} (h:mm:ss), 0.02 processor hours'
+    assert rows['of it validation'] == f'{100 * validating / (training + validating):.0f} %'
+    assert [row[1] for row in shown if row[0] == 'MFU'] == [f'{10 * devices:.1f} %', f'{2.5 * devices:.1f} %']
+    assert {'training 5 epochs at 16x16', 'training 6 epochs at 32x32'} <= rows.keys()
 
 
 def test_a_dry_run_takes_accumulated_batches_for_one_update(tiny, run):

@@ -8,7 +8,7 @@ import torch
 import hydra_vision  # noqa: F401  registers the models
 from hydra_vision.mixers import Hydra
 from hydra_vision.ops.inner import unpack_zxbcdt
-from hydra_vision.train import log
+from hydra_vision.train import log, stats
 from hydra_vision.train.checkpoint import LAST, load_checkpoint
 from hydra_vision.train.log import CsvLog, across_layers
 from hydra_vision.train.stats import mixer_statistics, total_norm
@@ -62,6 +62,17 @@ def test_statistics_leave_no_hook_no_gradient_and_no_random_number_behind():
     assert torch.equal(torch.get_rng_state(), before)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_many_tokens_are_thinned_out_but_not_heads(monkeypatch):
+    """4 heads, every 8th decay: of one head alone, were they not taken by tokens."""
+    monkeypatch.setattr(stats, '_MOST', 16)
+    layer = small_model(headdim=64).blocks[0].mixer
+    assert layer.nheads == 4
+    with torch.no_grad():
+        layer.A_log.copy_(torch.tensor([-20.0, -20.0, 20.0, 20.0]))  # decays of 1 and of 0
+        found = stats._layer_statistics(layer, torch.randn(1, 16, 128))
+    assert (float(found['decay_q05']), float(found['decay_q95'])) == (0.0, 1.0)
 
 
 def test_a_model_without_hydra_layers_has_no_statistics_and_is_not_run():
