@@ -197,6 +197,13 @@ def test_transforms_are_refused():
     with pytest.raises(RuntimeError, match=r'transforms of torch\.func'):
         torch.func.vmap(lambda z: hydra_inner(z[None], *others, headdim=16, d_state=16))(z)
 
+    def derivative(x):
+        return torch.func.jvp(lambda x: quasiseparable_mix(x, *arguments[1:]), (x,), (x,))[1]
+
+    for function in (derivative, torch.compile(derivative, backend='eager', fullgraph=True)):
+        with pytest.raises(RuntimeError, match='forward-mode'):
+            function(arguments[0])
+
 
 def test_operators_pass_opcheck():
     from hydra_vision.ops.triton.library import hydra_inner_op, quasiseparable_mix_op

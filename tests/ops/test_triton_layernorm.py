@@ -53,6 +53,19 @@ def test_transposed_input():
     assert torch.equal(grad, expected[1])
 
 
+def test_saved_tensors_given_back_in_another_layout():
+    from hydra_vision.ops.triton.layernorm import layer_norm
+
+    def other_layout(t):
+        return t.transpose(0, 1).contiguous().transpose(0, 1) if t.ndim > 1 else t
+
+    tensors = arguments((2, 9, 24), torch.float32)
+    expected = value_and_grads(lambda a: layer_norm(*a, 1e-6, HALF), tensors)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, other_layout):
+        found = value_and_grads(lambda a: layer_norm(*a, 1e-6, HALF), tensors)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
 def test_second_derivative_is_refused():
     from hydra_vision.ops.triton.layernorm import layer_norm
 

@@ -24,9 +24,9 @@ def quasiseparable_mix(
     init_states: Optional[Tensor] = None,
 ) -> Tensor:
     """y (B, L, H, P) = M x. Arguments as in ``hydra_vision.ops.quasiseparable_mix``."""
+    refuse_transforms()
     if torch.compiler.is_compiling():
         return quasiseparable_mix_op(x, dt_f, dt_b, A, B_f, C_f, B_b, C_b, D, init_states)
-    refuse_transforms()
     return QuasiseparableMix.apply(x, dt_f, dt_b, A, B_f, C_f, B_b, C_b, D, init_states)
 
 
@@ -50,12 +50,12 @@ def hydra_inner(
 ) -> Tensor:
     """(B, L, d_inner), ready for out_proj. Arguments as in ``hydra_vision.ops.hydra_inner``."""
     low, high = float(dt_limit[0]), float(dt_limit[1])
+    refuse_transforms()
     if torch.compiler.is_compiling():
         return hydra_inner_op(
             zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states,
             headdim, d_state, ngroups, share_bc, low, high, eps,
         )[0]  # fmt: skip
-    refuse_transforms()
     return HydraInner.apply(
         zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states,
         headdim, d_state, ngroups, share_bc, (low, high), eps,

@@ -4,6 +4,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .inner import InnerArguments, inner_backward, inner_forward
 from .mixing import DtSource, decays, decays_backward, mix_backward, mix_forward, start_gradient
@@ -28,11 +29,13 @@ def refuse_second_derivatives() -> None:
 
 
 def refuse_transforms() -> None:
-    """Inside ``torch.func.grad`` or ``vmap`` a kernel would be given wrappers of tensors, which have no memory."""
-    if torch._C._are_functorch_transforms_active():
+    """Inside ``torch.func.grad`` a kernel would be given wrappers of tensors; forward mode would get zero tangents."""
+    if forward_ad._current_level >= 0 or (
+        not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    ):
         raise RuntimeError(
-            "backend 'triton' cannot run inside the transforms of torch.func (grad, vmap, jvp, ...); "
-            "use backend 'chunked' for them"
+            "backend 'triton' cannot run in forward-mode differentiation or inside the transforms of torch.func "
+            "(grad, vmap, ...); use backend 'chunked' for them"
         )
 
 

@@ -154,7 +154,7 @@ class LayerNormFunction(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Optional[Tensor], ...]:
         """Gradients of x, weight and bias."""
         refuse_second_derivatives()
-        x, weight, mean, rstd = ctx.saved_tensors
+        x, weight, mean, rstd = (t.contiguous() for t in ctx.saved_tensors)  # a hook may have given others back
         dx, (dw, db) = backward(g.contiguous(), x, weight, mean, rstd)
         return dx, dw.to(weight.dtype), db.to(ctx.bias_dtype), None, None
 
