@@ -149,8 +149,8 @@ def coco_scores(
         found += [{**e, 'score': score} for e, score in zip(entries(i, prediction), scores)]
     if not images:
         raise ValueError('samples is empty')
-    if not found:
-        return {'ap': 0.0, 'ap50': 0.0, 'ap75': 0.0}
+    if not found or not truths:  # pycocotools needs both
+        return dict.fromkeys(('ap', 'ap50', 'ap75'), 0.0 if truths else -1.0)
     truth = COCO()
     categories = [{'id': c} for c in sorted({e['category_id'] for e in truths})]
     truth.dataset = {'images': images, 'annotations': truths, 'categories': categories, 'info': {}}

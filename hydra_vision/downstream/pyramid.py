@@ -1,7 +1,7 @@
 """Feature maps of several strides from the one map of an isotropic backbone."""
 
 from collections.abc import Sequence
-from typing import Optional, Union
+from typing import Union
 
 import timm
 import torch
@@ -118,7 +118,6 @@ def isotropic_backbone(name: str, *, in_chans: int = 3, pretrained: bool = False
     return model
 
 
-def last_map(model: nn.Module, x: torch.Tensor, index: Optional[int] = None) -> torch.Tensor:
-    """The normalised map of the last block (or of block `index`): (B, C, H, W) -> (B, embed_dim, h, w)."""
-    indices = 1 if index is None else [index]
-    return model.forward_intermediates(x, indices=indices, norm=True, intermediates_only=True)[-1]
+def last_map(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The normalised map of the last block: (B, C, H, W) -> (B, embed_dim, h, w)."""
+    return model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)[-1]

@@ -208,6 +208,10 @@ def _config(
     for key, value in (data_config or {}).items():
         if key not in _DATA_KEYS:
             raise ValueError(f'data_config has the key {key!r}; allowed: {", ".join(_DATA_KEYS)}')
+        channels = cfg['input_size'][0]
+        count = {'mean': len, 'std': len, 'input_size': lambda size: size[0]}.get(key)
+        if count is not None and count(value) != channels:
+            raise ValueError(f'data_config has {key} = {tuple(value)}; the model takes {channels} channels')
         cfg[key] = value
     if label_names is not None and len(label_names) != model.num_classes:
         raise ValueError(f'label_names has {len(label_names)} names; the model has {model.num_classes} classes')

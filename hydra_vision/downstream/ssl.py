@@ -41,7 +41,7 @@ def random_token_mask(
     if not 0.0 <= mask_ratio < 1.0:
         raise ValueError(f'mask_ratio = {mask_ratio}; allowed: 0 <= mask_ratio < 1')
     B, L = size
-    keep = int((L - num_prefix_tokens) * (1 - mask_ratio))
+    keep = int((L - num_prefix_tokens) * (1 - mask_ratio) + 1e-6)  # 100 * (1 - 0.9) is 9.99...
     if keep < 1:
         raise ValueError(f'mask_ratio = {mask_ratio} keeps none of {L - num_prefix_tokens} patches')
     order = torch.rand(B, L - num_prefix_tokens, device=device).argsort(1) + num_prefix_tokens

@@ -163,6 +163,8 @@ def _tar_members(stream: IO[bytes], prefix: str, start: int) -> list[_Member]:
         for info in archive:
             name = prefix + info.name.removeprefix('./')
             extension = os.path.splitext(name)[1].lower()
+            if (info.islnk() or info.issym()) and extension in IMG_EXTENSIONS:
+                raise FeatureError(f'{name} is a link inside of the tar: pack it with the files (tar --dereference)')
             if not info.isfile():
                 continue
             if extension == '.tar':

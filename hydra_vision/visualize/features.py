@@ -13,6 +13,8 @@ from .figures import frame_patch, new_figure, show
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_ROUNDING = 1e-5  # of the largest feature: float32 has no more in sums of this length
+
 __all__ = ['pca_rgb', 'plot_pca', 'plot_similarity', 'similarity_map']
 
 
@@ -23,8 +25,8 @@ def pca_rgb(features: Tensor) -> tuple[Tensor, Tensor]:
         features: (n, D, h, w) Patch features of n images; n * h * w and D at least 3.
 
     Returns:
-        Colours (n, h, w, 3) in 0..1: each component from its 1 % to its 99 % quantile; and the share of the variance
-        that each component has, (3,).
+        Colours (n, h, w, 3) in 0..1: each component from its 1 % to its 99 % quantile (one that is not more than
+        rounding stays dark); and the share of the variance that each component has, (3,).
 
     Raises:
         FeatureError: Too few patches or features.
@@ -33,6 +35,7 @@ def pca_rgb(features: Tensor) -> tuple[Tensor, Tensor]:
     if n * h * w < 3 or D < 3:
         raise FeatureError(f'{n * h * w} patches of {D} features have no three principal components')
     tokens = features.permute(0, 2, 3, 1).reshape(-1, D).double()
+    noise = _ROUNDING * tokens.abs().max()
     tokens = tokens - tokens.mean(0)
     values, vectors = torch.linalg.eigh(tokens.T @ tokens)  # ascending
     basis = vectors[:, -3:].flip(1)
@@ -40,7 +43,7 @@ def pca_rgb(features: Tensor) -> tuple[Tensor, Tensor]:
     basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
     components = tokens @ basis
     low, high = components.quantile(0.01, dim=0), components.quantile(0.99, dim=0)
-    colours = ((components - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    colours = ((components - low) / (high - low).clamp_min(noise).clamp_min(1e-12)).clamp(0, 1)
     share = values[-3:].flip(0) / values.sum().clamp_min(1e-12)
     return colours.reshape(n, h, w, 3).float(), share.float()
 
@@ -82,9 +85,10 @@ def plot_similarity(
     """Images above the similarity of their patches to one patch of the first image, which is framed."""
     maps = similarity_map(features, patch)
     figure, axes = new_figure(2, len(pictures), f'{title}\ncosine similarity to patch {patch} of the first image')
+    lowest = min(float(maps.min()), 1 - 1e-3)  # a narrower scale would show rounding
     for i, (picture, values) in enumerate(zip(pictures, maps)):
         show(axes[0][i], picture, captions[i], 'px')
-        shown = show(axes[1][i], values, 'similarity', 'patch', cmap='viridis', vmin=float(maps.min()), vmax=1)
+        shown = show(axes[1][i], values, 'similarity', 'patch', cmap='viridis', vmin=lowest, vmax=1)
     h, w = maps.shape[1:]
     frame_patch(axes[0][0], patch, (pictures.shape[1] / h, pictures.shape[2] / w))
     frame_patch(axes[1][0], patch, color='red')

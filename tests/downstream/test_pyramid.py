@@ -15,6 +15,11 @@ def test_strides(in_stride, strides):
     *maps, pooled = pyramid(x)
     assert [tuple(m.shape) for m in maps] == [(2, 24, side // s, 2 * side // s) for s in strides]
     assert torch.equal(pooled, maps[-1][..., ::2, ::2])
+    for level, stride in zip(pyramid.levels, strides):  # ViTDet: a coarser level sees the maximum of the cells
+        if stride > in_stride:
+            pooled = torch.nn.functional.max_pool2d(x, stride // in_stride)
+            convolutions = [module for module in level if not isinstance(module, torch.nn.MaxPool2d)]
+            torch.testing.assert_close(level(x), torch.nn.Sequential(*convolutions)(pooled))
 
 
 def test_every_level_reaches_the_backbone():

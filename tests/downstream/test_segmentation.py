@@ -1,5 +1,6 @@
 """The segmenter: metrics against numpy, a run that learns drawn shapes, errors before work."""
 
+import copy
 import csv
 import json
 import math
@@ -8,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -18,6 +20,7 @@ from hydra_vision.command_line import UserError
 pytest.importorskip('segmentation_models_pytorch')
 from hydra_vision.downstream.segmentation import (
     Recipe,
+    Scores,
     build_segmenter,
     evaluate,
     measure_speed,
@@ -25,7 +28,7 @@ from hydra_vision.downstream.segmentation import (
     train_segmenter,
 )
 from hydra_vision.downstream.segmentation_data import SegmentationFolder, read_classes, train_transform
-from hydra_vision.downstream.segmentation_report import save_mask
+from hydra_vision.downstream.segmentation_report import plot_predictions, save_mask
 
 RUN = ['--model', 'test_hydra_vit', '--crop', '64', '64', '--workers', '0', '--device', 'cpu', '--batch-size', '4']
 
@@ -187,6 +190,53 @@ def test_a_killed_run_goes_on(drawn_folder, tmp_path, monkeypatch, capsys):
     assert 'it is finished' in capsys.readouterr().err
 
 
+def test_training_is_what_the_recipe_says(monkeypatch):
+    """Warm-up and cosine, no decay of what the backbone spares, the loss of labelled pixels, the best weights."""
+    model = build_segmenter('test_hydra_vit', 'FPN', 3, img_size=(64, 64), depth=1, pos_embed='learn')
+    torch.manual_seed(0)
+    mask = torch.randint(3, (2, 64, 64))
+    mask[:, :40] = 255
+    batches = [(torch.randn(2, 3, 64, 64), mask)] * 5
+    mious = iter((0.3, 0.7, 0.5, float('nan')))
+    monkeypatch.setattr('hydra_vision.downstream.segmentation.evaluate', lambda *_, **__: Scores(next(mious), 0.0, []))
+    states, recipe = [], Recipe(epochs=4, lr=1e-6, min_lr=1e-8, warmup=0.25, eval_every=1)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout2d):
+            module.p = 0.0
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(model.train()(batches[0][0]), mask, ignore_index=255)
+    curve = train_segmenter(
+        *(model, batches, batches, recipe),
+        **dict(num_classes=3, ignore_index=255, device=torch.device('cpu')),
+        on_epoch=lambda _, now: states.append(copy.deepcopy(now())),
+    )
+    assert curve[0]['loss'] == pytest.approx(float(loss), rel=0.01)
+    groups = states[-1]['optimizer']['param_groups']
+    spared = {name for name, p in model.named_parameters() if p.ndim <= 1} | {'encoder.model.pos_embed'}
+    assert sum(len(group['params']) for group in groups if group['weight_decay'] == 0) == len(spared)
+    expected = [1e-8 + (1e-6 - 1e-8) * 4 / 5]  # the last of 5 warm-up updates, then a cosine over all 20
+    expected += [1e-8 + (1e-6 - 1e-8) * (1 + math.cos(math.pi * update / 20)) / 2 for update in (9, 14, 19)]
+    assert [state['optimizer']['param_groups'][0]['lr'] for state in states] == pytest.approx(expected)
+    assert [state['updates'] for state in states] == [5, 10, 15, 20]
+    best, last = states[1]['model'], states[3]['model']
+    final = model.state_dict()
+    assert all(torch.equal(final[key], best[key]) for key in final)
+    assert not all(torch.equal(final[key], last[key]) for key in final)
+
+
+def test_what_a_crop_adds_has_no_class(tmp_path):
+    for name, array in (('images', np.full((40, 40, 3), 200)), ('masks', np.ones((40, 40)))):
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        Image.fromarray(array.astype(np.uint8)).save(tmp_path / 'train' / name / 'a.png')
+    data = SegmentationFolder(
+        tmp_path, 'train', num_classes=2, ignore_index=255, transform=train_transform((96, 96), 255)
+    )
+    torch.manual_seed(0)
+    image, mask = data[0]
+    assert mask.unique().tolist() == [1, 255]
+    assert image[0][mask == 1].min() > image[0][mask == 255].max()
+
+
 def test_a_batch_without_a_class_is_no_error():
     model = build_segmenter('test_hydra_vit', 'FPN', 3, img_size=(64, 64), depth=1)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -213,6 +263,25 @@ def test_scale_is_that_of_the_image_not_of_the_crop(tmp_path):
     widths = [64 / len(data[0][1].unique()) for _ in range(20)]
     assert 3 < min(widths) < 7
     assert 9 < max(widths) < 17
+
+
+def test_predictions_are_drawn_in_the_colours_of_their_classes(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(Figure, 'savefig', lambda figure, *_, **__: figures.append(figure))
+    images = [np.full((2, 2, 3), i, np.uint8) for i in range(2)]
+    truths = [np.array([[0, 1], [2, 255]]), np.array([[1, 1], [0, 0]])]
+    predicted = [np.array([[2, 1], [0, 1]]), np.array([[0, 1], [0, 2]])]
+    plot_predictions(tmp_path / 'p.png', images, truths, {'m': predicted}, ['a', 'b', 'c'])
+    (figure,) = figures
+    palette = np.array([patch.get_facecolor()[:3] for patch in figure.legends[0].get_patches()])
+    cells = [axes.images[0].get_array() for axes in figure.axes]
+    for row in range(2):
+        image, truth, prediction = cells[3 * row : 3 * row + 3]
+        np.testing.assert_array_equal(image, images[row])
+        labelled = truths[row] != 255
+        for cell, numbers in ((truth, truths[row]), (prediction, predicted[row])):
+            np.testing.assert_allclose(cell[labelled], palette[numbers[labelled]])
+            assert not cell[~labelled].any()  # black
 
 
 def test_masks_hold_more_than_256_classes(tmp_path):

@@ -53,6 +53,7 @@ def test_timm_round_trip(tmp_path, kwargs):
     data = timm.data.resolve_model_data_config(again)
     assert tuple(data['input_size']) == (model.in_chans, *model.patch_embed.img_size)
     assert len(data['mean']) == model.in_chans
+    assert sum(data['mean']) / len(data['mean']) == pytest.approx(sum(model.pretrained_cfg['mean']) / 3)
 
 
 def test_the_files_are_as_readable_as_any_other(tmp_path):
@@ -185,6 +186,12 @@ def test_bad_input(tmp_path):
         ),
         (ValueError, 'label_names has 2', lambda: save_pretrained(model, tmp_path / 'x', label_names=['a', 'b'])),
         (ValueError, 'data_config', lambda: save_pretrained(model, tmp_path / 'x', data_config=dict(size=3))),
+        (ValueError, 'takes 3 channels', lambda: save_pretrained(model, tmp_path / 'x', data_config=dict(std=(1.0,)))),
+        (
+            ValueError,
+            'takes 3 channels',
+            lambda: save_pretrained(model, tmp_path / 'x', data_config=dict(input_size=(1, 160, 160))),
+        ),
         (ValueError, 'another model', lambda: save_pretrained(lost, tmp_path / 'x')),
         (ValueError, 'do not build', lambda: save_pretrained(model, tmp_path / 'x', model_args=dict(depht=3))),
         (NotADirectoryError, 'is a file', lambda: save_pretrained(model, tmp_path / 'file')),

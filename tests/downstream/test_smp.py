@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import hydra_vision.downstream as downstream
+from hydra_vision.downstream.pyramid import last_map
 
 smp = pytest.importorskip('segmentation_models_pytorch')
 
@@ -61,7 +62,12 @@ def test_decoders_train_a_step(encoder, decoder):
 )
 def test_strides_and_channels(encoder, output_stride, sides):
     module = smp.encoders.get_encoder(encoder, in_channels=1, depth=5, weights=None, output_stride=output_stride)
-    maps = module(torch.randn(1, 1, 64, 64))
+    assert len(module.model.blocks) == 1  # as it was registered, with other channels
+    x = torch.randn(1, 1, 64, 64)
+    maps = module(x)
+    assert maps[0] is x
+    for level, expected in zip(maps[1:], module.pyramid(last_map(module.model, x))):
+        torch.testing.assert_close(level, expected)
     assert [m.shape[1] for m in maps] == module.out_channels
     assert [m.shape[-1] for m in maps] == [64, *sides]
 

@@ -37,6 +37,9 @@ def test_indices_stay_in_scan_order():
     assert (mask.diff(dim=1) > 0).all()
     assert torch.equal(torch.cat([keep, mask], 1).sort(1).values, torch.arange(17).expand(5, 17))
     assert not torch.equal(keep[0], keep[1])
+    for L, ratio, kept in ((100, 0.9, 10), (10, 0.9, 1), (196, 0.75, 49), (197, 0.6, 78), (16, 0.0, 16)):
+        keep, mask = random_token_mask((2, L), ratio)
+        assert (keep.shape[1], mask.shape[1]) == (kept, L - kept)
     for ratio in (1.0, -0.1):
         with pytest.raises(ValueError, match='mask_ratio'):
             random_token_mask((1, 16), ratio)

@@ -94,6 +94,8 @@ def test_the_registered_name(pyramid):
     model = timm.create_model(pyramid, features_only=True, out_indices=(0, -1), in_chans=1)
     assert [tuple(m.shape) for m in model(torch.randn(1, 1, 64, 96))] == [(1, 32, 16, 24), (1, 32, 2, 3)]
     assert model.feature_info.reduction() == [4, 32]
+    model = timm.create_model(pyramid, features_only=True, out_indices=(3, 1))  # in the order that was asked for
+    assert [64 // m.shape[2] for m in model(torch.randn(1, 3, 64, 96))] == model.feature_info.reduction() == [32, 8]
     assert register_pyramid('test_hydra_vit', out_channels=16, depth=1) == pyramid  # again, another width
     assert timm.create_model(pyramid, features_only=True).feature_info.channels() == [16] * 4
     register_pyramid('test_hydra_vit', out_channels=32, depth=1)

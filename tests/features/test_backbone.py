@@ -60,6 +60,13 @@ def test_a_run_carries_its_recipe(run):
     assert not backbone.model.training
     assert not backbone.model.head.weight.any()  # the weights that the best epoch was measured with
     assert load_backbone(checkpoint=run / 'raw.pt').model.head.weight.any()
+    (run / 'last.pt').unlink()
+    (run / 'raw.pt').rename(run / 'last.pt')  # the best epoch counts, not the last one
+    assert not load_backbone(checkpoint=run).model.head.weight.any()
+    (run / 'best.pt').rename(run / 'raw.pt')
+    (run / 'last.pt').rename(run / 'best.pt')
+    (run / 'raw.pt').rename(run / 'last.pt')
+    (run / 'best.pt').rename(run / 'raw.pt')
     larger = load_backbone('test_hydra_vit', checkpoint=run / 'last.pt', img_size=(8, 16), data={'crop_pct': 0.5})
     assert larger.img_size == (8, 16)
     assert larger.data['crop_pct'] == 0.5
@@ -90,6 +97,14 @@ def test_a_file_of_weights(tmp_path):
     assert load_backbone('test_vit', checkpoint=tmp_path / 'w.pth', img_size=96).model(
         torch.randn(1, 3, 96, 96)
     ).shape == (1, 3)
+
+
+def test_preprocessing_of_one_channel():
+    data = load_backbone('test_hydra_vit', random_init=True, model_kwargs={'in_chans': 1}).data
+    assert data['input_size'] == (1, 160, 160)
+    rgb = load_backbone('test_hydra_vit', random_init=True).data
+    for key in ('mean', 'std'):
+        assert data[key] == (pytest.approx(sum(rgb[key]) / 3),)
 
 
 def test_a_saved_folder():

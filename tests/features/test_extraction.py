@@ -411,6 +411,12 @@ def test_layers(backbone):
         cls = image_features(vit, x, pool='cls', layers=[0, -1])
         outputs = vit.get_intermediate_layers(x, n=[0, len(vit.blocks) - 1], return_prefix_tokens=True, norm=True)
         torch.testing.assert_close(cls, torch.cat([prefix[:, 0] for _, prefix in outputs], 1))
+        two = timm.create_model(
+            'deit_tiny_distilled_patch16_224', img_size=32, depth=2, embed_dim=64, num_heads=2
+        ).eval()
+        torch.testing.assert_close(image_features(two, x, pool='cls', layers=[-1]), two.forward_features(x)[:, 0])
+        torch.testing.assert_close(image_features(two, x, pool='cls'), two.forward_features(x)[:, 0])
+        torch.testing.assert_close(image_features(two, x), two.forward_features(x)[:, 2:].mean(1))
         registers = timm.create_model(
             'vit_little_patch16_reg4_gap_256', img_size=32, embed_dim=64, depth=1, num_heads=2
         )
@@ -430,6 +436,12 @@ def test_layers_of_a_file(backbone, folder, tmp_path):
     assert both.card['layers'] == [0, 3]
     alone = extract(folder, tmp_path / 'g.npy', model=backbone, workers=0)
     np.testing.assert_allclose(both.layer(3), alone.array, atol=1e-6)
+    for pool, shape in (('none', (12, 64, 2, 2)), ('tokens', (12, 4, 64))):
+        maps = extract(folder, tmp_path / f'{pool}.npy', model=backbone, workers=0, layers=[0, 3], pool=pool)
+        last = extract(folder, tmp_path / f'{pool}3.npy', model=backbone, workers=0, layers=[3], pool=pool)
+        assert maps.layer(3).shape == shape
+        np.testing.assert_allclose(maps.layer(3), last.array, atol=1e-6)
+        assert not np.allclose(maps.layer(0), last.array, atol=1e-2)
     with pytest.raises(FeatureError, match=r'layer 2 is not in these features; they have \[0, 3\]'):
         both.layer(2)
 

@@ -76,5 +76,12 @@ def test_bad_sources(folder, tar, tmp_path):
     (tmp_path / 'images.tar.gz').write_bytes(gzip.compress(tar.read_bytes()))
     with pytest.raises(FeatureError, match='is no plain tar'):
         open_images(tmp_path / 'images.tar.gz')
+    with tarfile.open(tmp_path / 'links.tar', 'w') as archive:
+        archive.add(folder / 'a' / 'image0.png', arcname='a/0.png')
+        link = tarfile.TarInfo('b/0.png')
+        link.type, link.linkname = tarfile.LNKTYPE, 'a/0.png'
+        archive.addfile(link)
+    with pytest.raises(FeatureError, match=r'b/0\.png is a link inside of the tar'):
+        open_images(tmp_path / 'links.tar')
     with pytest.raises(FeatureError, match='int object; allowed'):
         open_images(3)

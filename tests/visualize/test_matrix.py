@@ -8,6 +8,7 @@ from PIL import Image
 
 import hydra_vision  # noqa: F401
 from hydra_vision.cli import main
+from hydra_vision.models.scan_order import SCAN_ORDERS
 from hydra_vision.visualize.matrix import find_mixers, mixing_matrices, plot_block
 
 RANDOM = ['--model', 'test_hydra_vit', '--random-init', '--device', 'cpu']
@@ -51,6 +52,28 @@ def test_patches_are_found_beside_a_class_token(position):
     assert block.order[1:].tolist() == patches
     expected = block.matrix[:, patches[13]][:, patches].reshape(-1, 4, 6)
     assert torch.equal(block.row(2, 1), expected)
+
+
+@pytest.mark.parametrize('order', SCAN_ORDERS)
+@pytest.mark.parametrize('token', [None, 'first', 'middle', 'last'])
+def test_tokens_lie_where_the_scan_takes_them(order, token):
+    """Blocks that pass tokens on unchanged show where each patch of the embedding stands in their input."""
+    kwargs = {} if token is None else dict(class_token=True, class_token_position=token)
+    model, image, seen = tiny(scan_order=order, **kwargs), torch.randn(1, 3, 64, 96), {}
+    for i, block in enumerate(model.blocks):
+        torch.nn.init.zeros_(block.mixer.out_proj.weight)
+        block.norm1.register_forward_pre_hook(lambda _, args, i=i: seen.update({i: args[0][0]}))
+    second, first = mixing_matrices(model, image, blocks=[1, 0])
+    assert (first.block, second.block) == (0, 1)
+    with torch.no_grad():
+        patches = model.patch_embed(image)[0]
+    for block in (first, second):
+        sequence = seen[block.block]
+        torch.testing.assert_close(sequence[block.order[block.num_prefix_tokens :]], patches)
+        assert sorted(block.order.tolist()) == list(range(len(sequence)))
+        where = torch.cdist(patches[None, 15], sequence).argmin()  # row 2, column 3
+        assert block.position(2, 3) == where
+        assert torch.equal(block.row(2, 3)[:, 1, 4], block.matrix[:, where, block.position(1, 4)])
 
 
 @pytest.mark.parametrize('mixer', ['toeplitz', 'attention', 'vit_attention'])

@@ -10,9 +10,11 @@ from PIL import Image
 
 import hydra_vision  # noqa: F401
 from hydra_vision.cli import main
-from hydra_vision.features import FeatureError, image_features, load_backbone
-from hydra_vision.models.scan_order import SCAN_ORDERS
+from hydra_vision.features import FeatureError, image_features, load_backbone, open_images
+from hydra_vision.models.scan_order import SCAN_ORDERS, raster_index
 from hydra_vision.visualize import effective_receptive_field, grad_cam, pca_rgb, reshape_transform, similarity_map
+from hydra_vision.visualize.features import plot_similarity
+from hydra_vision.visualize.figures import load_pictures
 from hydra_vision.visualize.receptive_field import field_side
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +47,49 @@ def test_pca_is_scikit_learns_on_one_basis():
         pca_rgb(torch.randn(1, 2, 5, 5))
 
 
+def test_pca_signs_and_range():
+    """The largest loading of each component is positive; 98 of 100 patches span black to full colour."""
+    torch.manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(8, 3)).Q
+    directions = directions * directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
+    values = torch.randn(400, 3) * torch.tensor([3.0, 2.0, 1.0])
+    for sign in (1, -1):
+        features = (sign * values @ directions.T).T.reshape(1, 8, 20, 20)
+        colours = pca_rgb(features)[0].reshape(-1, 3)
+        for i in range(3):
+            inside = (colours[:, i] > 0) & (colours[:, i] < 1)
+            assert inside.float().mean() == pytest.approx(0.98, abs=0.006)
+            assert np.corrcoef(colours[inside, i], sign * values[inside, i])[0, 1] > 0.98
+
+
+def test_rounding_is_no_picture():
+    torch.manual_seed(0)
+    flat = 7 + 1e-6 * torch.randn(1, 16, 5, 5)  # what a model gives for equal patches
+    assert pca_rgb(flat)[0].max() < 0.2
+    figure = plot_similarity(torch.rand(1, 50, 50, 3), flat, (1, 1), ['a'], 'title')
+    drawn = figure.axes[1].images[0]
+    assert drawn.norm(drawn.get_array()).min() > 0.99
+
+
+def test_the_frame_is_around_the_patch():
+    torch.manual_seed(0)
+    figure = plot_similarity(torch.rand(1, 40, 90, 3), torch.randn(1, 8, 4, 6), (3, 1), ['a'], 'title')
+    upper, lower = (axes.patches[0].get_bbox().extents for axes in figure.axes[:2])
+    np.testing.assert_allclose(upper, [14.5, 29.5, 29.5, 39.5])  # x0 y0 x1 y1: column 1 of 15 px, row 3 of 10 px
+    np.testing.assert_allclose(lower, [0.5, 2.5, 1.5, 3.5])
+
+
+def test_pictures_are_what_the_model_sees(photo):
+    """The whole image, squashed; normalised for the model, in its own colours for the reader."""
+    backbone = load_backbone('test_hydra_vit', random_init=True, img_size=(32, 64))
+    x, pictures = load_pictures(backbone, open_images(photo), [0])
+    with Image.open(photo) as image:
+        whole = np.asarray(image.resize((64, 32), Image.Resampling.BICUBIC)) / 255
+    np.testing.assert_allclose(pictures[0], whole, atol=0.01)
+    mean, std = (torch.tensor(backbone.data[key]) for key in ('mean', 'std'))
+    torch.testing.assert_close(x[0].permute(1, 2, 0) * std + mean, pictures[0])
+
+
 def test_similarity():
     features = torch.randn(2, 8, 4, 6)
     maps = similarity_map(features, (3, 5))
@@ -70,6 +115,31 @@ def test_receptive_field_of_a_model_that_does_not_mix_is_its_patch():
     assert field.max() == 1
     assert (field[inside] > 0).all()
     assert not field[~inside].any()
+
+
+@pytest.mark.parametrize('layers', [None, [1]])
+def test_receptive_field_is_no_rounding(layers):
+    """Gradients that float32 can tell from noise: float64 gives the same picture, other images another one."""
+    model, x = small(scan_order='snake'), torch.randn(2, 3, 32, 64)
+    field = effective_receptive_field(model, x, layers=layers)
+    exact = effective_receptive_field(model.double(), x.double(), layers=layers)
+    torch.testing.assert_close(field, exact, atol=1e-4, rtol=1e-3)
+    generator, expected = torch.Generator().manual_seed(0), 0
+    for image in x.double():
+        direction = torch.randn(64, generator=generator).double()
+        pixels = image[None].requires_grad_()
+        maps = model.forward_intermediates(pixels, indices=layers or 1, norm=True, intermediates_only=True)
+        (maps[-1][0, :, 1, 2] @ direction).backward()
+        expected = expected + pixels.grad[0].abs().sum(0)
+    torch.testing.assert_close(exact, (expected / expected.max()).float())
+
+
+def test_field_side_of_the_middle_patch():
+    field = torch.zeros(32, 64)
+    field[16:32, 32:48] = 1  # the middle one of 2 x 4
+    assert field_side(field, 1.0, (2, 4)) == pytest.approx((16 * 16 / (32 * 64)) ** 0.5)
+    assert field_side(torch.ones(40, 40), 0.25, (4, 4)) == pytest.approx(0.5, abs=0.03)
+    assert field_side(torch.ones(20, 80), 1.0, (2, 8)) == 1
 
 
 def test_field_side():
@@ -150,6 +220,29 @@ def test_grad_cam_of_a_class(build, kwargs):
             grad_cam(model, x, classes=bad)
 
 
+@pytest.mark.parametrize('block', [0, 1, -1])
+def test_grad_cam_of_a_block_by_hand(block):
+    """Scan orders alternate: the map of a block lies on the grid as that block scans."""
+    image = pytest.importorskip('pytorch_grad_cam').utils.image
+    model, x, kept = (
+        small(scan_order='alternate', class_token=True, class_token_position='middle'),
+        torch.randn(1, 3, 32, 64),
+        [],
+    )
+    handle = model.blocks[block].register_forward_hook(lambda _, __, y: kept.append(y))
+    logit = model(x)[0, 2]
+    handle.remove()
+    (gradient,) = torch.autograd.grad(logit, kept[0])
+    order = raster_index('column' if block % 2 else 'row', 2, 4)
+    patches = torch.empty(64, 2 * 4)
+    weights = torch.cat([gradient[0, :4], gradient[0, 5:]]).mean(0)  # the class token stands at 4
+    patches[:, order] = torch.cat([kept[0][0, :4], kept[0][0, 5:]]).detach().T
+    values = (weights @ patches).clamp_min(0).reshape(1, 2, 4)
+    expected = image.scale_cam_image(image.scale_cam_image(values.detach().numpy(), (64, 32)))[0]
+    maps, _ = grad_cam(model, x, classes=[2], block=block)
+    np.testing.assert_allclose(maps[0], expected, atol=1e-4)
+
+
 def test_grad_cam_without_a_head():
     pytest.importorskip('pytorch_grad_cam')
     model = small()
@@ -162,6 +255,7 @@ def test_untrained_twin():
     backbone = load_backbone(CHECKPOINT)
     twin = backbone.untrained()
     assert twin.weights == 'random'
+    assert not any(module.training for module in twin.model.modules())
     assert twin.fingerprint() == backbone.untrained().fingerprint() != backbone.fingerprint()
     assert {k: v.shape for k, v in twin.model.state_dict().items()} == {
         k: v.shape for k, v in backbone.model.state_dict().items()
