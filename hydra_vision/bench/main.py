@@ -144,6 +144,7 @@ def _bench_models(
     console: Console,
     output: Path,
 ) -> None:
+    run = {'device': device_name(device), 'threads': torch.get_num_threads()}
     results: list[Result] = []
     for group in groups(cases, device):
         results += run_group(
@@ -154,9 +155,8 @@ def _bench_models(
             time_limit=arguments.time_limit,
             progress=lambda text: console.print(f'... {text}'),
         )
-    run = {'device': device_name(device), 'threads': torch.get_num_threads()}
-    write_csv(output / 'results.csv', [model_row(result, run) for result in results])
-    _write_samples(output, results)
+        write_csv(output / 'results.csv', [model_row(result, run) for result in results])  # a cut-off run keeps these
+        _write_samples(output, results)
     dtype = str(cases[0].dtype).removeprefix('torch.')
     executions = ' and '.join(dict.fromkeys(case.execution for case in cases))
     plot_results(results, output / 'results.png', f'{run["device"]}, {dtype}, {executions}')
@@ -181,6 +181,7 @@ def _bench_operators(
     console: Console,
     output: Path,
 ) -> None:
+    run = {'device': device_name(device), 'threads': torch.get_num_threads()}
     results: list[OperatorResult] = []
     together: dict[tuple[Shape, str], list[OperatorCase]] = {}
     for case in cases:
@@ -194,9 +195,8 @@ def _bench_operators(
             time_limit=arguments.time_limit,
             progress=lambda text: console.print(f'... {text}'),
         )
-    run = {'device': device_name(device), 'threads': torch.get_num_threads()}
-    write_csv(output / 'operators.csv', [operator_row(result, run) for result in results])
-    _write_samples(output, results)
+        write_csv(output / 'operators.csv', [operator_row(result, run) for result in results])
+        _write_samples(output, results)
     console.print(operator_table(results))
     console.print(
         f'{ATTENTION}: attention of the transformer as wide as the model around the operator (half the heads), for '

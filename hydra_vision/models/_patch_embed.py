@@ -13,9 +13,9 @@ __all__ = ['PatchEmbed']
 class PatchConv2d(nn.Conv2d):
     """A convolution whose stride is its kernel, without padding, as a matrix product.
 
-    cuDNN's convolution took 2.1 ms of the 36 ms in which the base model saw 256 images (224 px, H200, bf16); in the tiny
-    one the copy that gathers the patches and the product take 0.12 ms together. Weights are those of ``nn.Conv2d``; sums
-    may be rounded in another order.
+    cuDNN's convolution took 2.1 ms of the 36 ms in which the base model saw 256 images (224 px, H200, bf16); in the
+    tiny one the copy that gathers the patches and the product take 0.12 ms together. Weights are those of
+    ``nn.Conv2d``; sums may be rounded in another order.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,14 +9,17 @@ import threading
 
 import pytest
 import timm
+import torch
 
+from hydra_vision.bench import turns
 from hydra_vision.bench.ablation import main as ablation_main
 from hydra_vision.bench.ablation import runs, speed
 from hydra_vision.bench.ablation.family import Family, Row, fit_rows, read_family
 from hydra_vision.bench.ablation.main import main
 from hydra_vision.bench.ablation.report import COLUMNS, markdown, plot, table_rows
+from hydra_vision.bench.timing import Timing
 from hydra_vision.command_line import UserError
-from hydra_vision.train.config import merge
+from hydra_vision.train.config import Config, merge
 from hydra_vision.train.recipes import read_recipe
 
 DIGITS = """
@@ -186,6 +189,29 @@ def test_speeds_are_kept_and_a_failing_row_ends_nothing(digits, tmp_path, capsys
     with pytest.raises(UserError, match='cannot be read'):
         main([*argv, '--rows', 'causal'])
     (output / 'speed.csv').write_bytes(before)
+
+
+def test_what_is_timed(digits, tmp_path, monkeypatch):
+    """Training is forward, loss and backward in train mode; inference keeps nothing for a gradient."""
+    made, create = [], speed.build.create_model
+    monkeypatch.setattr(speed.build, 'create_model', lambda *args: made.append(create(*args)) or made[-1])
+    config = Config.from_dict(read_recipe(digits), source='digits')
+    reference = read_family('table2').rows[-4]
+    (fitted,) = fit_rows((reference,), reference, read_recipe(digits))
+    run = runs.Run(fitted, 0, config, tmp_path)
+    output = speed._step(run, 'infer', torch.device('cpu'))()
+    assert (output.shape, output.requires_grad, made[0].training) == ((128, 10), False, False)
+    step = speed._step(run, 'train', torch.device('cpu'))
+    for _ in range(2):  # gradients are new in each
+        step()
+        gradients = [p.grad.clone() for p in made[1].parameters()]
+    assert made[1].training
+    step()
+    for p, gradient in zip(made[1].parameters(), gradients):
+        torch.testing.assert_close(p.grad, gradient)
+    monkeypatch.setattr(turns, 'measure', lambda steps, *_, **__: {name: Timing((0.5, 0.25, 1.0)) for name in steps})
+    (result,) = speed.measure_speed([run], 'infer', torch.device('cpu'), rounds=3, time_limit=0)
+    assert result.images_per_second == 256
 
 
 def test_sigterm_stops_the_runs(digits, tmp_path, monkeypatch):

@@ -97,6 +97,17 @@ def test_points_in_their_order():
     assert measured(['low_rank'], tokens=1)[0].batch == 1
 
 
+def test_what_is_timed():
+    mixer, u = make_mixer('low_rank', 64, 32, torch.device('cpu')), torch.randn(2, 32, 64, requires_grad=True)
+    y = points_module._step(mixer, u, 'infer', torch.float32)()
+    assert not y.requires_grad
+    torch.testing.assert_close(y, mixer(u).detach())
+    assert points_module._step(mixer, u, 'infer', torch.bfloat16)().dtype == torch.bfloat16
+    gradients = points_module._step(mixer, u, 'train', torch.float32)()
+    assert [g.shape for g in gradients] == [u.shape, *(p.shape for p in mixer.parameters())]
+    assert all(g.any() for g in gradients)
+
+
 def test_what_does_not_fit_beside_the_others_is_tried_alone(monkeypatch):
     attempts = []
 

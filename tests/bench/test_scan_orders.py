@@ -19,6 +19,9 @@ def test_every_order_is_timed_in_both_modes(tmp_path, capsys):
         (m, o) for m in ('infer', 'train') for o in SCAN_ORDERS
     ]
     assert all(float(row['median_ms']) > 0 for row in rows)
+    ms = {row['scan_order']: row for row in rows if row['mode'] == 'train'}
+    over = float(ms['hilbert']['median_ms']) / float(ms['row']['median_ms'])
+    assert float(ms['hilbert']['time_over_row']) == pytest.approx(over, rel=1e-3)
     assert [row['time_over_row'] for row in rows if row['scan_order'] == 'row'] == ['1.0', '1.0']
     assert 'hilbert' in capsys.readouterr().out
 

@@ -1,6 +1,7 @@
 """Every mixer of the family against its definition: output, gradient, matrix, structure, length."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from matrix_definitions import SS_VARIANTS, cases, entries, make, output, unpack
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydra_vision import Hydra, mixers
+from hydra_vision.mixers.monarch import ImplicitFilter
 
 CASES = cases()
 all_cases = pytest.mark.parametrize('case', CASES)
@@ -94,6 +96,63 @@ def test_initial_values():
         assert dt.min() > 0.99e-3
         assert dt.max() < 0.101
     assert (mixer.D == 1).all()
+
+
+def test_initial_values_of_our_own():
+    """Where the paper's code has none that works, or none at all."""
+    torch.manual_seed(0)
+
+    def made(name, **kwargs):
+        return mixers.create(name, 64, headdim=16, grid_size=(8, 16), **kwargs)  # 8 heads, L = 128
+
+    vandermonde = made('vandermonde', data_dependent=False)
+    assert vandermonde.q.std().item() == pytest.approx(1, rel=0.05)
+    assert vandermonde.k.std().item() == pytest.approx(1, rel=0.05)
+    monarch = made('monarch')  # each factor keeps the variance of its input
+    assert monarch.rows.std().item() == pytest.approx(16**-0.5, rel=0.05)
+    assert monarch.columns.std().item() == pytest.approx(8**-0.5, rel=0.05)
+    BC = made('quasiseparable', data_dependent=False).BC  # (L, 4 N)
+    assert BC.std().item() == pytest.approx((2 / (128 + 4 * 64)) ** 0.5, rel=0.05)
+
+
+def test_cauchy_denominator_stays_positive():
+    """A learned c below zero counts as zero."""
+    mixer = make('cauchy', dict(qk_dim=3))
+    with torch.no_grad():
+        mixer.c.fill_(-3.0)
+    M = mixer.matrix(tokens(12))
+    assert (M > 0).all()
+    with torch.no_grad():
+        mixer.c.zero_()
+    torch.testing.assert_close(mixer.matrix(tokens(12)), M)
+
+
+@pytest.mark.parametrize('L', [1, 2, 7, 64])
+def test_filter_of_the_long_convolution(L):
+    """Entry by entry from its definition: position features, sine MLP, window; offset -1 reads row 0 of its own MLP."""
+    channels, bands = 5, 3
+    f = ImplicitFilter(channels, hidden=4, bands=bands, dtype=torch.float64)
+    assert f.frequency.tolist() == [10.0] * 4
+    with torch.no_grad():
+        f.frequency.add_(torch.randn(4))
+
+    def coefficient(direction, step, channel):
+        t = step / L
+        turns = [2 * math.pi * t * n for n in range(1, bands + 1)]
+        h = torch.tensor([t, *map(math.cos, turns), *map(math.sin, turns)], dtype=torch.float64)
+        for n in (1, 2, 3):
+            weight, bias = getattr(f, f'weight{n}')[direction], getattr(f, f'bias{n}')[direction, 0]
+            h = (f.frequency * (weight.T @ h + bias)).sin()
+        reach = 1 / (1 / 1.5 + (1 / 0.3 - 1 / 1.5) * channel / (channels - 1))  # of L: where 1 % is left
+        return (f.weight_out[direction].T @ h)[channel] * 0.01 ** (t / reach)
+
+    found = f(L)
+    assert found.shape == (channels, 2 * L - 1)
+    for offset in {0, 1, 3, L - 1, -1, -3, 1 - L} & set(range(1 - L, L)):
+        direction, step = (0, offset) if offset >= 0 else (1, -offset - 1)
+        for channel in range(channels):
+            expected = coefficient(direction, step, channel)
+            torch.testing.assert_close(found[channel, L - 1 + offset], expected, rtol=1e-10, atol=1e-12)
 
 
 def block_ranks(M: torch.Tensor, rows: slice, columns: slice) -> int:

@@ -89,6 +89,18 @@ def test_a_sum_over_more_tokens_is_not_larger(case):
     torch.testing.assert_close(sums[1], sums[0][..., :1].expand_as(sums[1]))
 
 
+def test_more_tokens_write_less_each():
+    """Of a state space model with parameters for B and C: C reads a state as before, the sum over B stays the same."""
+    mixer = mixers.create('quasiseparable', 8, d_state=2, headdim=4, data_dependent=False, grid_size=(4, 5))
+    with torch.no_grad():
+        mixer.BC.fill_(1.0)
+    B_f, C_f, B_b, C_b = mixer.carried((8, 10))['BC'].unflatten(-1, (4, 2)).unbind(-2)
+    for C in (C_f, C_b):
+        torch.testing.assert_close(C, torch.ones(80, 2))
+    for B in (B_f, B_b):
+        torch.testing.assert_close(B.sum(0), torch.full((2,), 20.0))
+
+
 @pytest.mark.parametrize('case', DATA_INDEPENDENT)
 def test_grid_of_a_checkpoint_from_its_shape(case):
     mixer = make(case, (4, 4))

@@ -471,6 +471,25 @@ def test_patch_dropout_keeps_order():
         model.forward_intermediates(images())
 
 
+def test_drop_rates_reach_their_places():
+    rates = dict(drop_path_rate=0.3, proj_drop_rate=0.1, pos_drop_rate=0.2, drop_rate=0.4)
+    model = create(mlp_ratio=2.0, **rates)  # four blocks
+    for i, block in enumerate(model.blocks):
+        for drop_path in (block.drop_path1, block.drop_path2):  # stochastic depth grows with depth
+            assert getattr(drop_path, 'drop_prob', 0.0) == pytest.approx(0.1 * i)
+        assert (block.drop1.p, block.mlp.drop1.p, block.mlp.drop2.p) == (0.1, 0.1, 0.1)
+    assert (model.pos_drop.p, model.head_drop.p) == (0.2, 0.4)
+
+    def spread(**one):
+        model = create(**one).train()
+        torch.manual_seed(0)
+        return (model(images()) - model(images())).abs().max()
+
+    assert spread() == 0
+    for name, rate in rates.items():
+        assert spread(**{name: rate}) > 0, name
+
+
 @pytest.mark.parametrize('kwargs', VARIANTS)
 def test_torchscript(kwargs):
     with set_scriptable(True):

@@ -75,6 +75,9 @@ def test_features_groups_and_weight_decay(name, kwargs):
     assert {layers[n] for n in names if n.startswith('blocks.1.')} == {2}
     patterns = {p for p in model.no_weight_decay() if '.mixer.' in p and 'init_states' not in p}
     assert all(any(fnmatch.fnmatch(n, p) for n in names) for p in patterns)
+    if name == 'm2':
+        assert {n for n in names if '.filter.' in n} == {n for n in names if fnmatch.fnmatch(n, '*.mixer.filter.*')}
+        assert all(any(fnmatch.fnmatch(n, p) for p in patterns) for n in names if '.filter.' in n)
     if mixers.needs_grid(name, **kwargs):
         grid_parameters = model.blocks[0].mixer.grid_parameters()
         assert {f'*.mixer.{n}' for n in grid_parameters} <= patterns
@@ -271,6 +274,18 @@ def test_class_token_keeps_its_parameters_at_another_resolution():
     assert model(images()).shape == (2, 5)
     with pytest.raises(ValueError, match='class token'):
         model(images(H=96))
+
+
+@pytest.mark.parametrize('position', ['first', 'middle', 'last'])
+def test_model_and_mixer_agree_on_the_place_of_the_class_token(position):
+    for size in (48, 64):  # an odd and an even number of patches
+        model = create('dense', {}, img_size=size, depth=1, class_token=True, class_token_position=position)
+        seen = []
+        model.blocks[0].register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            model.cls_token.fill_(1e6)
+            model(torch.randn(1, 3, size, size))
+        assert seen[0][0, :, 0].argmax() == model.blocks[0].mixer.tokens.prefix_start
 
 
 def test_block_diagonal_mlp():
