@@ -10,6 +10,7 @@ from PIL import Image
 from hydra_vision.train import data, sources
 from hydra_vision.train.config import Config, merge
 from hydra_vision.train.digits import Digits
+from hydra_vision.train.distributed import World
 from hydra_vision.train.errors import ConfigError, DataError
 
 CPU = torch.device('cpu')
@@ -37,6 +38,47 @@ def test_batches_of_a_folder(image_folder):
     assert images.dtype == torch.float32
     assert targets.dtype == torch.int64
     assert torch.cat([targets for _, targets in val]).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_every_field_of_augmentation_reaches_its_transform(image_folder):
+    augment = {'scale': [0.3, 0.4], 'ratio': [0.9, 1.1], 'hflip': 0.2, 'vflip': 0.7, 'color_jitter': 0.5}
+    augment |= {'erase_prob': 0.6, 'erase_mode': 'const', 'erase_count': 3, 'interpolation': 'bilinear'}
+    train, val = loaders(recipe(image_folder(), augment=augment, data={'crop_pct': 0.5, 'interpolation': 'bilinear'}))
+    parts = {type(part).__name__: part for part in train.dataset.transform.transforms}
+    crop = parts['RandomResizedCropAndInterpolation']
+    assert (tuple(crop.scale), tuple(crop.ratio)) == ((0.3, 0.4), (0.9, 1.1))
+    assert (parts['RandomHorizontalFlip'].p, parts['RandomVerticalFlip'].p) == (0.2, 0.7)
+    assert tuple(parts['ColorJitter'].brightness) == (0.5, 1.5)
+    erasing = train.random_erasing.erasing
+    assert (erasing.probability, erasing.mode, erasing.max_count) == (0.6, 'const', 3)
+    assert val.dataset.transform.transforms[0].size == 32  # cut to 16: half of it
+    assert val.random_erasing is None
+
+
+def test_every_field_of_mixing_reaches_timm():
+    augment = {
+        'mixup': 0.2,
+        'cutmix': 0.9,
+        'mix_prob': 0.4,
+        'mix_switch_prob': 0.3,
+        'mix_mode': 'pair',
+        'smoothing': 0.3,
+    }
+    mixup = data.create_mixup(recipe(None, augment=augment), 7)
+    assert (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.mix_prob, mixup.switch_prob) == (0.2, 0.9, 0.4, 0.3)
+    assert (mixup.mode, mixup.label_smoothing, mixup.num_classes) == ('pair', 0.3, 7)
+    assert data.create_mixup(recipe(None, augment={'smoothing': 0.3}), 7) is None
+
+
+def test_loader_processes_draw_by_seed_epoch_and_process(image_folder):
+    folder, seeds = image_folder(), set()
+    for seed, epoch, rank in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
+        config = recipe(folder, run={'seed': seed})
+        split, _ = sources.open_splits(config)
+        train = data.train_loader(config, split, 3, torch.nn.Identity(), CPU, World(rank, 2, rank))
+        data.epoch_batches(config, train, epoch)
+        seeds.add(train.loader.generator.initial_seed())
+    assert len(seeds) == 4
 
 
 @pytest.mark.parametrize('val_name', ['val', 'validation', 'valid'])

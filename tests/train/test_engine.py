@@ -188,10 +188,13 @@ def test_bfloat16_and_mixing_that_is_switched_off(tiny, run, tmp_path, monkeypat
         mixed.append(bool((targets.max(dim=1).values < 0.85).any()))  # smoothed by 0.1, mixed by about a half
         return backward(self, images, targets, *arguments)
 
+    types, evaluate = [], engine.evaluate
+    monkeypatch.setattr(engine, 'evaluate', lambda *arguments: types.append(arguments[3]) or evaluate(*arguments))
     monkeypatch.setattr(engine.Learner, 'backward', spy)
     mix = ('--set', 'augment.mixup=8', '--set', 'augment.smoothing=0.1', '--set', 'augment.mix_off_epoch=1')
     options = ('--amp', 'bf16', *mix)
     assert run(*tiny, *options, '--output', 'run')[0] == 0
+    assert types == [torch.bfloat16] * 3
     assert [any(mixed[start : start + 6]) for start in (0, 6, 12)] == [True, False, False]
     rows = summary(tmp_path / 'run')
     assert float(rows[-1]['val_top1']) > 30

@@ -88,6 +88,14 @@ def test_bad_batches_of_one_update_count_as_one_skipped_step():
     assert (progress.checked, progress.last_loss) == (1, 1.0)
 
 
+def test_the_step_of_a_bad_loss_is_named():
+    """6 batches an epoch in groups of 4: the fifth batch of the second epoch belongs to update 2 + 2."""
+    one = learner(optim={'accum_steps': 4})
+    progress = Progress(batches=5, losses=[torch.tensor(1.0), torch.tensor(math.nan)])
+    with pytest.raises(NonFiniteError, match=r'became nan at step 4 \(epoch 2, batch 5\)'):
+        Guard(one.config, one, World()).check_losses(progress, epoch=1, batches=6)
+
+
 def test_statistics_of_a_norm_that_broke_are_noticed():
     """A batch with a NaN whose update is left out has passed through the norms all the same."""
     one = learner(optim={'skip_nonfinite': 1})

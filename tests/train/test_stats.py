@@ -82,6 +82,13 @@ def test_a_model_without_hydra_layers_has_no_statistics_and_is_not_run():
     assert across_layers({}) == {}
 
 
+def test_the_worst_layer_is_told():
+    first = {'dt_mean': 1.0, 'dt_max': 2.0, 'decay_q05': 0.1, 'decay_q50': 0.4, 'decay_q95': 0.6}
+    second = {'dt_mean': 3.0, 'dt_max': 1.0, 'decay_q05': 0.2, 'decay_q50': 0.6, 'decay_q95': 0.9}
+    worst = {'dt_mean': 2.0, 'dt_max': 2.0, 'decay_q05': 0.1, 'decay_q50': 0.5, 'decay_q95': 0.9}
+    assert across_layers({'a': first, 'b': second}) == worst
+
+
 def test_total_norm():
     assert total_norm(iter([torch.tensor([3.0]), torch.tensor([[0.0, 4.0]])])) == 5.0
 
