@@ -82,7 +82,7 @@ def test_weights_that_broke_in_the_last_step_are_not_saved(tiny, fails, tmp_path
 
     monkeypatch.setattr(engine.Learner, 'update', breaking)
     error = fails(*tiny, '--output', 'run', code=1)
-    assert 'a weight is no longer finite after step 12 (epoch 2)' in error
+    assert 'a weight or a running statistic is no longer finite after step 12 (epoch 2)' in error
     assert load_checkpoint(tmp_path / 'run' / LAST)['epoch'] == 1
 
 
