@@ -42,14 +42,20 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     target = argv[0]
     if as_module:
         sys.argv = argv  # run_module puts the module's file in front
-        sys.path[0] = os.getcwd()
+        _look_first_in(os.getcwd())
         runpy.run_module(target, run_name='__main__', alter_sys=True)
         return
     if not os.path.isfile(target):
         _refuse(f'no script {target!r}')
     sys.argv = argv
-    sys.path[0] = os.path.dirname(os.path.abspath(target))
+    _look_first_in(os.path.dirname(os.path.abspath(target)))
     runpy.run_path(target, run_name='__main__')
+
+
+def _look_first_in(folder: str) -> None:
+    """As Python does: in place of the working directory, which `-m hydra_vision.run` put there; not under -P."""
+    if not getattr(sys.flags, 'safe_path', False):
+        sys.path[0] = folder
 
 
 def _refuse(message: str) -> None:

@@ -57,6 +57,19 @@ def test_a_script_finds_our_models(script):
     assert done.stdout.split(maxsplit=3) == ['photos', '3', '42', '[[0, 1], [2, 3]]\n']
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason='Python 3.11 brought PYTHONSAFEPATH')
+def test_no_entry_of_the_path_is_lost(tmp_path):
+    """Under PYTHONSAFEPATH the first entry is not the working directory, but one of the user's."""
+    (tmp_path / 'elsewhere').mkdir()
+    (tmp_path / 'elsewhere' / 'neighbour.py').write_text('VALUE = 7')
+    (tmp_path / 'script.py').write_text('import sys, neighbour; sys.exit(neighbour.VALUE)')
+    path = os.pathsep.join([str(tmp_path / 'elsewhere'), str(Path(__file__).resolve().parents[1])])
+    environment = {**os.environ, 'PYTHONPATH': path, 'PYTHONSAFEPATH': '1'}
+    command = [sys.executable, '-m', 'hydra_vision.run', str(tmp_path / 'script.py')]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 7, done.stderr
+
+
 def test_a_module(tmp_path):
     (tmp_path / 'client.py').write_text('import sys, timm; sys.exit(timm.is_model(sys.argv[1]) and 7)')
     done = python('-m', 'hydra_vision.run', '-m', 'client', 'test_hydra_vit', cwd=tmp_path)

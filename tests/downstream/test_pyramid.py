@@ -1,9 +1,11 @@
 """The simple feature pyramid: strides, widths, what it refuses."""
 
 import pytest
+import timm
 import torch
 
-from hydra_vision.downstream import SimpleFeaturePyramid
+from hydra_vision import save_pretrained
+from hydra_vision.downstream import SimpleFeaturePyramid, detector, register_pyramid
 from hydra_vision.downstream.pyramid import isotropic_backbone, last_map
 
 
@@ -29,6 +31,22 @@ def test_every_level_reaches_the_backbone():
         model.zero_grad()
         pyramid(last_map(model, torch.randn(1, 3, 64, 96)))[level].square().mean().backward()
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_saved_weights_reach_the_backbones(tmp_path):
+    """`pretrained=True` of all that builds on an isotropic backbone."""
+    saved = timm.create_model('test_hydra_vit', depth=1, num_classes=2)
+    save_pretrained(saved, tmp_path)
+    name = f'local-dir:{tmp_path}'
+    register_pyramid(name, name='saved_pyramid')
+    bodies = [
+        timm.create_model('saved_pyramid', features_only=True, pretrained=True).model,
+        detector('fcos', name, num_classes=2, pretrained=True).backbone.body,
+        timm.create_model('saved_pyramid', features_only=True).model,
+    ]
+    for body, same in zip(bodies, (True, True, False)):
+        weight = body.blocks[0].mixer.in_proj.weight
+        assert torch.equal(weight, saved.blocks[0].mixer.in_proj.weight) == same
 
 
 def test_class_token_stays_out_of_the_map():
