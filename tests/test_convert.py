@@ -104,6 +104,13 @@ def test_any_mixer(mixer):
     assert model.swap_report.mixer == mixer
 
 
+def test_new_weights_are_those_of_a_new_hydra_vit():
+    model = swap_mixers(build('test_vit', embed_dim=192, num_heads=3))
+    for name, module in model.blocks.named_modules():
+        if '.mixer.' in name and isinstance(module, nn.Linear):
+            assert module.weight.detach().std().item() == pytest.approx(0.02, rel=0.1), name
+
+
 def test_fixed_matrices_know_the_grid_and_the_class_token():
     model = swap_mixers(build('vit_small_patch14_reg4_dinov2'), 'dense', headdim=32)
     tokens = model.blocks[0].attn.mixer.tokens
@@ -119,6 +126,8 @@ def test_some_blocks():
     assert model.swap_report.replaced == ('blocks.1.attn',)
     assert model.swap_report.kept == ('blocks.0.attn',)
     assert 'attention that was kept: blocks.0.attn' in str(model.swap_report)
+    first = swap_mixers(build('deit3_small_patch16_224', depth=3), blocks=[-3])
+    assert first.swap_report.replaced == ('blocks.0.attn',)
     again = swap_mixers(model)  # the rest
     assert again.swap_report.replaced == ('blocks.0.attn',)
 

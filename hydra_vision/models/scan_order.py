@@ -114,10 +114,15 @@ def reorder(x: Tensor, height: int, width: int, source: str, target: str, class_
 class _Permute(torch.autograd.Function):
     """Gather forward, gather backward: autograd would add into zeros at random places."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
+    def forward(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         return x.index_select(1, index)
+
+    @staticmethod
+    def setup_context(ctx, inputs: Tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
 
     @staticmethod
     def backward(ctx, grad: Tensor):

@@ -40,8 +40,8 @@ def test_levels_and_anchors(kind, strides, sizes):
     model = create(kind, model_kwargs=dict(depth=1)).eval()
     assert model.transform.image_mean == list(model.backbone.body.pretrained_cfg['mean'])
     assert model.transform.image_std == list(model.backbone.body.pretrained_cfg['std'])
-    images, _ = model.transform([torch.rand(3, 70, 100), torch.rand(3, 300, 100)])
-    assert images.image_sizes == [(89, 128), (128, 42)]  # within min_size = 96 and max_size = 128
+    images, _ = model.transform([torch.rand(3, 100, 110), torch.rand(3, 300, 100)])
+    assert images.image_sizes == [(96, 105), (128, 42)]  # the shorter side 96, unless the longer one passes 128
     height, width = images.tensors.shape[-2:]
     coarsest = 32 if kind == 'faster_rcnn' else 64  # its pool level may be cut off
     assert height % coarsest == width % coarsest == 0
@@ -121,6 +121,12 @@ def test_coco_scores(drawn_boxes):
             scores = torch.tensor([0.9, 0.4] if self.shift else [0.4, 0.9]).repeat_interleave(len(labels))
             return [{'boxes': torch.cat([whole, quarter]), 'labels': labels.repeat(2), 'scores': scores}]
 
+    class Corner(torch.nn.Module):
+        def forward(self, images):
+            return [{'boxes': torch.tensor([[50.0, 50, 70, 70]]), 'labels': torch.tensor([1]), 'scores': torch.ones(1)}]
+
+    far = {'boxes': torch.tensor([[50.0, 50, 90, 90]]), 'labels': torch.tensor([1])}  # IoU 0.25, far from the origin
+    assert coco_scores(Corner(), [(torch.zeros(3, 96, 128), far)], 'cpu')['ap50'] == 0
     assert coco_scores(Doubtful(1), drawn_boxes, 'cpu')['ap50'] == 1
     assert 0.4 < coco_scores(Doubtful(0), drawn_boxes, 'cpu')['ap50'] < 0.6
     shifted = coco_scores(Oracle(3), drawn_boxes, 'cpu')

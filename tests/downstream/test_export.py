@@ -1,6 +1,7 @@
 """ONNX, AOTInductor, int8, bfloat16: what comes out computes what the model computes."""
 
 import io
+import math
 import os
 import re
 import shutil
@@ -140,6 +141,17 @@ def test_weights_in_a_file_of_their_own_come_along(tmp_path):
     report = export._export(model, path, write, lambda file: model, [(1, 3)], 1e-5)
     assert report.size == len('graph') + len('weights')
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {'m.onnx': 'graph', 'm.onnx.data': 'weights'}
+
+
+@pytest.mark.parametrize('wrong', [5e-5, float('nan')])
+def test_what_computes_something_else_is_not_written(tmp_path, wrong):
+    model = torch.nn.Identity().eval()
+    arguments = (tmp_path / 'm.onnx', lambda file: file.write_text('graph'), lambda file: lambda x: x + wrong, [(1, 3)])
+    with pytest.raises(RuntimeError, match=r'differs from PyTorch by .* nothing written'):
+        export._export(model, *arguments, 1e-5)
+    assert not list(tmp_path.iterdir())
+    if not math.isnan(wrong):
+        assert 0 < export._export(model, *arguments, 1e-4).difference < 6e-5
 
 
 def test_bad_input(tmp_path, capsys):

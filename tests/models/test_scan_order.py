@@ -226,3 +226,14 @@ def test_pictures_know_the_order():
     place[raster_index('column', 3, 5)] = torch.arange(15)
     assert torch.equal(blocks[1].order, place)
     assert blocks[1].position(0, 1) == 3
+
+
+def test_transforms_of_functions():
+    model = (
+        timm.create_model('test_hydra_vit', img_size=32, depth=2, scan_order='alternate').eval().requires_grad_(False)
+    )
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.func.vmap(lambda image: model(image[None])[0])(x), model(x))
+    gradient = torch.func.grad(lambda images: model(images).sum())(x)
+    x.requires_grad_()
+    torch.testing.assert_close(gradient, torch.autograd.grad(model(x).sum(), x)[0])
