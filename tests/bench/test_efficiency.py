@@ -12,6 +12,7 @@ from hydra_vision.bench.efficiency import points as points_module
 from hydra_vision.bench.efficiency.crossing import Crossing, find_crossing, fit_power_law, fitted_crossing
 from hydra_vision.bench.efficiency.main import main
 from hydra_vision.bench.efficiency.points import ATTENTIONS, Point, grid_of, make_mixer, measure_length, variants
+from hydra_vision.bench.efficiency.record import Record
 from hydra_vision.bench.efficiency.report import crossing_rows, plot_points, table_lines
 from hydra_vision.command_line import UserError
 
@@ -264,6 +265,15 @@ def test_a_failed_mixer_is_told_and_tried_again(tmp_path, capsys, monkeypatch):
     assert '1 of 3 points failed' in out
     assert main(argv) == 0
     assert 'failed' not in (tmp_path / 'points.csv').read_text()
+
+
+def test_what_never_was_measured_comes_first(tmp_path):
+    record = Record(tmp_path, dict.fromkeys(('device', 'dtype', 'd_model', 'threads'), 'x'))
+    record.add([Point('dft', 16, 1, 'infer', status='failed: x'), Point('dft', 32, 1, 'infer', 1.0, 1.0, 1.0)])
+    record.add([Point('dft', 64, 1, 'infer', status='out of memory')])
+    groups = [('infer', length) for length in (16, 32, 64, 128)]
+    assert record.to_do(groups, ['dft']) == [('infer', 128), ('infer', 16)]
+    assert record.to_do(groups[:1], ['dft', 'm2']) == groups[:1]
 
 
 def test_other_settings_are_refused(tmp_path, monkeypatch):

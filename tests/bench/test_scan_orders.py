@@ -3,6 +3,7 @@
 import csv
 
 import pytest
+import torch
 
 from hydra_vision.bench import scan_orders
 from hydra_vision.bench.scan_orders import main
@@ -46,3 +47,29 @@ def test_an_order_that_fails_does_not_end_the_others(tmp_path, capsys, monkeypat
     assert 'failed: RuntimeError: no kernel' in capsys.readouterr().out
     with pytest.raises(UserError, match='unknown model'):
         main(['--model', 'no_such_model'])
+
+
+def test_every_order_is_compiled(tmp_path, monkeypatch):
+    """All orders and modes are models of one class; past its limit the compiler would go on in eager mode unnoticed."""
+    compiled = []
+
+    class Model(torch.nn.Module):
+        def __init__(self, order, mode):
+            super().__init__()
+            self.name = order + mode
+
+        def forward(self, x):
+            return x + len(self.name)
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    def step(arguments, order, mode, device):
+        model = torch.compile(Model(order, mode), dynamic=False, backend=backend)
+        return lambda: model(torch.ones(2))
+
+    monkeypatch.setattr(scan_orders, '_step', step)
+    argv = ['--model', 'test_hydra_vit', '--device', 'cpu', '--compile', '--rounds', '3', '--time-limit', '0']
+    assert main([*argv, '--output', str(tmp_path)]) == 0
+    assert len(compiled) == 2 * len(SCAN_ORDERS)
