@@ -98,6 +98,13 @@ def test_points_in_their_order():
     assert measured(['low_rank'], tokens=1)[0].batch == 1
 
 
+def test_as_many_rounds_as_asked_for(monkeypatch):
+    seen, measure = [], turns.measure
+    monkeypatch.setattr(turns, 'measure', lambda *args, **kwargs: seen.append(measure(*args, **kwargs)) or seen[-1])
+    measured(['low_rank'], rounds=5)
+    assert [len(timing.seconds) for timing in seen[0].values()] == [5]
+
+
 def test_what_is_timed():
     mixer, u = make_mixer('low_rank', 64, 32, torch.device('cpu')), torch.randn(2, 32, 64, requires_grad=True)
     y = points_module._step(mixer, u, 'infer', torch.float32)()

@@ -1,5 +1,6 @@
 """Time and memory of one mixer at one length."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -170,7 +171,7 @@ def measure_length(
         return _step(make_mixer(name, d_model, length, device), u, mode, dtype)
 
     points = []
-    for name, found in time_in_turns(names, build, device, rounds=rounds, time_limit=0.0, burst=burst).items():
+    for name, found in time_in_turns(names, build, device, rounds=rounds, time_limit=math.inf, burst=burst).items():
         timing = found.timing
         times = {} if timing is None else {quantile: getattr(timing, quantile) for quantile in _QUANTILES}
         peak = None if timing is None else found.peak_bytes
