@@ -126,8 +126,8 @@ def test_some_blocks():
     assert model.swap_report.replaced == ('blocks.1.attn',)
     assert model.swap_report.kept == ('blocks.0.attn',)
     assert 'attention that was kept: blocks.0.attn' in str(model.swap_report)
-    first = swap_mixers(build('deit3_small_patch16_224', depth=3), blocks=[-3])
-    assert first.swap_report.replaced == ('blocks.0.attn',)
+    first = swap_mixers(build('deit3_small_patch16_224', depth=3), blocks=[-2])
+    assert first.swap_report.replaced == ('blocks.1.attn',)
     again = swap_mixers(model)  # the rest
     assert again.swap_report.replaced == ('blocks.0.attn',)
 
