@@ -218,16 +218,17 @@ def _train(arguments: argparse.Namespace) -> int:
     )
     if state is not None:
         console.print(f'going on after epoch {len(state["curve"])} of {recipe.epochs}')
+        write_curve(output / 'curve.csv', state['curve'])
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task('epochs', total=recipe.epochs, completed=len(state['curve']) if state else 0)
 
         def on_epoch(row: dict[str, Any], now: Callable[[], dict[str, Any]]) -> None:
             state = now()
+            if row['epoch'] % arguments.save_every == 0:
+                save_state(output, state, facts)  # first: what follows from it can be written again
             if row['val_miou'] is not None and row['val_miou'] == state['best']:
                 _write_weights(state['best_weights'], output)  # an interrupted run leaves its best weights
             write_curve(output / 'curve.csv', state['curve'])
-            if row['epoch'] % arguments.save_every == 0:
-                save_state(output, state, facts)
             progress.advance(task)
             if row['val_miou'] is not None:
                 console.print(
