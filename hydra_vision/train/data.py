@@ -219,6 +219,15 @@ def epoch_batches(config: Config, loader: Iterable, epoch: int, start: int = 0) 
     return itertools.islice(loader, skip, None)
 
 
+def end_processes(loader: Iterable) -> None:
+    """Ends the processes that a loader keeps from epoch to epoch: now, and not when Python happens to free it."""
+    inner = getattr(loader, 'loader', None)
+    iterator = getattr(inner, '_iterator', None)
+    if iterator is not None:
+        inner._iterator = None
+        iterator._shutdown_workers()
+
+
 class _SeededErasing:
     """timm's random erasing of batches on the device, its draws made to follow from epoch and batch.
 

@@ -32,7 +32,7 @@ from hydra_vision.train.log import CsvLog, Sink, StepLog
 from hydra_vision.train.loggers import check_packages, create_loggers
 from hydra_vision.train.progress import Progress
 from hydra_vision.train.randomness import seed_generators
-from hydra_vision.train.saving import Saver, restore
+from hydra_vision.train.saving import Saver, note_good, restore
 from hydra_vision.train.signals import StopSignals
 
 _CHECK_EVERY = {'cuda': 50}  # batches between looks at the loss, 1 elsewhere: each look waits for the device
@@ -89,9 +89,9 @@ class Trainer:
         self.signals = StopSignals()
         self.flags = Flags(self.world, 2)
         self.guard = Guard(config, self.learner, self.world)
-        self.saver, self.steps = Saver(self), StepLog(self)
+        self.saver, self.steps = Saver(config.checkpoint), StepLog(config.log.every)
         if state is not None:
-            self.saver.note_good()
+            note_good(self)
 
     def _build(self, state: dict[str, Any] | None) -> None:
         """What each process builds by itself."""
@@ -174,7 +174,7 @@ class Trainer:
                         self._validate_epoch(meter, row)
                     self.epoch, self.progress = self.epoch + 1, Progress()
                     self.history.append(row)
-                    self.saver.save()
+                    self.saver.save(self)
                     meter.line(row)
                     for sink in self.sinks:
                         sink.epoch(row)
@@ -192,6 +192,8 @@ class Trainer:
                 self._draw()
             raise
         finally:
+            for loader in (self.train_loader, self.val_loader):
+                data.end_processes(loader)
             for sink in self.sinks:
                 sink.close()
         return outcome.conclude(self)
@@ -205,7 +207,7 @@ class Trainer:
         check_every = _CHECK_EVERY.get(self.device.type, 1)
         accum, total = config.optim.accum_steps, len(loader)
         pending = False
-        self.steps.start()
+        self.steps.start(self.learner.updates)
         self.learner.train()
         self.learner.optimizer.zero_grad(set_to_none=True)
         with meter.phase(self.epoch, 'train', total) as phase:
@@ -250,7 +252,7 @@ class Trainer:
         if log_due or len(self.progress.losses) >= _CHECK_EVERY.get(self.device.type, 1):
             self._look()
         if log_due:
-            self.steps.write(images)
+            self.steps.write(self, images)
         if stop or save_due:
             self._save_midway(phase)
         if stop:
@@ -303,7 +305,7 @@ class Trainer:
             self.guard.check_weights(self.epoch)
             progress = self.progress
             progress.images, progress.seconds, progress.waited = phase.images, phase.seconds(), phase.waited
-        self.saver.save()
+        self.saver.save(self)
 
     def _end_by_signal(self) -> None:
         self.world.barrier()  # rank 0 has written

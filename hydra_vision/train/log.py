@@ -92,29 +92,28 @@ class StepLog:
     """Measures where training is and tells the sinks, every `log.every` updates.
 
     Args:
-        run: what is measured.
+        every: updates between rows, 0 for none.
     """
 
-    def __init__(self, run: 'Trainer'):
-        self.run = run
-        self.start()
+    def __init__(self, every: int):
+        self.every = every
 
-    def start(self) -> None:
-        """The pace is measured from here on."""
-        self.time, self.updates = time.monotonic(), self.run.learner.updates
+    def start(self, updates: int) -> None:
+        """The pace is measured from here on, where so many updates are done."""
+        self.time, self.updates = time.monotonic(), updates
 
     def due_at(self, step: int) -> bool:
         """Whether an update is one of those that are measured."""
-        every = self.run.config.log.every
-        return every > 0 and step % every == 0
+        return self.every > 0 and step % self.every == 0
 
-    def write(self, images: torch.Tensor) -> None:
+    def write(self, run: 'Trainer', images: torch.Tensor) -> None:
         """One row; waits for the device.
 
         Args:
+            run: what is measured.
             images: (B, C, H, W) of the latest batch, on which Hydra layers are measured.
         """
-        run, learner, config = self.run, self.run.learner, self.run.config
+        learner, config = run.learner, run.config
         seconds, updates = time.monotonic() - self.time, learner.updates - self.updates
         images_an_update = config.data.batch_size * config.optim.accum_steps
         layers = {}
@@ -134,7 +133,7 @@ class StepLog:
         }
         for sink in run.sinks:
             sink.step(learner.updates, values, layers)
-        self.start()
+        self.start(learner.updates)
 
 
 def across_layers(layers: Layers) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """When a run is saved, what its checkpoints hold, and how it goes on from one."""
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import timm
@@ -9,6 +10,7 @@ import torch
 from hydra_vision.train import report
 from hydra_vision.train.checkpoint import LAST, save_checkpoint
 from hydra_vision.train.errors import CheckpointError, ConfigError
+from hydra_vision.train.fields import CheckpointConfig
 from hydra_vision.train.progress import Progress
 from hydra_vision.train.randomness import random_state, seed_generators, set_random_state
 from hydra_vision.version import __version__
@@ -18,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class Saver:
-    """Writes the checkpoints of a run.
+    """Writes the checkpoints of a run, and knows when.
 
     Args:
-        run: what is saved.
+        config: when checkpoints are due, and how many are kept.
     """
 
-    def __init__(self, run: 'Trainer'):
-        self.run = run
+    def __init__(self, config: CheckpointConfig):
+        self.config = config
         self.saved, self.asked = time.monotonic(), False
 
     def due_by_clock(self) -> bool:
@@ -33,7 +35,7 @@ class Saver:
 
         It asks once: what several processes ask for is done an update later, by when it would ask again.
         """
-        every = self.run.config.checkpoint.every_minutes
+        every = self.config.every_minutes
         if every is None or self.asked:
             return False
         self.asked = (time.monotonic() - self.saved) / 60 >= every
@@ -41,23 +43,21 @@ class Saver:
 
     def due_at(self, step: int) -> bool:
         """Whether checkpoint.every_steps wants a checkpoint after an update."""
-        every = self.run.config.checkpoint.every_steps
+        every = self.config.every_steps
         return every is not None and step % every == 0
 
-    def save(self) -> None:
+    def save(self, run: 'Trainer') -> None:
         """Checkpoint first, then the summary: what the summary tells can be resumed from.
 
         Raises:
             CheckpointError: on every process, where it could not be written.
         """
-        run = self.run
-        state = self._state()
+        state = _state(run)
         error = None
         if run.world.primary:
             try:
                 is_best = run.best is not None and run.best['epoch'] == run.epoch and not run.progress.batches
-                keep_last = run.config.checkpoint.keep_last
-                save_checkpoint(run.folder, state, is_best, keep_last, self._best_steps())
+                save_checkpoint(run.folder, state, is_best, self.config.keep_last, self._best_steps(run.history))
                 report.write_summary(run.folder, run.history)
             except CheckpointError as raised:
                 error = str(raised)
@@ -65,42 +65,42 @@ class Saver:
         if error is not None:
             raise CheckpointError(error).of_all()
         self.saved, self.asked = time.monotonic(), False
-        self.note_good()
+        note_good(run)
 
-    def note_good(self) -> None:
-        """What an error may say of the latest checkpoint."""
-        run = self.run
-        where = f'step {run.learner.updates}' if run.progress.batches else f'epoch {run.epoch}'
-        last = run.folder / LAST
-        run.guard.last_good = f'the last good checkpoint is {last} ({where})'
-        if not last.is_file():
-            run.guard.last_good = 'the checkpoint that it was resumed from is good'
-
-    def _state(self) -> dict[str, Any]:
-        """What a checkpoint holds; a collective call."""
-        run = self.run
-        return {
-            'arch': run.config.model.name,
-            'config': run.config.to_dict(),
-            'num_classes': run.num_classes,
-            'classes': run.classes,
-            'epoch': run.epoch,
-            'progress': run.progress.to_dict(),
-            'best': run.best,
-            'history': run.history,
-            **run.learner.state(),
-            'random': run.world.gather(random_state(run.device)),
-            'versions': {'hydra_vision': __version__, 'timm': timm.__version__, 'torch': str(torch.__version__)},
-        }
-
-    def _best_steps(self) -> set[int]:
+    def _best_steps(self, history: Sequence[report.Row]) -> set[int]:
         """Optimizer steps of the best epochs so far, as many as checkpoints of them are to be kept."""
         scores = [
             (max(row[key] for key in ('val_top1', 'ema_top1') if row.get(key) is not None), row['updates'])
-            for row in self.run.history
+            for row in history
             if row.get('val_top1') is not None
         ]
-        return {updates for _, updates in sorted(scores, reverse=True)[: self.run.config.checkpoint.keep_best]}
+        return {updates for _, updates in sorted(scores, reverse=True)[: self.config.keep_best]}
+
+
+def note_good(run: 'Trainer') -> None:
+    """What an error may say of the latest checkpoint."""
+    where = f'step {run.learner.updates}' if run.progress.batches else f'epoch {run.epoch}'
+    last = run.folder / LAST
+    run.guard.last_good = f'the last good checkpoint is {last} ({where})'
+    if not last.is_file():
+        run.guard.last_good = 'the checkpoint that it was resumed from is good'
+
+
+def _state(run: 'Trainer') -> dict[str, Any]:
+    """What a checkpoint holds; a collective call."""
+    return {
+        'arch': run.config.model.name,
+        'config': run.config.to_dict(),
+        'num_classes': run.num_classes,
+        'classes': run.classes,
+        'epoch': run.epoch,
+        'progress': run.progress.to_dict(),
+        'best': run.best,
+        'history': run.history,
+        **run.learner.state(),
+        'random': run.world.gather(random_state(run.device)),
+        'versions': {'hydra_vision': __version__, 'timm': timm.__version__, 'torch': str(torch.__version__)},
+    }
 
 
 def restore(run: 'Trainer', state: dict[str, Any]) -> None:

@@ -1,5 +1,8 @@
 import csv
+import gc
 import math
+import multiprocessing
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +236,25 @@ def test_evaluation_counts_each_image_once_and_leaves_out_masked_ones():
     assert result['top5'] == pytest.approx(100 * 5 / 5)
     expected = torch.nn.functional.cross_entropy(logits[[0, 1, 3, 4, 5]], torch.tensor([0, 1, 0, 5, 5]))
     assert result['loss'] == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize('stopped', [False, True])
+def test_a_run_that_ended_leaves_no_loader_process_behind(tiny, run, monkeypatch, stopped):
+    """Without waiting for Python to look for cycles: others may train next in this process."""
+    update = engine.Trainer._update
+
+    def note(self, *arguments):
+        self.signals.received = signal.SIGTERM if stopped else 0
+        update(self, *arguments)
+
+    monkeypatch.setattr(engine.Trainer, '_update', note)
+    gc.collect()
+    gc.disable()
+    try:
+        assert run(*tiny, '--epochs', 2, '--workers', 1, '--output', 'run')[0] == (143 if stopped else 0)
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
 
 
 def test_the_curve_is_a_picture(tiny, run, tmp_path):

@@ -52,10 +52,11 @@ def test_pace_in_the_rows_of_steps(clock):
         **{'learner': learner, 'epoch': 2, 'progress': Progress(batches=6, last_loss=0.5), 'train_loader': [None] * 24},
         sinks=[SimpleNamespace(step=lambda updates, values, layers: rows.append(values))],
     )
-    steps = log.StepLog(run)
+    steps = log.StepLog(every=4)
+    steps.start(learner.updates)
     for seconds in (6.0, 2.0):
         clock.now, learner.updates = clock.now + seconds, learner.updates + 4
-        steps.write(torch.zeros(8, 3, 8, 8))
+        steps.write(run, torch.zeros(8, 3, 8, 8))
     assert [row['images_per_second'] for row in rows] == pytest.approx([96 / 6, 96 / 2])
     assert rows[0]['epoch'] == 2.25
     assert rows[0]['loss_scale'] is None

@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ import torch
 
 from hydra_vision.train import checkpoint, engine, saving
 from hydra_vision.train.checkpoint import BEST, KEPT, LAST, load_checkpoint, save_checkpoint
-from hydra_vision.train.config import Config
+from hydra_vision.train.fields import CheckpointConfig
 
 # Everything that is random at once: dropout, stochastic depth, augmentation, erasing, mixing, order.
 RANDOM = (
@@ -159,7 +158,7 @@ def test_checkpoints_by_the_clock(tiny, run, tmp_path, monkeypatch):
 
 def test_the_clock_asks_once_for_a_checkpoint():
     """Several processes follow a wish one update later: asked again by then, they would write each checkpoint twice."""
-    saver = saving.Saver(SimpleNamespace(config=Config.from_dict({'checkpoint': {'every_minutes': 1}})))
+    saver = saving.Saver(CheckpointConfig(every_minutes=1))
     assert not saver.due_by_clock()
     saver.saved -= 61
     assert [saver.due_by_clock(), saver.due_by_clock()] == [True, False]
