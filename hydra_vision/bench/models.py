@@ -1,7 +1,6 @@
 """Times of whole models: inference, and training as forward + loss + backward."""
 
 import contextlib
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Optional
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .counting import count_model, create_model
-from .memory import allocated, peak_above
+from .memory import allocated, peak_above, release
 from .roofline import Roofline
 from .timing import Timing, measure
 
@@ -158,7 +157,7 @@ def run_group(
                 results[case] = Result(case, status=OUT_OF_MEMORY)
             if case not in steps:
                 step = None
-                _release(device)
+                release(device)
         progress(f'measuring {len(steps)} variants in turns')
         limit = time_limit * len({case.img_size for case in cases})
         for case, timing in measure(steps, device, rounds=rounds, time_limit=limit).items():
@@ -172,7 +171,7 @@ def run_group(
                 memory_share=roofline.memory_seconds(traffic) / timing.median,
             )
     steps.clear()
-    _release(device)
+    release(device)
     return [results[case] for case in cases]
 
 
@@ -185,9 +184,3 @@ def fresh_compiler() -> Iterator[None]:
     with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
         yield
     torch._dynamo.reset()
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == 'cuda':
-        torch.cuda.empty_cache()

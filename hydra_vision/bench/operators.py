@@ -1,6 +1,5 @@
 """Times of the quasiseparable operator alone: our backends, its peers, attention over the same tokens for scale."""
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Optional
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .memory import allocated, peak_above
+from .memory import allocated, peak_above, release
 from .models import OUT_OF_MEMORY
 from .peers import PEERS, implementation
 from .roofline import Roofline
@@ -205,9 +204,7 @@ def run_shape(
             results[case] = OperatorResult(case, status=f'{type(error).__name__}: {str(error).partition(chr(10))[0]}')
         if case not in steps:
             step = None
-            gc.collect()
-            if device.type == 'cuda':
-                torch.cuda.empty_cache()
+            release(device)
     progress(f'measuring {len(steps)} variants in turns')
     for case, timing in measure(steps, device, rounds=rounds, time_limit=time_limit).items():
         results[case] = replace(

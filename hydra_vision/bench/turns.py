@@ -1,6 +1,5 @@
 """Variants that are built, warmed up and timed in turns; one that fails is reported and does not end the others."""
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Optional
@@ -8,7 +7,7 @@ from typing import Optional
 import torch
 
 from ..train.errors import first_line
-from .memory import allocated, peak_above
+from .memory import allocated, peak_above, release
 from .models import OUT_OF_MEMORY
 from .timing import Step, Timing, measure
 
@@ -78,12 +77,12 @@ def time_in_turns(
             for name, timing in timings.items():
                 outcomes[name] = replace(outcomes[name], timing=timing)
         steps.clear()
-        _release(device)
+        release(device)
 
     for name in names:
         prepare(name)
         if name not in steps:
-            _release(device)
+            release(device)
     prepared = list(steps)
     run()
     for name in names:
@@ -98,9 +97,3 @@ def _status(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return OUT_OF_MEMORY
     return f'{_FAILED}{type(error).__name__}: {first_line(error)}'
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == 'cuda':
-        torch.cuda.empty_cache()

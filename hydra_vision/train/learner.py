@@ -146,9 +146,8 @@ class Learner:
             self.skipped += 1
         else:
             if optim.clip_grad is not None:
-                parameters = self.task.get_clip_parameters(
-                    exclude_head=optim.clip_mode == 'agc'
-                )  # as timm and the paper
+                agc = optim.clip_mode == 'agc'  # which leaves the classifier out, as its paper and timm's script do
+                parameters = self.task.get_clip_parameters(exclude_head=agc)
                 dispatch_clip_grad(parameters, optim.clip_grad, mode=optim.clip_mode)
             self.scaler.step(self.optimizer)
             self.scaler.update()
