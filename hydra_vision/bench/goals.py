@@ -8,7 +8,7 @@ import torch
 
 from .models import Case, Result
 from .operators import OperatorResult
-from .peers import PEERS
+from .peers import PEERS, SCANS
 from .timing import Timing
 
 __all__ = ['GOALS', 'Goal', 'OperatorGoal', 'Verdict', 'check_goals', 'check_operator_goals', 'goal_cases']
@@ -16,10 +16,10 @@ __all__ = ['GOALS', 'Goal', 'OperatorGoal', 'Verdict', 'check_goals', 'check_ope
 
 @dataclass(frozen=True)
 class Limit:
-    """What a ratio must not exceed, or must reach."""
+    """What a ratio must not exceed, or must reach; without a limit it is only listed."""
 
     title: str
-    limit: float
+    limit: Optional[float]
     at_most: bool = False
     strict: bool = False
 
@@ -29,7 +29,12 @@ class Limit:
             self.at_most, self.strict
         ]
 
-    def met(self, value: float) -> bool:
+    def __str__(self) -> str:
+        return '' if self.limit is None else f'{self.sign} {self.limit:g}'
+
+    def met(self, value: float) -> Optional[bool]:
+        if self.limit is None:
+            return None
         if value == self.limit:
             return not self.strict
         return (value < self.limit) == self.at_most
@@ -65,11 +70,12 @@ class Goal(Limit):
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorGoal(Limit):
-    """Time of the better peer over that of the backend 'triton', bfloat16, H 24, P 64, N 64."""
+    """Time of the fastest of ``others`` over that of the backend 'triton', bfloat16, H 24, P 64, N 64."""
 
     batch: int
     length: int
     mode: str
+    others: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class Verdict:
     highest: Optional[float] = None
 
     @property
-    def met(self) -> bool:
+    def met(self) -> Optional[bool]:
         return self.goal.met(self.value)
 
 
@@ -146,14 +152,17 @@ GOALS: tuple[Goal, ...] = (
 )
 
 
+# The goal is stated against times of a scan alone; against complete operators, which take longer, there is none.
 OPERATOR_GOALS: tuple[OperatorGoal, ...] = tuple(
     OperatorGoal(
-        f"quasiseparable_mix, {passes}, better peer's time / ours, B {batch}, L {length}",
-        4.0,
+        f'quasiseparable_mix, {passes}, time of the {what} / ours, B {batch}, L {length}',
+        limit,
         batch=batch,
         length=length,
         mode=mode,
+        others=others,
     )
+    for what, others, limit in (('better scan alone', SCANS, 4.0), ('better complete peer', PEERS, None))
     for batch, length in ((256, 196), (49, 1024))
     for mode, passes in (('infer', 'forward'), ('train', 'forward+backward'))
 )
@@ -185,7 +194,10 @@ def check_goals(results: Sequence[Result], device: torch.device) -> list[Verdict
 
 
 def check_operator_goals(results: Sequence[OperatorResult], device: torch.device) -> list[Verdict]:
-    """Verdicts on the operator's goals whose rows, ours and at least one peer's, this run has."""
+    """Verdicts on the operator's goals whose rows, ours and those of all that it is held against, this run has.
+
+    The fastest of some would be an easier goal than the fastest of all.
+    """
     verdicts = []
     for goal in OPERATOR_GOALS:
         timings = {}
@@ -194,10 +206,9 @@ def check_operator_goals(results: Sequence[OperatorResult], device: torch.device
             same = (s.batch, s.length, s.heads, s.headdim, s.d_state) == (goal.batch, goal.length, 24, 64, 64)
             if same and result.timing and (result.case.mode, result.case.dtype) == (goal.mode, torch.bfloat16):
                 timings[result.case.backend] = result.timing
-        peers = [timings[name] for name in PEERS if name in timings]
-        if device.type == 'cuda' and 'triton' in timings and peers:
-            ours, peer = timings['triton'], min(peers, key=lambda t: t.median)
-            verdicts.append(Verdict(goal, peer.median / ours.median, *_ratios(ours, peer, True)))
+        if device.type == 'cuda' and timings.keys() >= {'triton', *goal.others}:
+            ours, other = timings['triton'], min((timings[name] for name in goal.others), key=lambda t: t.median)
+            verdicts.append(Verdict(goal, other.median / ours.median, *_ratios(ours, other, True)))
     return verdicts
 
 

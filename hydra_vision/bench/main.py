@@ -22,7 +22,7 @@ from .goals import Verdict, check_goals, check_operator_goals, goal_cases
 from .models import MODES, Case, Result, groups, run_group
 from .operators import ATTENTION, OperatorCase, OperatorResult, Shape, run_shape
 from .peers import PEERS as OPERATOR_PEERS
-from .peers import unusable
+from .peers import SCANS, unusable
 from .plot import plot_results
 from .report import (
     model_ratios,
@@ -200,12 +200,16 @@ def _bench_operators(
     console.print(operator_table(results))
     console.print(
         f'{ATTENTION}: attention of the transformer as wide as the model around the operator (half the heads), for '
-        'scale. Peers: hydra_vision/bench/peers.py. Floors: hydra_vision/bench/operators.py defines both.'
+        'scale. Peers, complete and /scan: hydra_vision/bench/peers.py; a goal needs all of them. Floors: '
+        'hydra_vision/bench/operators.py defines both.'
     )
     _report_goals(check_operator_goals(results, device), device, console, output)
+    missing: dict[str, list[str]] = {}
     for name, reason in unusable(device).items():
         if reason is not None:
-            console.print(f'not measured: {name} ({reason})')
+            missing.setdefault(reason, []).append(name)
+    for reason, names in missing.items():
+        console.print(f'not measured: {", ".join(names)} ({reason})')
 
 
 def _report_goals(verdicts: list[Verdict], device: torch.device, console: Console, output: Path) -> None:
@@ -254,6 +258,9 @@ def _plan_models(
 
     usable = unusable(device)
     if arguments.backend:
+        for name in arguments.backend:
+            if name in usable and name not in BACKENDS:
+                raise UserError(f'--backend: no model computes with {name}, which needs --operator')
         _check_backends(arguments.backend, {name: usable[name] for name in BACKENDS})
         if not any(name in family for name in names):
             raise UserError(f'--backend chooses how a Hydra model computes; none is in {",".join(names)}')
@@ -453,7 +460,8 @@ def _parser(prog: str) -> Parser:
         type=comma_list,
         metavar='LIST',
         help=f'of the Hydra operator: auto, {", ".join(BACKENDS)}; default: auto, and mamba_ssm where it runs '
-        f'(with --operator: every one that runs, and {", ".join(OPERATOR_PEERS[1:])})',
+        f'(with --operator: every one that runs, {", ".join(OPERATOR_PEERS[1:])}, and the scan of each peer alone, on '
+        f'a batch doubled beforehand: {", ".join(SCANS)})',
     )
     add('--threads', type=positive, metavar='N', help="CPU threads; default: 2 on the CPU, torch's own with a GPU")
     add('--repeats', type=rounds, default=20, metavar='N', help='rounds at most, each variant once a round; default 20')

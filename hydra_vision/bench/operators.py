@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Optional
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .memory import allocated, peak_above, release
 from .models import OUT_OF_MEMORY
-from .peers import PEERS, implementation
+from .peers import PEERS, SCANS, implementation, scan_alone
 from .roofline import Roofline
 from .timing import Timing, measure
 
@@ -52,7 +53,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class OperatorCase:
-    """One implementation at one shape: a backend of ``quasiseparable_mix``, a peer (peers.py) or attention."""
+    """One implementation at one shape: a backend of ``quasiseparable_mix``, a peer or its scan (peers.py), attention.
+
+    A scan alone is held against the floors of the whole operator.
+    """
 
     backend: str
     shape: Shape
@@ -135,16 +139,14 @@ def _operator_step(case: OperatorCase, arguments: dict[str, Tensor]) -> Callable
         s = case.shape
         size = (s.batch, s.attention_heads, s.length, s.headdim)
         inputs = [torch.randn(size, device=arguments['x'].device, dtype=case.dtype) for _ in range(3)]
-
-        def forward() -> Tensor:
-            return F.scaled_dot_product_attention(*inputs)
+        forward = partial(F.scaled_dot_product_attention, *inputs)
+    elif case.backend in SCANS:
+        scan, inputs = scan_alone(case.backend, arguments)
+        forward = partial(scan, *inputs)
     else:
         arguments = {name: t.clone() for name, t in arguments.items()}  # its own: they count as its memory
         inputs = list(arguments.values())
-        mix = implementation(case.backend)
-
-        def forward() -> Tensor:
-            return mix(**arguments)
+        forward = partial(implementation(case.backend), **arguments)
 
     if not training:
 
@@ -198,7 +200,7 @@ def run_shape(
         except torch.OutOfMemoryError:
             results[case] = OperatorResult(case, status=OUT_OF_MEMORY)
         except Exception as error:
-            if case.backend not in PEERS:
+            if case.backend not in (*PEERS, *SCANS):
                 raise
             # Another project's kernels: what they cannot do here (a compiler they refuse, say) is a row of the table.
             results[case] = OperatorResult(case, status=f'{type(error).__name__}: {str(error).partition(chr(10))[0]}')

@@ -13,7 +13,7 @@ from ..train.checkpoint import write_text
 from .goals import Verdict
 from .models import Result
 from .operators import ATTENTION, OperatorResult
-from .peers import PEERS
+from .peers import PEERS, SCANS
 from .timing import Timing
 
 __all__ = [
@@ -123,12 +123,13 @@ def model_table(results: Sequence[Result]) -> Table:
 
 
 def operator_table(results: Sequence[OperatorResult]) -> Table:
-    """Every case of a run, with its speed relative to the better peer and to attention."""
+    """Every case of a run, with its speed relative to the fastest peer, complete and scan alone, and to attention."""
     rows = []
     for result in results:
         rows.append([str(result.case.shape), result.case.passes, result.case.backend, *_measured_cells(result)])
-        rows[-1] += [_against(result, results, PEERS), _against(result, results, (ATTENTION,))]
-    columns = ['shape', 'passes', 'operator', *_MEASURED_COLUMNS, 'speed / better peer', f'speed / {ATTENTION}']
+        rows[-1] += [_against(result, results, names) for names in (PEERS, SCANS, (ATTENTION,))]
+    others = ['better peer', 'better scan alone', ATTENTION]
+    columns = ['shape', 'passes', 'operator', *_MEASURED_COLUMNS, *(f'speed / {other}' for other in others)]
     return make_table('quasiseparable_mix', columns, rows, right=range(3, len(columns)))
 
 
@@ -212,9 +213,9 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     for verdict in verdicts:
         goal = verdict.goal
         spread = '' if verdict.lowest is None else f'{verdict.lowest:.3f} - {verdict.highest:.3f}'
-        # Three digits more than the limit has: a miss is never rounded into a pass.
-        value, limit = f'{verdict.value:.3f}', f'{goal.sign} {goal.limit:g}'
-        rows.append([goal.title, value, spread, limit, 'PASS' if verdict.met else 'FAIL'])
+        value = f'{verdict.value:.3f}'  # three digits more than the limit has: a miss is never rounded into a pass
+        mark = {True: 'PASS', False: 'FAIL', None: ''}[verdict.met]
+        rows.append([goal.title, value, spread, str(goal), mark])
     return make_table('goals', ['ratio', 'measured', 'by round', 'goal', ''], rows, right=(1, 2))
 
 
@@ -225,6 +226,6 @@ def verdict_row(verdict: Verdict) -> dict[str, Any]:
         'measured': round(verdict.value, 5),
         'lowest': None if verdict.lowest is None else round(verdict.lowest, 5),
         'highest': None if verdict.highest is None else round(verdict.highest, 5),
-        'goal': f'{verdict.goal.sign} {verdict.goal.limit:g}',
+        'goal': str(verdict.goal),
         'met': verdict.met,
     }

@@ -11,12 +11,26 @@ from torch import Tensor
 
 from .reference import shift_tokens
 
-__all__ = ['CHUNK_SIZE', 'mix_by_scan', 'mix_mamba_ssm']
+__all__ = ['CHUNK_SIZE', 'double_batch', 'join_directions', 'mix_by_scan', 'mix_mamba_ssm', 'ssd_scan']
 
 CHUNK_SIZE = 256  # the released module's
 
 # x, dt, A, B, C -> y, causal: y_i = sum_{j <= i} C_i . B_j exp(A sum_{j < k <= i} dt_k) dt_j x_j
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def double_batch(
+    x: Tensor, dt_f: Tensor, dt_b: Tensor, A: Tensor, B_f: Tensor, C_f: Tensor, B_b: Tensor, C_b: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, dt, A, B, C of one causal scan: both directions stacked along the batch, the second one flipped."""
+    xx, dt, B, C = (torch.cat((f, b.flip(1))) for f, b in ((x, x), (dt_f, dt_b), (B_f, B_b), (C_f, C_b)))
+    return xx, dt, A.float(), B, C
+
+
+def join_directions(y: Tensor) -> Tensor:
+    """M x without its diagonal from the scan of a doubled batch: each half one token later, the second flipped back."""
+    forward, backward = shift_tokens(y, -1).chunk(2)
+    return forward + backward.flip(1)
 
 
 def mix_by_scan(
@@ -32,19 +46,23 @@ def mix_by_scan(
     D: Optional[Tensor] = None,
 ) -> Tensor:
     """y = M x from one call of a causal scan, both directions stacked along the batch."""
-    batch = x.shape[0]
-    xx, dt, B, C = (torch.cat((f, b.flip(1))) for f, b in ((x, x), (dt_f, dt_b), (B_f, B_b), (C_f, C_b)))
-    y = shift_tokens(scan(xx, dt, A.float(), B, C), -1)
-    y = y[:batch] + y[batch:].flip(1)
+    y = join_directions(scan(*double_batch(x, dt_f, dt_b, A, B_f, C_f, B_b, C_b)))
     if D is not None:
         y = y + (D.unsqueeze(-1) * x).to(y.dtype)
     return y.to(x.dtype)
 
 
 @torch.compiler.disable  # its autotuned kernels cannot be traced
-def _ssd_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, start: Optional[Tensor], chunk_size: int
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    start: Optional[Tensor] = None,
+    chunk_size: int = CHUNK_SIZE,
 ) -> Tensor:
+    """The causal scan of the package from the state ``start`` (H, P, N), or from zero."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     if start is not None:
@@ -69,6 +87,6 @@ def mix_mamba_ssm(
     """y = M x. Arguments as in ``quasiseparable_mix``; CUDA tensors only. chunk_size: tokens between two states."""
 
     def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        return _ssd_scan(x, dt, A, B, C, init_states, chunk_size)
+        return ssd_scan(x, dt, A, B, C, init_states, chunk_size)
 
     return mix_by_scan(scan, x, dt_f, dt_b, A, B_f, C_f, B_b, C_b, D)

@@ -107,8 +107,9 @@ def test_operator_run(tmp_path, capsys, monkeypatch):
     }
     assert {r['N'] for r in rows if r['operator'] == 'chunked'} == {'4'}
     assert {r['H'] for r in rows if r['operator'] == 'sdpa'} == {'1'}
-    printed = capsys.readouterr().out
-    assert 'not measured: mamba_ssm' in printed
+    printed = ' '.join(capsys.readouterr().out.split())
+    assert 'not measured: mamba_ssm, mamba_ssm/128' in printed
+    assert 'simple_gla, simple_gla/scan (' in printed
     assert 'speed / sdpa' in printed
 
 
@@ -171,6 +172,9 @@ def test_batches_on_cuda_follow_the_tokens():
         ('--goals --img-sizes 300', 'no goal is about 300 px'),
         ('--goals --mode train', 'no goal for cpu is about train'),
         ('--operator --shapes 4', 'BATCHxLENGTH'),
+        ('--operator --backend simple_gla/skan', "'simple_gla/skan'; the nearest valid name is 'simple_gla/scan'"),
+        ('--operator --backend mamba_ssm/64/scan', '--backend: mamba_ssm/64/scan cannot run here: '),
+        ('--backend simple_gla/scan --models test_hydra_vit', 'no model computes with simple_gla/scan'),
         ('--models test_hydra_vit --img-sizes 32 --output /dev/null/here', '--output'),
         ('--model test_vit', 'unrecognized arguments'),
     ],

@@ -6,7 +6,8 @@ import torch
 from hydra_vision.bench.goals import GOALS, OPERATOR_GOALS, check_goals, check_operator_goals, goal_cases
 from hydra_vision.bench.models import Case, Result
 from hydra_vision.bench.operators import OperatorCase, OperatorResult, Shape
-from hydra_vision.bench.report import model_ratios, verdict_table
+from hydra_vision.bench.peers import PEERS, SCANS
+from hydra_vision.bench.report import model_ratios, operator_table, verdict_row, verdict_table
 from hydra_vision.bench.timing import Timing
 
 CPU = torch.device('cpu')
@@ -106,15 +107,52 @@ def test_rows_that_the_goals_need():
     assert {c.img_size for c in goal_cases(CPU)} == {224, 448, 896, 1024}
 
 
-def test_operator_goals_take_the_better_peer():
-    rows = [
-        OperatorResult(OperatorCase(name, Shape(256, 196, 24, 64, 64), 'infer', torch.bfloat16), Timing((t,) * 3))
-        for name, t in (('triton', 1.0), ('mamba_ssm', 5.0), ('mamba_ssm/64', 3.0), ('simple_gla', 4.0), ('sdpa', 0.1))
+def operator_rows(**seconds: float) -> list[OperatorResult]:
+    """Ours in a second, the others in 9 if not said otherwise (-1: failed); underscores double for slashes."""
+    times = {'triton': 1.0, **dict.fromkeys((*PEERS, *SCANS), 9.0), 'sdpa': 0.1}
+    times |= {name.replace('__', '/'): t for name, t in seconds.items()}
+    return [
+        OperatorResult(
+            OperatorCase(name, Shape(256, 196, 24, 64, 64), 'infer', torch.bfloat16),
+            Timing((t,) * 3) if t > 0 else None,
+            gemm_share=0.5,
+            memory_share=0.5,
+        )
+        for name, t in times.items()
     ]
-    (verdict,) = check_operator_goals(rows, torch.device('cuda'))
-    assert (verdict.value, verdict.met) == (3.0, False)
-    assert check_operator_goals(rows[:1], torch.device('cuda')) == []
-    assert len(OPERATOR_GOALS) == 4
+
+
+def test_operator_goals_take_the_better_peer_complete_and_alone():
+    rows = operator_rows(mamba_ssm__64=7.0, simple_gla=6.0, mamba_ssm__128__scan=3.0, simple_gla__scan=5.0)
+    scan, complete = check_operator_goals(rows, torch.device('cuda'))
+    assert (scan.value, scan.met, str(scan.goal)) == (3.0, False, '>= 4')
+    assert 'scan alone' in scan.goal.title
+    assert (complete.value, complete.met, str(complete.goal)) == (6.0, None, '')
+    assert 'complete peer' in complete.goal.title
+    assert (verdict_row(complete)['goal'], verdict_row(complete)['met']) == ('', None)
+    (counts, _) = check_operator_goals(operator_rows(mamba_ssm__scan=4.0), torch.device('cuda'))
+    assert (counts.value, counts.met) == (4.0, True)
+    assert [goal.limit for goal in OPERATOR_GOALS] == [4.0] * 4 + [None] * 4
+
+
+@pytest.mark.parametrize('missing', ['triton', *PEERS, *SCANS])
+def test_a_missing_or_failed_peer_is_no_row(missing):
+    """The fastest of the others would be an easier goal."""
+    left_out = [row for row in operator_rows() if row.case.backend != missing]
+    failed = operator_rows(**{missing.replace('/', '__'): -1.0})
+    for rows in (left_out, failed):
+        limits = [verdict.goal.limit for verdict in check_operator_goals(rows, torch.device('cuda'))]
+        assert limits == ([] if missing == 'triton' else [None] if missing in SCANS else [4.0])
+
+
+def test_operator_table_has_the_speed_against_both():
+    table = operator_table(operator_rows(mamba_ssm__scan=3.0, simple_gla=6.0))
+    cells = {column.header: next(iter(column.cells)) for column in table.columns}
+    assert (cells['operator'], cells['speed / better peer'], cells['speed / better scan alone']) == (
+        'triton',
+        '6.00',
+        '3.00',
+    )
 
 
 def test_titles_are_unique():
