@@ -7,6 +7,7 @@ from typing import Any, Optional
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from hydra_vision.bench.ablation.family import Family, Row
 
@@ -98,9 +99,9 @@ def plot(families: Sequence[Family], results: Sequence[Mapping[str, Any]], path:
         axes.set_ylim(len(family.rows) - 0.5, -0.5)
         axes.set(title=family.title, xlabel='validation top-1 (%), last epoch')
         axes.grid(alpha=0.3)
-        for color, text in (('tab:orange', 'matrix from parameters'), ('tab:blue', 'matrix from the tokens')):
-            axes.plot([], [], 'o', color=color, label=text)
-        axes.legend(fontsize=8)
+    kinds = (('tab:orange', 'matrix from parameters'), ('tab:blue', 'matrix from the tokens'))
+    handles = [Line2D([], [], linestyle='', marker='o', color=color, label=text) for color, text in kinds]
+    figure.legend(handles=handles, loc='outside lower center', ncols=2, fontsize=8)  # inside it would hide points
     figure.savefig(path, dpi=120)
 
 
