@@ -162,15 +162,15 @@ def decay_backward_kernel(
             source + b * stride_b, rows, heads, stride_l, L, H, bias, DT_MIN, DT_MAX, SOFTPLUS, LIMIT
         )  # (T, HB)
         after = t + 1 if direction == 0 else t - 1  # the query side, one step from the token
-        has_after = ((after >= 0) & (after < T))[:, None] & ok[None, :]
+        has_after = ((after >= 0) & (after < T) & (tile * T + after < L))[:, None] & ok[None, :]
         inner = tl.load(own + after[:, None], mask=has_after, other=0.0)  # (T, HB), rows, both ends in the tile
-        inner -= tl.load(own + plane + t[:, None], mask=ok[None, :], other=0.0)  # columns of the same float32 G
+        inner -= tl.load(own + plane + t[:, None], mask=seen, other=0.0)  # columns of the same float32 G
         if HAS_STATE or HAS_OTHERS:
             inner += tl.load(own + 2 * plane + after[:, None], mask=has_after, other=0.0)
         da = tl.cumsum(inner, axis=0, reverse=direction == 0)
         outer = tl.zeros((T, HB), tl.float32)
         if HAS_STATE or HAS_OTHERS:
-            outer = tl.load(own + 3 * plane + t[:, None], mask=ok[None, :], other=0.0)
+            outer = tl.load(own + 3 * plane + t[:, None], mask=seen, other=0.0)
             da += tl.cumsum(outer, axis=0, reverse=direction == 1) - outer
         beyond = tl.zeros((HB,), tl.float32)
         pair = (b * H + heads) * 2 + direction  # (HB,)
@@ -188,9 +188,9 @@ def decay_backward_kernel(
                     beyond += tl.load(onward + pair * nT + other, mask=ok, other=0.0)
         da += beyond[None, :]
         if HAS_OTHERS:
-            raw = tl.load(own + 4 * plane + t[:, None], mask=ok[None, :], other=0.0)
+            raw = tl.load(own + 4 * plane + t[:, None], mask=seen, other=0.0)
         else:
-            column = tl.load(own + (5 if EXACT else 1) * plane + t[:, None], mask=ok[None, :], other=0.0)
+            column = tl.load(own + (5 if EXACT else 1) * plane + t[:, None], mask=seen, other=0.0)
             raw = (column + outer) / tl.maximum(dt, DT_TINY)
         sum_A += tl.sum(tl.where(seen, da * dt, 0.0), axis=0)
         g = da * a[None, :] + raw

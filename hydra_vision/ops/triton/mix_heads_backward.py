@@ -11,7 +11,7 @@ from .mix_heads import load_state
 from .scores import load_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['H'])
 def dx_heads_kernel(
     x,  # (B, L, H, P)
     dy,  # (B, L, H, P) contiguous
@@ -43,10 +43,12 @@ def dx_heads_kernel(
     G,
     Lp,
     nT,
+    tiles,  # that the launch computes: all, all but the last, or, where R < T, the last
     HG: tl.constexpr,
     N: tl.constexpr,
     P: tl.constexpr,
     T: tl.constexpr,
+    R: tl.constexpr,  # rows computed of each tile
     DIAGONAL: tl.constexpr,
     FC: tl.constexpr,
     HB: tl.constexpr,
@@ -55,11 +57,11 @@ def dx_heads_kernel(
     STAGES: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    tile = pid % nT
-    h0 = (pid // nT) % (H // HG) * HG
-    b = (pid // (nT * (H // HG))).to(tl.int64)
+    tile = nT - 1 if R < T else pid % tiles
+    h0 = (pid // tiles) % (H // HG) * HG
+    b = (pid // (tiles * (H // HG))).to(tl.int64)
     g = h0 // (H // G)
-    t = tl.arange(0, T)
+    t = tl.arange(0, R)
     p = tl.arange(0, P)
     n = tl.arange(0, N)
     j = t[:, None]
@@ -67,40 +69,41 @@ def dx_heads_kernel(
     rows = tile * T + t
     seen = rows < L
     plane = tl.cast(B, tl.int64) * H * Lp
-    s = tl.load(ST + ((b * G + g) * nT + tile) * (T * T) + j * T + i)  # (T, T), [j, i]
+    s = tl.load(ST + ((b * G + g) * nT + tile) * (T * T) + j * T + i)  # (R, R), [j, i]
     wide: tl.constexpr = dstates.dtype.element_ty
     product: tl.constexpr = tl.bfloat16 if dy.dtype.element_ty == tl.bfloat16 else tl.float32
     if HAS_STATE:
         b_off = b * stride_bb + g * stride_bg
-        b_f = load_rows(B_f + b_off, rows, n, stride_bl, L).to(wide)  # (T, N)
+        b_f = load_rows(B_f + b_off, rows, n, stride_bl, L).to(wide)  # (R, N)
         b_b = load_rows(B_b + b_off, rows, n, stride_bl, L).to(wide)
     if FC and HB * P <= 4096:
         hh = tl.arange(0, HB)
         some = hh < H
         dd = tl.load(ddiag + (b * L + rows)[:, None] * H + hh[None, :], mask=seen[:, None] & some[None, :], other=0.0)
-        dd = dd.to(product)  # (T, HB)
-    for k in tl.range(0, HG, num_stages=STAGES):
+        dd = dd.to(product)  # (R, HB)
+    turns = HG if HG > 1 else H // (H // HG)  # never a constant 1, see NOTES.md: compilers
+    for k in tl.range(0, turns, num_stages=STAGES):
         h = h0 + k
         head = (b * H + h) * Lp + tile * T
-        dyj = load_rows(dy + (b * L * H + h) * P, rows, p, H * P, L)  # (T, P)
-        row_f = tl.load(lf + head + t - 1, mask=t > 0, other=0.0)  # (T,)
+        dyj = load_rows(dy + (b * L * H + h) * P, rows, p, H * P, L)  # (R, P)
+        row_f = tl.load(lf + head + t - 1, mask=t > 0, other=0.0)  # (R,)
         row_b = tl.load(lb + head + t + 1, mask=t < T - 1, other=0.0)
         col_f = tl.load(cf + head + t)
         col_b = tl.load(cb + head + t)
-        acc = tl.zeros((T, P), tl.float32)
+        acc = tl.zeros((R, P), tl.float32)
         if HAS_STATE:
-            xj = load_rows(x + b * stride_xb + h * stride_xh, rows, p, stride_xl, L).to(tl.float32)  # (T, P)
+            xj = load_rows(x + b * stride_xb + h * stride_xh, rows, p, stride_xl, L).to(tl.float32)  # (R, P)
             ds_ptr = dstates + ((b * H + h) * 2 * nT + tile) * (N * P)
             ds = load_state(ds_ptr, N, P, tile, nT - 1)
             total = tl.load(lf + head + T - 1)
-            acc = tl.dot(b_f, ds, input_precision=PREC) * tl.exp2((total - col_f).to(tl.float32))[:, None]  # (T, P)
+            acc = tl.dot(b_f, ds, input_precision=PREC) * tl.exp2((total - col_f).to(tl.float32))[:, None]  # (R, P)
             tl.store(sums + head + t + 3 * plane, tl.sum(acc * xj, axis=1))
             ds = load_state(ds_ptr + nT * (N * P), N, P, tile, 0)
             total = tl.load(lb + head)
             u = tl.dot(b_b, ds, input_precision=PREC) * tl.exp2((total - col_b).to(tl.float32))[:, None]
             tl.store(sums + head + t + 9 * plane, tl.sum(u * xj, axis=1))
             acc += u
-        e = tl.where(i > j, row_f[None, :] - col_f[:, None], row_b[None, :] - col_b[:, None])  # (T, T)
+        e = tl.where(i > j, row_f[None, :] - col_f[:, None], row_b[None, :] - col_b[:, None])  # (R, R)
         m = tl.where(i == j, 0.0, s.to(tl.float32) * tl.exp2(e.to(tl.float32)))
         if DIAGONAL == 1:
             m = tl.where(i == j, tl.load(diag + h), m)
@@ -115,20 +118,20 @@ def dx_heads_kernel(
                     ddiag + (b * L + rows)[:, None] * H + hs[None, :],
                     mask=seen[:, None] & these[None, :],
                     other=0.0,
-                )  # (T, 64)
+                )  # (R, 64)
                 fi = tl.load(fc + hs[:, None] * (H * P) + h * P + p[None, :], mask=these[:, None], other=0.0)  # (64, P)
                 acc = tl.dot(di.to(product), fi.to(product), acc, input_precision=PREC)
         elif FC:
             f = tl.load(fc + hh[:, None] * (H * P) + h * P + p[None, :], mask=some[:, None], other=0.0)  # (HB, P)
             acc = tl.dot(dd, f.to(product), acc, input_precision=PREC)
         elif DIAGONAL != 0:
-            xd = load_rows(x + b * stride_xb + h * stride_xh, rows, p, stride_xl, L).to(tl.float32)  # (T, P)
+            xd = load_rows(x + b * stride_xb + h * stride_xh, rows, p, stride_xl, L).to(tl.float32)  # (R, P)
             tl.store(ddiag + (b * L + rows) * H + h, tl.sum(dyj.to(tl.float32) * xd, axis=1), mask=seen)
         to = dx + b * stride_db + h * stride_dh + rows[:, None].to(tl.int64) * stride_dl + p[None, :]
         tl.store(to, acc.to(dx.dtype.element_ty), mask=seen[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['H'])
 def scores_heads_kernel(
     x,  # (B, L, H, P)
     dy,  # (B, L, H, P) contiguous
@@ -149,39 +152,42 @@ def scores_heads_kernel(
     G,
     Lp,
     nT,
+    tiles,  # that the launch computes: all, all but the last, or, where R < T, the last
     HG: tl.constexpr,
     P: tl.constexpr,
     T: tl.constexpr,
+    R: tl.constexpr,  # rows computed of each tile
     EXACT: tl.constexpr,  # leave neighbours out of the sums for the decays: nothing lies between them
     PREC: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    tile = pid % nT
-    h0 = (pid // nT) % (H // HG) * HG
-    b = (pid // (nT * (H // HG))).to(tl.int64)
+    tile = nT - 1 if R < T else pid % tiles
+    h0 = (pid // tiles) % (H // HG) * HG
+    b = (pid // (tiles * (H // HG))).to(tl.int64)
     g = h0 // (H // G)
-    t = tl.arange(0, T)
+    t = tl.arange(0, R)
     p = tl.arange(0, P)
     j = t[:, None]
     i = t[None, :]
     rows = tile * T + t
     plane = tl.cast(B, tl.int64) * H * Lp
-    s = tl.load(ST + ((b * G + g) * nT + tile) * (T * T) + j * T + i)  # (T, T), [j, i]
-    dscores = tl.zeros((T, T), tl.float32)
-    for k in tl.range(0, HG, num_stages=STAGES):
+    s = tl.load(ST + ((b * G + g) * nT + tile) * (T * T) + j * T + i)  # (R, R), [j, i]
+    dscores = tl.zeros((R, R), tl.float32)
+    turns = HG if HG > 1 else H // (H // HG)  # never a constant 1, see NOTES.md: compilers
+    for k in tl.range(0, turns, num_stages=STAGES):
         h = h0 + k
         head = (b * H + h) * Lp + tile * T
-        xj = load_rows(x + b * stride_xb + h * stride_xh, rows, p, stride_xl, L)  # (T, P)
-        dyj = load_rows(dy + (b * L * H + h) * P, rows, p, H * P, L)  # (T, P)
-        row_f = tl.load(lf + head + t - 1, mask=t > 0, other=0.0)  # (T,)
+        xj = load_rows(x + b * stride_xb + h * stride_xh, rows, p, stride_xl, L)  # (R, P)
+        dyj = load_rows(dy + (b * L * H + h) * P, rows, p, H * P, L)  # (R, P)
+        row_f = tl.load(lf + head + t - 1, mask=t > 0, other=0.0)  # (R,)
         row_b = tl.load(lb + head + t + 1, mask=t < T - 1, other=0.0)
         col_f = tl.load(cf + head + t)
         col_b = tl.load(cb + head + t)
         out = sums + head + t
-        e = tl.where(i > j, row_f[None, :] - col_f[:, None], row_b[None, :] - col_b[:, None])  # (T, T)
+        e = tl.where(i > j, row_f[None, :] - col_f[:, None], row_b[None, :] - col_b[:, None])  # (R, R)
         e = tl.minimum(e.to(tl.float32), 64.0)  # the diagonal alone is not <= 0; it is dropped at the end
-        grad = tl.dot(xj, tl.trans(dyj), input_precision=PREC) * tl.exp2(e)  # (T, T), dM^T o decay * dt
+        grad = tl.dot(xj, tl.trans(dyj), input_precision=PREC) * tl.exp2(e)  # (R, R), dM^T o decay * dt
         dscores += grad
         grad *= s.to(tl.float32)  # G^T; s is zero on the diagonal
         lower = tl.where(i > j, grad, 0.0)

@@ -178,13 +178,14 @@ def mix_forward(
     if plan.QT == 1:
         options = plan.options('mix_heads')
         heads = plan.launch.heads_of('mix_heads', plan.H // plan.G)
-        launch(mix_heads_kernel, (plan.nT * (plan.H // heads) * plan.B,),
-            x, S, C_f, C_b, states, d.lf, d.lb, d.cf, d.cb, d.dtf if diag is None else diag, y,
-            x.stride(0), x.stride(1), x.stride(2), C_f.stride(0), C_f.stride(1), C_f.stride(2),
-            plan.L, plan.H, plan.G, plan.Lp, plan.nT, HG=heads, N=plan.N, P=plan.P, T=plan.T,
-            DIAGONAL=_diagonal_kind(diag), HAS_STATE=_has_state(plan, start), HAS_START=start is not None,
-            PREC=plan.precision, STAGES=options['num_stages'], **options,
-        )  # fmt: skip
+        for tiles, rows in plan.spans:
+            launch(mix_heads_kernel, (tiles * (plan.H // heads) * plan.B,),
+                x, S, C_f, C_b, states, d.lf, d.lb, d.cf, d.cb, d.dtf if diag is None else diag, y,
+                x.stride(0), x.stride(1), x.stride(2), C_f.stride(0), C_f.stride(1), C_f.stride(2),
+                plan.L, plan.H, plan.G, plan.Lp, plan.nT, tiles, HG=heads, N=plan.N, P=plan.P, T=plan.T, R=rows,
+                DIAGONAL=_diagonal_kind(diag), HAS_STATE=_has_state(plan, start), HAS_START=start is not None,
+                PREC=plan.precision, STAGES=options['num_stages'], **options,
+            )  # fmt: skip
         return y
     launch(mix_kernel, (plan.nT * plan.H * plan.B,),
         x, S, C_f, C_b, states, d.lf, d.lb, d.dtf, d.dtb, d.dtf if diag is None else diag, y,
@@ -247,19 +248,23 @@ def mix_backward(
         ST = _scores(plan, bc, transposed=True)
         options = plan.options('dx_heads')
         heads = plan.launch.heads_of('dx_heads', plan.H // plan.G)
-        launch(dx_heads_kernel, (plan.nT * (plan.H // heads) * plan.B,),
-            x, dy, ST, B_f, B_b, dstates, d.lf, d.lb, d.cf, d.cb, *diagonal, sums, dx,
-            *x_strides, *bc_strides, *dx_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp, plan.nT,
-            HG=heads, N=plan.N, **shape, **diagonal_flags, HAS_STATE=has_state, STAGES=options['num_stages'], **options,
-        )  # fmt: skip
+        for tiles, rows in plan.spans:
+            launch(dx_heads_kernel, (tiles * (plan.H // heads) * plan.B,),
+                x, dy, ST, B_f, B_b, dstates, d.lf, d.lb, d.cf, d.cb, *diagonal, sums, dx,
+                *x_strides, *bc_strides, *dx_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp, plan.nT, tiles,
+                HG=heads, N=plan.N, **shape, R=rows, **diagonal_flags, HAS_STATE=has_state,
+                STAGES=options['num_stages'], **options,
+            )  # fmt: skip
         options = plan.options('scores_heads')
         heads = plan.launch.heads_of('scores_heads', plan.H // plan.G)
         parts = plan.H // plan.G // heads
         dS, dST = (torch.empty(parts, *ST.shape, dtype=plan.wide, device=plan.device) for _ in range(2))
-        launch(scores_heads_kernel, (plan.nT * (plan.H // heads) * plan.B,),
-            x, dy, ST, d.lf, d.lb, d.cf, d.cb, sums, dS, dST, *x_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp,
-            plan.nT, HG=heads, **shape, EXACT=plan.exact, STAGES=options['num_stages'], **options,
-        )  # fmt: skip
+        for tiles, rows in plan.spans:
+            launch(scores_heads_kernel, (tiles * (plan.H // heads) * plan.B,),
+                x, dy, ST, d.lf, d.lb, d.cf, d.cb, sums, dS, dST, *x_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp,
+                plan.nT, tiles, HG=heads, **shape, R=rows, EXACT=plan.exact, STAGES=options['num_stages'],
+                **options,
+            )  # fmt: skip
     else:
         dS, dST = plan.tiles(plan.wide), plan.tiles(plan.wide)
         launch(mix_rows_kernel, grid,
@@ -277,10 +282,11 @@ def mix_backward(
             N=plan.N, **shape, **diagonal_flags, HAS_STATE=has_state, **plan.options('mix_columns'),
         )  # fmt: skip
     dB_f, dC_f, dB_b, dC_b = dbc
-    launch(bc_grads_kernel, (4 * plan.nT * plan.G * plan.B,),
-        x, dy, B_f, C_f, B_b, C_b, dS, dST, states, dstates, sums, d.lf, d.lb, d.cf, d.cb, dB_f, dC_f, dB_b, dC_b,
-        *x_strides, *bc_strides, *out_strides, plan.B, *sizes, N=plan.N, **shape, PARTS=parts, ROWS=plan.QT == 1,
-        HAS_START=start is not None, HAS_STATE=has_state, STAGES=plan.options('bc_grads')['num_stages'],
-        **plan.options('bc_grads'),
-    )  # fmt: skip
+    for tiles, rows in plan.spans:
+        launch(bc_grads_kernel, (4 * tiles * plan.G * plan.B,),
+            x, dy, B_f, C_f, B_b, C_b, dS, dST, states, dstates, sums, d.lf, d.lb, d.cf, d.cb, dB_f, dC_f, dB_b, dC_b,
+            *x_strides, *bc_strides, *out_strides, plan.B, *sizes, tiles, N=plan.N, **shape, R=rows, PARTS=parts,
+            ROWS=plan.QT == 1, HAS_START=start is not None, HAS_STATE=has_state,
+            STAGES=plan.options('bc_grads')['num_stages'], **plan.options('bc_grads'),
+        )  # fmt: skip
     return MixGrads(sums, cross, onward, through, ddiag, dstart)

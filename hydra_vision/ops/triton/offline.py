@@ -88,12 +88,12 @@ def _record(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             divisible.append(parameter.name)
         elif isinstance(value, float):
             signature.append((parameter.name, 'fp32'))
-        elif value == 1:
+        elif value == 1 and not parameter.do_not_specialize:
             signature.append((parameter.name, 'constexpr'))
             constants.append((parameter.name, 1))
         else:
             signature.append((parameter.name, 'i32' if abs(value) < 2**31 else 'i64'))
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 divisible.append(parameter.name)
     return Recorded(kernel, tuple(signature), tuple(constants), tuple(divisible), options)
 

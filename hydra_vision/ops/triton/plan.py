@@ -59,6 +59,15 @@ class Plan:
         return self.nC * self.QT
 
     @cached_property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """Launches of a kernel that does a tile a program: (tiles, rows of each); fewer rows than T: the last tile."""
+        left = self.L - (self.nT - 1) * self.T
+        rows = next((size for size in (16, 32) if left <= size < self.T), self.T)
+        if rows == self.T or self.QT > 1 or not 0 < self.launch.tail <= self.B * self.H:
+            return ((self.nT, self.T),)
+        return ((self.nT - 1, self.T), (1, rows)) if self.nT > 1 else ((1, rows),)
+
+    @cached_property
     def Lp(self) -> int:
         """Tokens including padding."""
         return self.nT * self.T

@@ -143,9 +143,11 @@ def bc_grads_kernel(
     nT,
     nC,
     QT,
+    tiles,  # that the launch computes: all, all but the last, or, where R < T, the last
     N: tl.constexpr,
     P: tl.constexpr,
     T: tl.constexpr,
+    R: tl.constexpr,  # rows computed of each tile; less than T only where ROWS
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,  # chunks of one tile: what C reads from states is each row's sum of G outside the tile
     HAS_START: tl.constexpr,
@@ -155,15 +157,15 @@ def bc_grads_kernel(
 ):
     pid = tl.program_id(0)
     which = pid % 4  # C_f, C_b, B_f, B_b
-    tile = (pid // 4) % nT
-    g = (pid // (4 * nT)) % G
-    b = (pid // (4 * nT * G)).to(tl.int64)
+    tile = nT - 1 if R < T else (pid // 4) % tiles
+    g = (pid // (4 * tiles)) % G
+    b = (pid // (4 * tiles * G)).to(tl.int64)
     direction = which % 2
     is_c = which < 2
     chunk = tile // QT
     first = chunk * QT
     last = first + QT
-    t = tl.arange(0, T)
+    t = tl.arange(0, R)
     n = tl.arange(0, N)
     p = tl.arange(0, P)
     i = t[:, None]
@@ -193,18 +195,18 @@ def bc_grads_kernel(
     before = (direction == 0) == is_c
     low = tl.where(before, first, tile)
     high = tl.where(before, tile + 1, last)
-    acc = tl.zeros((T, N), tl.float32)
+    acc = tl.zeros((R, N), tl.float32)
     # many parts (heads whose number few divide): one after the other, for the pipeline would hold all of them at once
     for other in tl.range(low, high, num_stages=STAGES if PARTS <= 2 else 1):
-        d = tl.load(block + (other - first) * (T * T) + i * T + j)  # (T, T)
+        d = tl.load(block + (other - first) * (T * T) + i * T + j)  # (R, R)
         if PARTS <= 2:
             for part in tl.static_range(1, PARTS):
                 d += tl.load(block + (part * nT * QT + other - first) * (T * T) + i * T + j)
         else:
             for part in tl.range(1, PARTS, num_stages=1):
                 d += tl.load(block + (part * nT * QT + other - first) * (T * T) + i * T + j)
-        keep = tl.where(before, other * T + j < tile * T + i, other * T + j > tile * T + i)  # (T, T)
-        v = load_rows(source + base, other * T + t + source_shift, n, stride_l, L)  # (T, N)
+        keep = tl.where(before, other * T + j < tile * T + i, other * T + j > tile * T + i)  # (R, R)
+        v = load_rows(source + base, other * T + t + source_shift, n, stride_l, L)  # (R, N)
         acc = tl.dot(tl.where(keep, d, 0.0).to(d.dtype), v.to(d.dtype), acc, input_precision=PREC)
     if HAS_STATE:
         # C sums dY over its states, B sums X over the gradients of theirs: the same loop with other operands
@@ -234,14 +236,14 @@ def bc_grads_kernel(
         if ROWS:
             own = load_rows((C_f if direction == 0 else C_b) + base, rows + shift, n, stride_l, L).to(
                 tl.float32
-            )  # (T, N)
+            )  # (R, N)
         for k in tl.range(0, H // G, num_stages=STAGES):
             h = g * (H // G) + k
             head = (b * H + h) * Lp
             st_ptr = st_all + (((b * H + h) * 2 + direction) * nC + chunk) * (N * P)
             st = tl.trans(tl.load(st_ptr + n[:, None] * P + p[None, :], mask=present, other=0.0))  # (P, N)
-            v = load_rows(v_all + h * stride_vh, rows, p, stride_vl, L)  # (T, P)
-            e = tl.load(e_all + head + tile * T + near, mask=near_ok, other=0.0)  # (T,)
+            v = load_rows(v_all + h * stride_vh, rows, p, stride_vl, L)  # (R, P)
+            e = tl.load(e_all + head + tile * T + near, mask=near_ok, other=0.0)  # (R,)
             span = tl.load(l_all + head + tile * T + far)
             if is_c:
                 span = tl.zeros((), lf.dtype.element_ty)
@@ -249,10 +251,10 @@ def bc_grads_kernel(
                 # from the chunk's edge on the far side of the state to this tile's edge
                 for between in range(tl.where(before, first, tile + 1), tl.where(before, tile, last)):
                     span += tl.load(l_all + head + between * T + far)
-            w = tl.exp2((sign * e + span).to(tl.float32))  # (T,)
+            w = tl.exp2((sign * e + span).to(tl.float32))  # (R,)
             vw = (v.to(tl.float32) * w[:, None]).to(st.dtype)
             if ROWS:
-                share = tl.dot(vw, st, input_precision=PREC)  # (T, N)
+                share = tl.dot(vw, st, input_precision=PREC)  # (R, N)
                 acc += share
                 if is_c:
                     tl.store(sums + (2 + 6 * direction) * plane + (b * H + h) * Lp + rows, tl.sum(share * own, axis=1))

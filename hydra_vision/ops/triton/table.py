@@ -23,6 +23,8 @@ class Launch:
         warps: warps of a kernel, by its name; 4 where absent.
         stages: pipeline stages of a kernel, by its name; 1 where absent.
         heads: most heads a program of a kernel that loops over them, by its name; 6 where absent.
+        tail: from how many heads times batch on a last tile of 16 or 32 tokens or less is a launch of its own, which
+            computes no more than that; 0: never. A launch costs small problems more than it saves.
     """
 
     tile: int
@@ -30,6 +32,7 @@ class Launch:
     warps: dict[str, int] = field(default_factory=dict)
     stages: dict[str, int] = field(default_factory=dict)
     heads: dict[str, int] = field(default_factory=dict)
+    tail: int = 0
 
     def options(self, kernel: str) -> dict[str, int]:
         """num_warps and num_stages of one kernel."""
@@ -57,7 +60,7 @@ def _row(arch: int, limit: int, P: int, N: int, dtype: str) -> Launch:
         warps = {'norm_backward': 8}
         if limit <= 256:
             warps |= {'states': 2, 'state_grads': 2}
-        return Launch(64, 1, warps, stages, heads)
+        return Launch(64, 1, warps, stages, heads, tail=512)
     # Right everywhere, fast nowhere: float32 products, or states in float32 beside float16, or tiles of 128 columns.
     tile = 64 if dtype == 'bfloat16' else 32
     if wide and dtype != 'bfloat16':
