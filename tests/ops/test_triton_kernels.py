@@ -48,6 +48,42 @@ def test_heads_that_no_program_shares(H, G):
         check_mix(1, 40, H, 16, G, 16, torch.float32, DEVICE, SEEDS)
 
 
+@pytest.mark.parametrize(
+    ('L', 'tile', 'rows', 'init_states'), [(10, 32, 16, True), (36, 32, 16, False), (70, 64, 16, True), (84, 64, 32, False)]
+)
+def test_short_last_tile(L, tile, rows, init_states, monkeypatch):
+    """In a launch of its own, over few rows. What it does not compute nobody may read: fresh memory is NaN here."""
+    from hydra_vision.ops.triton import mixing
+    from hydra_vision.ops.triton.plan import forced_launch
+    from hydra_vision.ops.triton.table import Launch
+
+    plans = []
+    original = mixing.mix_forward
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poisoned(make):
+        def fresh(*args, **kwargs):
+            t = make(*args, **kwargs)
+            return t.fill_(float('nan')) if t.is_floating_point() else t
+
+        return fresh
+
+    def mix_forward(plan, *args):
+        plans.append(plan)
+        return original(plan, *args)
+
+    from hydra_vision.ops.triton import function
+
+    monkeypatch.setattr(function, 'mix_forward', mix_forward)
+    monkeypatch.setattr(torch, 'empty', poisoned(empty))
+    monkeypatch.setattr(torch, 'empty_like', poisoned(empty_like))
+    with forced_launch(Launch(tile, 1, tail=1)):
+        check_mix(1, L, 2, 16, 1, 16, torch.float32, DEVICE, SEEDS, init_states=init_states)
+    assert plans
+    assert plans[0].spans[-1] == (1, rows)
+    assert sum(tiles for tiles, _ in plans[0].spans) == plans[0].nT
+
+
 @pytest.mark.parametrize('layout', ['one tile a chunk', 'three tiles a chunk'])
 def test_mix_with_extreme_steps(layout):
     from hydra_vision.ops.triton.plan import forced_launch

@@ -1,6 +1,7 @@
 """Every configuration that the launch table ships, run on the GPU at hand, whatever architecture its row is for."""
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,13 +31,21 @@ def test_row(launch, limit, P, N, dtype):
     """24 heads, as the base model: heads a program are compile-time constants. Two tiles and a bit of a third."""
     from hydra_vision.ops.triton.plan import forced_launch
 
-    with forced_launch(launch):
-        check_mix(1, min(limit, 2 * launch.tile * launch.chunk + 2), 24, P, 1, N, dtype, 'cuda')
+    for form in [launch, replace(launch, tail=1)] if launch.tail else [launch]:
+        with forced_launch(form):
+            check_mix(1, min(limit, 2 * launch.tile * launch.chunk + 2), 24, P, 1, N, dtype, 'cuda')
 
 
-@pytest.mark.parametrize(('H', 'P'), [(13, 64), (17, 16), (22, 64)])
+@pytest.mark.parametrize(('H', 'P'), [(13, 16), (13, 64), (17, 16), (17, 32), (22, 64), (1, 16), (1, 32)])
 def test_heads_that_few_numbers_divide(H, P):
     check_mix(1, 196, H, P, 1, 64, torch.bfloat16, 'cuda')
+
+
+@pytest.mark.parametrize('L', [196, 212])
+def test_short_last_tile(L):
+    """4 and 20 tokens in the last tile, in a batch that is large enough for a launch of its own."""
+    check_mix(24, L, 24, 64, 1, 64, torch.bfloat16, 'cuda', seeds=2)
+    check_inner(24, L, 24, 64, 1, 64, torch.bfloat16, 'cuda', seeds=2)
 
 
 @pytest.mark.parametrize('arch', [80, 89, 90])

@@ -30,6 +30,7 @@ __all__ = [
     'SHARED_MEMORY',
     'Compiled',
     'Recorded',
+    'compile_kernel',
     'compile_launch',
     'layer_norm_launches',
     'problem_launches',
@@ -118,7 +119,7 @@ def problem_launches(
     arch: int,
     L: int,
     *,
-    B: int = 2,
+    B: int = 64,
     H: int = 24,
     P: int = 64,
     N: int = 64,
@@ -186,12 +187,17 @@ def layer_norm_launches(D: int, dtype: torch.dtype = torch.bfloat16) -> list[Rec
     return launches
 
 
-def compile_launch(launch: Recorded, arch: int) -> Compiled:
-    """Compile for sm_<arch>; needs Triton's own ptxas, no device."""
+def compile_kernel(launch: Recorded, arch: int) -> Any:
+    """Triton's compiled kernel for sm_<arch>; needs Triton's own ptxas, no device."""
     names = [name for name, _ in launch.signature]
     attrs = {(names.index(name),): [['tt.divisibility', 16]] for name in launch.divisible}
     source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), attrs)
-    compiled = triton.compile(source, target=GPUTarget('cuda', arch, 32), options=dict(launch.options))
+    return triton.compile(source, target=GPUTarget('cuda', arch, 32), options=dict(launch.options))
+
+
+def compile_launch(launch: Recorded, arch: int) -> Compiled:
+    """What the compiler says about a launch on sm_<arch>."""
+    compiled = compile_kernel(launch, arch)
     registers, spills = _resources(compiled, arch)
     return Compiled(launch.name, registers, spills, compiled.metadata.shared, dict(launch.options))
 
