@@ -78,7 +78,7 @@ def test_short_last_tile(L, tile, rows, init_states, monkeypatch):
     monkeypatch.setattr(torch, 'empty', poisoned(empty))
     monkeypatch.setattr(torch, 'empty_like', poisoned(empty_like))
     with forced_launch(Launch(tile, 1, tail=1)):
-        check_mix(1, L, 2, 16, 1, 16, torch.float32, DEVICE, SEEDS, init_states=init_states)
+        check_mix(1, L, 4, 16, 1, 16, torch.float32, DEVICE, SEEDS, init_states=init_states)
     assert plans
     assert plans[0].spans[-1] == (1, rows)
     assert sum(tiles for tiles, _ in plans[0].spans) == plans[0].nT

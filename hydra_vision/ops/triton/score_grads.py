@@ -203,8 +203,10 @@ def bc_grads_kernel(
             for part in tl.static_range(1, PARTS):
                 d += tl.load(block + (part * nT * QT + other - first) * (T * T) + i * T + j)
         else:
+            many = d.to(tl.float32)
             for part in tl.range(1, PARTS, num_stages=1):
-                d += tl.load(block + (part * nT * QT + other - first) * (T * T) + i * T + j)
+                many += tl.load(block + (part * nT * QT + other - first) * (T * T) + i * T + j).to(tl.float32)
+            d = many.to(d.dtype)
         keep = tl.where(before, other * T + j < tile * T + i, other * T + j > tile * T + i)  # (R, R)
         v = load_rows(source + base, other * T + t + source_shift, n, stride_l, L)  # (R, N)
         acc = tl.dot(tl.where(keep, d, 0.0).to(d.dtype), v.to(d.dtype), acc, input_precision=PREC)
