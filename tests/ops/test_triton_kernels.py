@@ -49,7 +49,8 @@ def test_heads_that_no_program_shares(H, G):
 
 
 @pytest.mark.parametrize(
-    ('L', 'tile', 'rows', 'init_states'), [(10, 32, 16, True), (36, 32, 16, False), (70, 64, 16, True), (84, 64, 32, False)]
+    ('L', 'tile', 'rows', 'init_states'),
+    [(10, 32, 16, True), (36, 32, 16, False), (70, 64, 16, True), (84, 64, 32, False)],
 )
 def test_short_last_tile(L, tile, rows, init_states, monkeypatch):
     """In a launch of its own, over few rows. What it does not compute nobody may read: fresh memory is NaN here."""

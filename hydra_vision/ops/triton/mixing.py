@@ -177,8 +177,8 @@ def mix_forward(
     y = torch.empty(plan.B, plan.L, plan.H, plan.P, dtype=plan.dtype, device=plan.device)
     if plan.QT == 1:
         options = plan.options('mix_heads')
-        heads = plan.launch.heads_of('mix_heads', plan.H // plan.G)
         for tiles, rows in plan.spans:
+            heads = plan.heads('mix_heads', rows)
             launch(mix_heads_kernel, (tiles * (plan.H // heads) * plan.B,),
                 x, S, C_f, C_b, states, d.lf, d.lb, d.cf, d.cb, d.dtf if diag is None else diag, y,
                 x.stride(0), x.stride(1), x.stride(2), C_f.stride(0), C_f.stride(1), C_f.stride(2),
@@ -247,8 +247,8 @@ def mix_backward(
     if plan.QT == 1:
         ST = _scores(plan, bc, transposed=True)
         options = plan.options('dx_heads')
-        heads = plan.launch.heads_of('dx_heads', plan.H // plan.G)
         for tiles, rows in plan.spans:
+            heads = plan.heads('dx_heads', rows)
             launch(dx_heads_kernel, (tiles * (plan.H // heads) * plan.B,),
                 x, dy, ST, B_f, B_b, dstates, d.lf, d.lb, d.cf, d.cb, *diagonal, sums, dx,
                 *x_strides, *bc_strides, *dx_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp, plan.nT, tiles,
@@ -283,10 +283,11 @@ def mix_backward(
         )  # fmt: skip
     dB_f, dC_f, dB_b, dC_b = dbc
     for tiles, rows in plan.spans:
+        options = plan.options('bc_grads' if rows == plan.T else 'bc_grads_tail')
         launch(bc_grads_kernel, (4 * tiles * plan.G * plan.B,),
             x, dy, B_f, C_f, B_b, C_b, dS, dST, states, dstates, sums, d.lf, d.lb, d.cf, d.cb, dB_f, dC_f, dB_b, dC_b,
             *x_strides, *bc_strides, *out_strides, plan.B, *sizes, tiles, N=plan.N, **shape, R=rows, PARTS=parts,
             ROWS=plan.QT == 1, HAS_START=start is not None, HAS_STATE=has_state,
-            STAGES=plan.options('bc_grads')['num_stages'], **plan.options('bc_grads'),
+            STAGES=options['num_stages'], **options,
         )  # fmt: skip
     return MixGrads(sums, cross, onward, through, ddiag, dstart)

@@ -103,6 +103,10 @@ class Plan:
         """num_warps and num_stages."""
         return self.launch.options(kernel)
 
+    def heads(self, kernel: str, rows: int) -> int:
+        """Heads a program; a launch over the last tile alone has too few programs unless they share the heads."""
+        return self.launch.heads_of(kernel if rows == self.T else kernel + '_tail', self.H // self.G)
+
     def rows(self) -> Tensor:
         """(B, H, Lp) float32, uninitialised."""
         return torch.empty(self.B, self.H, self.Lp, dtype=torch.float32, device=self.device)

@@ -24,7 +24,8 @@ class Launch:
         stages: pipeline stages of a kernel, by its name; 1 where absent.
         heads: most heads a program of a kernel that loops over them, by its name; 6 where absent.
         tail: from how many heads times batch on a last tile of 16 or 32 tokens or less is a launch of its own, which
-            computes no more than that; 0: never. A launch costs small problems more than it saves.
+            computes no more than that; 0: never. A launch costs small problems more than it saves. Its own parameters
+            are those of KERNEL_tail.
     """
 
     tile: int
@@ -53,11 +54,11 @@ def _row(arch: int, limit: int, P: int, N: int, dtype: str) -> Launch:
     wide = max(P, N) == 128
     if dtype == 'bfloat16' and not wide:
         stages = {'mix_heads': 3, 'dx_heads': 2, 'scores_heads': 3, 'states': 3, 'state_grads': 3, 'bc_grads': 3}
-        stages['diagonal'] = 3
+        stages |= {'diagonal': 3, 'bc_grads_tail': 3}
         if arch < 90:  # 99 KB of shared memory a block
             stages = {kernel: min(count, 2) for kernel, count in stages.items()}
         heads = {'mix_heads': 12, 'dx_heads': 24, 'scores_heads': 12}
-        warps = {'norm_backward': 8}
+        warps = {'norm_backward': 8, 'bc_grads_tail': 1}
         if limit <= 256:
             warps |= {'states': 2, 'state_grads': 2}
         return Launch(64, 1, warps, stages, heads, tail=512)
