@@ -14,6 +14,7 @@ __all__ = ['plot_results']
 
 _MODE_TITLES = {'infer': 'inference', 'train': 'training (forward + backward)'}
 _MARKERS = 'osD^vP*X'
+WIDE = 4  # values further apart than this factor get a logarithmic axis
 
 
 def plot_results(results: Sequence[Result], path: Path, title: str) -> None:
@@ -55,11 +56,15 @@ def _draw(axis, results: Sequence[Result], value: Callable[[Result], Optional[fl
             label=f'{label}, {execution}' if name_execution else label,
         )
     axis.set_xscale('log')
-    axis.set_yscale('log')
+    values = [y for points in lines.values() for _, y in points]
+    if values and max(values) > WIDE * min(values):
+        axis.set_yscale('log')
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # a run may stay inside one decade
+        axis.yaxis.set_minor_locator(NullLocator())
+    else:  # a few per cent between two lines should look like that
+        axis.set_ylim(0, 1.1 * max(values, default=1))
     axis.xaxis.set_major_locator(FixedLocator(sorted({r.case.img_size for r in results})))
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # a run may stay inside one decade
-    axis.yaxis.set_minor_locator(NullLocator())
     for one in (axis.xaxis, axis.yaxis):
         one.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
     axis.set_xlabel('side of the image (px)')
