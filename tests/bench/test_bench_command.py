@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from hydra_vision.bench import main as command
+from hydra_vision.bench import planning
 from hydra_vision.bench.roofline import Roofline
 from hydra_vision.cli import main
 
@@ -117,7 +118,7 @@ def test_default_plan_on_the_cpu(monkeypatch, tmp_path, capsys):
     """What the bare command runs there: the rows of the three goals."""
     plans = []
     monkeypatch.setattr(command, 'measure_roofline', lambda *a: Roofline(1e12, 1e12))
-    monkeypatch.setattr(command, 'count_model', lambda *a: None)
+    monkeypatch.setattr(planning, 'count_model', lambda *a: None)
     monkeypatch.setattr(command, '_bench_models', lambda cases, *a: plans.append((cases, torch.get_num_threads())))
     monkeypatch.chdir(tmp_path)
     assert main(['bench', '--device', 'cpu']) == 0
@@ -145,7 +146,7 @@ def test_goals_plan_their_rows(monkeypatch, tmp_path, capsys):
 
 def test_batches_on_cuda_follow_the_tokens():
     sizes = [224, 512, 1024, 2048, 8192]
-    assert command._batch_sizes(None, sizes, torch.device('cuda')) == [256, 64, 16, 4, 1]
+    assert planning.batch_sizes(None, sizes, torch.device('cuda')) == [256, 64, 16, 4, 1]
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from typing import Optional
 
 import torch
 
+from hydra_vision.bench.arguments import DTYPES
 from hydra_vision.bench.efficiency.points import ATTENTIONS, PASSES, make_mixer, measure_length, variants
 from hydra_vision.bench.efficiency.record import Record
 from hydra_vision.bench.efficiency.report import COLUMNS, crossing_rows, plot_points, table_lines
-from hydra_vision.bench.main import DTYPES
 from hydra_vision.bench.report import write_csv
 from hydra_vision.bench.timing import MIN_ROUNDS, rounds
 from hydra_vision.bench.turns import failed
