@@ -92,10 +92,42 @@ def test_tuning_candidates_change_one_thing_at_a_time():
     first, *others = candidates(start, 196)
     assert first == start
     for other in others:
-        changed = [
-            field for field in ('chunk', 'heads', 'stages', 'warps') if getattr(other, field) != getattr(start, field)
-        ]
-        assert len(changed) <= 1
+        fields = ('tile', 'chunk', 'heads', 'stages', 'warps', 'tail')
+        assert sum(getattr(other, field) != getattr(start, field) for field in fields) <= 1
+    assert any(other.tail == 0 for other in others)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ('L', 'spans'),
+    [
+        (1, ((1, 16),)),
+        (16, ((1, 16),)),
+        (17, ((1, 32),)),
+        (32, ((1, 32),)),
+        (33, ((1, 64),)),
+        (64, ((1, 64),)),
+        (65, ((1, 64), (1, 16))),
+        (196, ((3, 64), (1, 16))),
+        (209, ((3, 64), (1, 32))),
+        (225, ((4, 64),)),
+        (256, ((4, 64),)),
+    ],
+)
+def test_launches_of_the_last_tile(L, spans):
+    """From 512 heads times batch on, in chunks of one tile, where it has at most 32 tokens."""
+    from hydra_vision.ops.triton.plan import make_plan
+    from hydra_vision.ops.triton.table import Launch
+
+    def found(batch, launch):
+        x = torch.empty(batch, L, 8, 16, dtype=torch.bfloat16, device='meta')
+        return make_plan(batch, L, 8, 16, 1, 16, x, launch).spans
+
+    tiles = -(-L // 64)
+    assert found(64, Launch(64, 1, tail=512)) == spans
+    assert found(63, Launch(64, 1, tail=512)) == found(64, Launch(64, 1)) == ((tiles, 64),)
+    if L > 64:
+        assert found(64, Launch(64, 2, tail=512)) == ((-(-tiles // 2) * 2, 64),)
 
 
 @needs_triton

@@ -48,19 +48,10 @@ def test_heads_that_no_program_shares(H, G):
         check_mix(1, 40, H, 16, G, 16, torch.float32, DEVICE, SEEDS)
 
 
-@pytest.mark.parametrize(
-    ('L', 'tile', 'rows', 'init_states'),
-    [(10, 32, 16, True), (36, 32, 16, False), (70, 64, 16, True), (84, 64, 32, False)],
-)
-def test_short_last_tile(L, tile, rows, init_states, monkeypatch):
-    """In a launch of its own, over few rows. What it does not compute nobody may read: fresh memory is NaN here."""
-    from hydra_vision.ops.triton import mixing
-    from hydra_vision.ops.triton.plan import forced_launch
-    from hydra_vision.ops.triton.table import Launch
-
-    plans = []
-    original = mixing.mix_forward
-    empty, empty_like = torch.empty, torch.empty_like
+@pytest.fixture
+def plans(monkeypatch):
+    """Those of the forwards that the test runs, with fresh memory full of NaN: what nobody computes nobody may read."""
+    from hydra_vision.ops.triton import function, inner, mixing
 
     def poisoned(make):
         def fresh(*args, **kwargs):
@@ -70,19 +61,48 @@ def test_short_last_tile(L, tile, rows, init_states, monkeypatch):
         return fresh
 
     def mix_forward(plan, *args):
-        plans.append(plan)
-        return original(plan, *args)
+        found.append(plan)
+        return mixing.mix_forward(plan, *args)
 
-    from hydra_vision.ops.triton import function
+    found = []
+    for module in (function, inner):
+        monkeypatch.setattr(module, 'mix_forward', mix_forward)
+    for name in ('empty', 'empty_like'):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    return found
 
-    monkeypatch.setattr(function, 'mix_forward', mix_forward)
-    monkeypatch.setattr(torch, 'empty', poisoned(empty))
-    monkeypatch.setattr(torch, 'empty_like', poisoned(empty_like))
+
+@pytest.mark.parametrize(
+    ('L', 'tile', 'spans', 'G', 'init_states'),
+    [
+        (1, 64, ((1, 16),), 2, True),
+        (10, 32, ((1, 16),), 1, True),
+        (17, 64, ((1, 32),), 2, False),
+        (36, 32, ((1, 32), (1, 16)), 2, False),
+        (70, 64, ((1, 64), (1, 16)), 1, True),
+        (84, 64, ((1, 64), (1, 32)), 2, False),
+    ],
+)
+def test_short_last_tile(L, tile, spans, G, init_states, plans):
+    """In a launch of its own, over few rows."""
+    from hydra_vision.ops.triton.plan import forced_launch
+    from hydra_vision.ops.triton.table import Launch
+
     with forced_launch(Launch(tile, 1, tail=1)):
-        check_mix(1, L, 4, 16, 1, 16, torch.float32, DEVICE, SEEDS, init_states=init_states)
+        check_mix(1, L, 4, 16, G, 16, torch.float32, DEVICE, SEEDS, init_states=init_states)
     assert plans
-    assert plans[0].spans[-1] == (1, rows)
-    assert sum(tiles for tiles, _ in plans[0].spans) == plans[0].nT
+    assert all(plan.spans == spans for plan in plans)
+
+
+@pytest.mark.parametrize(('L', 'share_bc', 'dtype'), [(10, True, torch.float16), (33, False, torch.float32)], ids=str)
+def test_short_last_tile_of_the_whole_mixer(L, share_bc, dtype, plans):
+    from hydra_vision.ops.triton.plan import forced_launch
+    from hydra_vision.ops.triton.table import Launch
+
+    with forced_launch(Launch(32, 1, tail=1)):
+        check_inner(1, L, 4, 16, 2, 16, dtype, DEVICE, SEEDS, share_bc=share_bc, init_states=share_bc)
+    assert plans
+    assert all(plan.spans[-1] == (1, 16) for plan in plans)
 
 
 @pytest.mark.parametrize('layout', ['one tile a chunk', 'three tiles a chunk'])

@@ -59,6 +59,26 @@ def test_every_row(arch):
         check(arch, others, SLOW_SPILL_LIMIT)
 
 
+def test_every_bucket_is_compiled_with_its_own_row():
+    from hydra_vision.ops.triton.offline import table_launches
+    from hydra_vision.ops.triton.table import L_BUCKETS, launch_for
+
+    launches = table_launches(90, largest=True).items()
+    states = [k for k, label in launches if k.name == 'states_kernel' and 'P 64, N 64, bfloat16' in label]
+    found = {dict(k.options)['num_warps'] for k in states}
+    assert found == {launch_for(90, L, 64, 64, 'bfloat16').options('states')['num_warps'] for L in L_BUCKETS}
+
+
+@pytest.mark.parametrize('L', [20, 212])
+def test_short_last_tile(L):
+    """20 tokens in the last of four tiles, or in all: the other kernels are those of any length."""
+    from hydra_vision.ops.triton.offline import compile_launch, problem_launches
+
+    launches = [k for k in problem_launches(90, L, inner=False) if dict(k.constants).get('R') == 32]
+    assert len(launches) == 4
+    check(90, [compile_launch(launch, 90) for launch in launches])
+
+
 @pytest.mark.parametrize('arch', [80, 90])
 @pytest.mark.parametrize(('H', 'P'), [(13, 64), (17, 16), (22, 64)])
 def test_heads_that_few_numbers_divide(arch, H, P):

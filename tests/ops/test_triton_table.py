@@ -41,9 +41,9 @@ def test_heads_that_few_numbers_divide(H, P):
     check_mix(1, 196, H, P, 1, 64, torch.bfloat16, 'cuda')
 
 
-@pytest.mark.parametrize('L', [196, 212])
+@pytest.mark.parametrize('L', [4, 20, 196, 212])
 def test_short_last_tile(L):
-    """4 and 20 tokens in the last tile, in a batch that is large enough for a launch of its own."""
+    """4 and 20 tokens in the last tile, or in the only one, of a batch that is large enough for a launch of its own."""
     check_mix(24, L, 24, 64, 1, 64, torch.bfloat16, 'cuda', seeds=2)
     check_inner(24, L, 24, 64, 1, 64, torch.bfloat16, 'cuda', seeds=2)
 

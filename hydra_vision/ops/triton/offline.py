@@ -37,6 +37,8 @@ __all__ = [
     'table_launches',
 ]
 
+# Tokens by which a row of each bucket is compiled: several tiles and 4 tokens more, which numbers 16 divides are alike.
+_LENGTHS = {64: 64, 256: 196, 65536: 1092}
 SHARED_MEMORY = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a block; 99 KB is what consumer cards have
 
 _TYPES = {
@@ -173,7 +175,7 @@ def table_launches(arch: int, largest: bool = False) -> dict[Recorded, str]:
     found: dict[Recorded, str] = {}
     for (_, limit, P, N, dtype), _ in rows:
         label = f'sm_{arch}, L to {limit}, P {P}, N {N}, {dtype}'
-        for launch in problem_launches(arch, min(limit, 196), P=P, N=N, dtype=getattr(torch, dtype), inner=False):
+        for launch in problem_launches(arch, _LENGTHS[limit], P=P, N=N, dtype=getattr(torch, dtype), inner=False):
             found.setdefault(launch, label)
     return found
 

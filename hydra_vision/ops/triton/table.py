@@ -24,8 +24,8 @@ class Launch:
         stages: pipeline stages of a kernel, by its name; 1 where absent.
         heads: most heads a program of a kernel that loops over them, by its name; 6 where absent.
         tail: from how many heads times batch on a last tile of 16 or 32 tokens or less is a launch of its own, which
-            computes no more than that; 0: never. A launch costs small problems more than it saves. Its own parameters
-            are those of KERNEL_tail.
+            computes no more than that; 0: never. A launch costs small problems more than it saves. Its own are the
+            heads of mix_heads_tail and dx_heads_tail, warps and stages of bc_grads_tail; the rest is shared.
     """
 
     tile: int

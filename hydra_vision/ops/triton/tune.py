@@ -32,8 +32,10 @@ class Measured:
 
 
 def candidates(start: Launch, L: int) -> Iterator[Launch]:
-    """The row in use, then one change at a time: chunk length, heads a program, stages, warps."""
+    """The row in use, then one change at a time: last tile, chunk length, heads a program, stages, warps."""
     yield start
+    if start.tail:
+        yield replace(start, tail=0)
     for chunk in (1, 2, 4):
         if chunk != start.chunk and (chunk - 1) * start.tile < L:
             yield replace(start, chunk=chunk)
