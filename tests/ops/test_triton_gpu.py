@@ -65,10 +65,11 @@ def test_chunks_of_several_tiles(chunk, dtype):
         check_mix(1, 300, 4, 64, 1, 64, dtype, 'cuda', init_states=True)
 
 
-def test_long_sequence_matches_the_chunked_form():
+@pytest.mark.parametrize('L', [4096, 65536])
+def test_long_sequence_matches_the_chunked_form(L):
     from hydra_vision.ops import quasiseparable_mix
 
-    arguments = [None if t is None else t.cuda() for t in mix_arguments(1, 4096, 2, 64, 1, 64)]
+    arguments = [None if t is None else t.cuda() for t in mix_arguments(1, L, 2, 64, 1, 64)]
     double = [t.double() for t in arguments[:9]]
     exact = value_and_grads(lambda a: quasiseparable_mix(*a, backend='chunked'), double)
     ours = value_and_grads(lambda a: quasiseparable_mix(*a, backend='triton'), arguments[:9])
