@@ -19,6 +19,7 @@ from timm.layers import to_2tuple
 from timm.utils import unwrap_model
 from torch import nn
 
+from ..paths import why_unwritable
 from ..version import __version__
 
 __all__ = ['CONFIG', 'WEIGHTS', 'constructor_args', 'push_to_hub', 'save_pretrained', 'write_tensors']
@@ -84,6 +85,7 @@ def save_pretrained(
             would not rebuild; names or preprocessing that do not fit it.
         FileExistsError: the folder holds a model already and `overwrite` is False.
         NotADirectoryError: `folder` is a file.
+        OSError: `folder` cannot be made or written to.
     """
     model = _bare_model(model)
     config = _config(model, model_args, label_names, data_config)
@@ -101,7 +103,12 @@ def save_pretrained(
             'AutoModel': f'{module}.HydraVisionModel',
             'AutoModelForImageClassification': f'{module}.HydraVisionForImageClassification',
         }
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f'folder = {str(folder)!r} cannot be made: {error.strerror}') from error
+    if why := why_unwritable(folder):
+        raise PermissionError(f'folder = {str(folder)!r} cannot be written: {why}')
     # Written beside the old files and then moved over them: a full disk costs nothing that was there.
     with tempfile.TemporaryDirectory(dir=folder, prefix='.saving_') as temporary:
         write_tensors(model.state_dict(), Path(temporary) / WEIGHTS)

@@ -20,7 +20,7 @@ __all__ = ['Cauchy', 'Vandermonde']
 
 
 def _columns(x: Tensor) -> Tuple[Tensor, ...]:
-    """The d columns (..., L) of x (..., L, d), contiguous: read with stride d, the sums of pairs take twice the time."""
+    """The d columns (..., L) of x (..., L, d), contiguous: read with stride d, sums of pairs take twice the time."""
     return x.movedim(-1, 0).contiguous().unbind()
 
 

@@ -175,7 +175,7 @@ def _outputs(arguments: argparse.Namespace, kinds: Sequence[str]) -> dict[str, P
     if arguments.kind == 'gallery':
         folder = Path('.') if output is None else output.expanduser()
         if not folder.is_dir():
-            raise FeatureError(f'output = {str(folder)!r} is no folder; a gallery needs one')
+            raise FeatureError(f'output = {str(folder)!r} is no folder; a gallery needs one that exists')
         return {kind: check_picture(folder / f'{kind}.png', arguments.overwrite) for kind in kinds}
     return {kind: check_picture(output or f'{kind}.png', arguments.overwrite) for kind in kinds}
 

@@ -284,5 +284,7 @@ def test_table_and_picture(tmp_path):
     text = markdown(family.title, lines)
     assert text.count('\n') == 2 + 2 + 3
     assert all(column in text for column in COLUMNS)
-    plot([family, family], results, tmp_path / 'a.png', 'title')
+    figure = plot([family, family], results, tmp_path / 'a.png', 'title')
     assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
+    for axes in figure.axes:
+        assert [(text.get_text(), text.get_position()[1]) for text in axes.texts] == [('not finished', 2)]

@@ -316,6 +316,7 @@ def test_other_settings_are_refused(tmp_path, monkeypatch):
         (['--mixers', 'hydar'], "'hydra'"),
         (['--device', 'tpu'], "'tpu'"),
         (['--device', 'cpu', '--d-model', '33'], 'd_model'),
+        (['--device', 'cpu', '--lengths', '16,32', '--tokens', '20'], '--tokens 20: .* the longest has 32 tokens'),
     ],
 )
 def test_wrong_arguments(argv, message, tmp_path):

@@ -195,6 +195,8 @@ def test_bad_input(tmp_path):
         (ValueError, 'another model', lambda: save_pretrained(lost, tmp_path / 'x')),
         (ValueError, 'do not build', lambda: save_pretrained(model, tmp_path / 'x', model_args=dict(depht=3))),
         (NotADirectoryError, 'is a file', lambda: save_pretrained(model, tmp_path / 'file')),
+        (OSError, "folder = '/proc/x' cannot be made", lambda: save_pretrained(model, '/proc/x')),
+        (PermissionError, "folder = '/proc' cannot be written", lambda: save_pretrained(model, '/proc')),
     ]:
         with pytest.raises(error, match=match):
             call()

@@ -82,8 +82,11 @@ def markdown(title: str, lines: Sequence[Sequence[str]]) -> str:
     return f'## {title}\n\n' + ''.join(f'| {" | ".join(line)} |\n' for line in table)
 
 
-def plot(families: Sequence[Family], results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Top-1 of every row, a panel a table: a point a seed, a line at their mean, colour by where the matrix is from."""
+def plot(families: Sequence[Family], results: Sequence[Mapping[str, Any]], path: Path, title: str) -> Figure:
+    """Top-1 of every row, a panel a table: a point a seed, a line at their mean, colour by where the matrix is from.
+
+    A row without a finished run says so.
+    """
     tallest = max(len(family.rows) for family in families)
     figure = Figure(figsize=(6.8 * len(families), 1.4 + 0.34 * tallest), layout='constrained')
     FigureCanvasAgg(figure)
@@ -95,6 +98,9 @@ def plot(families: Sequence[Family], results: Sequence[Mapping[str, Any]], path:
             if scores:
                 axes.plot(scores, [y] * len(scores), 'o', color=color, alpha=0.8)
                 axes.plot([statistics.fmean(scores)], [y], '|', color=color, markersize=16)
+            else:
+                text = dict(ha='center', va='center', fontsize=8, style='italic', backgroundcolor='white')
+                axes.text(0.5, y, 'not finished', transform=axes.get_yaxis_transform(), **text)
         axes.set_yticks(range(len(family.rows)), [_label(family, row) for row in family.rows])
         axes.set_ylim(len(family.rows) - 0.5, -0.5)
         axes.set(title=family.title, xlabel='validation top-1 (%), last epoch')
@@ -103,6 +109,7 @@ def plot(families: Sequence[Family], results: Sequence[Mapping[str, Any]], path:
     handles = [Line2D([], [], linestyle='', marker='o', color=color, label=text) for color, text in kinds]
     figure.legend(handles=handles, loc='outside lower center', ncols=2, fontsize=8)  # inside it would hide points
     figure.savefig(path, dpi=120)
+    return figure
 
 
 def _label(family: Family, row: Row) -> Optional[str]:

@@ -42,6 +42,8 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision efficie
     defaults = _DEFAULTS[device.type]
     lengths = sorted(set(arguments.lengths or defaults['lengths']))
     tokens, d_model = arguments.tokens or defaults['tokens'], arguments.d_model or defaults['d_model']
+    if tokens < lengths[-1]:
+        raise UserError(f'--tokens {tokens}: a call holds a whole sequence, and the longest has {lengths[-1]} tokens')
     dtype = DTYPES[arguments.dtype or defaults['dtype']]
     names = [*ATTENTIONS, *_names(arguments.mixers)]
     for name in names:
