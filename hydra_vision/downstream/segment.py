@@ -181,6 +181,8 @@ def _train(arguments: argparse.Namespace) -> int:
     val_set, test_set = (
         SegmentationFolder(arguments.data_dir, split, transform=eval_transform(), **labels) for split in ('val', 'test')
     )
+    for dataset in (train_set, val_set, test_set):
+        dataset.check_classes()
     torch.manual_seed(arguments.seed)
     model = _build(arguments, len(classes), device)
     recipe = Recipe(

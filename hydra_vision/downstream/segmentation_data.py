@@ -67,6 +67,22 @@ class SegmentationFolder(Dataset):
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         image = tv_tensors.Image(F.pil_to_tensor(Image.open(self.images[i]).convert('RGB')))
+        mask = self._mask(i)
+        return (image, mask) if self.transform is None else self.transform(image, mask)
+
+    def check_classes(self, count: int = 16) -> None:
+        """Look into some masks, spread evenly: a wrong number of classes shows before the work, not at the last split.
+
+        Args:
+            count: of masks at least, or all there are.
+
+        Raises:
+            UserError: a class number that is not allowed.
+        """
+        for i in range(0, len(self), max(1, len(self) // count)):
+            self._mask(i)
+
+    def _mask(self, i: int) -> tv_tensors.Mask:
         mask = tv_tensors.Mask(F.pil_to_tensor(Image.open(self.masks[i]))[0].long())
         wrong = mask[(mask >= self.num_classes) & (mask != self.ignore_index)]
         if wrong.numel():
@@ -74,7 +90,7 @@ class SegmentationFolder(Dataset):
                 f'{self.masks[i]} holds the class {int(wrong[0])}; allowed: 0 to {self.num_classes - 1} and '
                 f'{self.ignore_index} (ignored)'
             )
-        return (image, mask) if self.transform is None else self.transform(image, mask)
+        return mask
 
 
 def read_classes(root: Path, num_classes: Optional[int]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -213,6 +214,9 @@ def feature_batches(
             raise FeatureError(f'{len(x)} images do not fit into the memory of {device}: lower batch_size') from error
 
 
+_ADDRESS = re.compile(r' <\S+ object at 0x[0-9a-f]+>')  # Pillow names a file in memory so: noise, and never the same
+
+
 class _Tensors(Dataset):
     """Images as tensors; one that cannot be read is None with the reason."""
 
@@ -227,7 +231,7 @@ class _Tensors(Dataset):
             with self.source.load(index) as image:
                 image = self.rules.apply(image)
         except READ_ERRORS as error:
-            text = ' '.join(str(error).split()) or 'no reason given'
+            text = _ADDRESS.sub('', ' '.join(str(error).split())) or 'no reason given'
             return None, f'{type(error).__name__}: {text}'
         return self.transform(image), ''
 

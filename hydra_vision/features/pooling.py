@@ -70,7 +70,8 @@ def image_features(model: nn.Module, x: Tensor, *, pool: str = 'avg', layers: Op
     if pool not in POOLS:
         raise FeatureError(f'pool = {pool!r}; allowed: {", ".join(POOLS)}')
     if pool == 'cls' and not _has_class_token(model):
-        raise FeatureError(f"pool = 'cls': {type(model).__name__} has no class token here; allowed: avg, max, ...")
+        others = ', '.join(name for name in POOLS if name != 'cls')
+        raise FeatureError(f"pool = 'cls': {type(model).__name__} has no class token here; allowed: {others}")
     layers = check_layers(model, layers)
     maps = [_final(model, x, pool)] if layers is None else _intermediates(model, x, layers, pool)
     pooled = [_pool(y, pool) for y in maps]

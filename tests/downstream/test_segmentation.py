@@ -330,6 +330,15 @@ def test_bad_input(drawn_folder, tmp_path, capsys):
     assert read_classes(tmp_path, 2) == ['class 0', 'class 1']
 
 
+def test_a_wrong_mask_is_found_before_the_training(drawn_folder, tmp_path, capsys):
+    copy_of_it = shutil.copytree(drawn_folder, tmp_path / 'drawn')
+    mask = copy_of_it / 'test' / 'masks' / '3.png'
+    Image.fromarray(np.full((60, 72), 7, np.uint8)).save(mask)
+    assert cli.main(['segment', '--data-dir', str(copy_of_it), '--output', str(tmp_path / 'out'), *RUN]) == 2
+    assert f'{mask} holds the class 7; allowed: 0 to 2' in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
+
+
 def test_folder_errors(tmp_path):
     for name in ('images', 'masks'):
         (tmp_path / 'train' / name).mkdir(parents=True)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -111,6 +112,14 @@ def test_unreadable_images_are_listed_and_have_no_row(backbone, folder, tmp_path
     assert [row['path'] for row in rows] == list(open_images(folder).paths)
     assert rows[1]['row'] == ''
     assert 'UnidentifiedImageError' in rows[1]['error']
+
+
+def test_the_reason_is_the_same_every_time(backbone, folder, tmp_path):
+    (folder / 'a' / 'image3.jpg').write_bytes(b'no image')
+    with tarfile.open(tmp_path / 'images.tar', 'w') as archive:
+        archive.add(folder, arcname='.')
+    skipped = extract(tmp_path / 'images.tar', tmp_path / 'f.npy', model=backbone, workers=0).skipped
+    assert skipped == {'a/image3.jpg': 'UnidentifiedImageError: cannot identify image file'}
 
 
 def test_nothing_readable(backbone, tmp_path):
