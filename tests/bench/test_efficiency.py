@@ -204,6 +204,20 @@ def test_command(tmp_path, capsys):
     assert (tmp_path / 'efficiency_length.png').is_file()
 
 
+def test_a_call_holds_the_longest_sequence(tmp_path, monkeypatch):
+    asked = []
+
+    def no_time(names, length, mode, device, *, tokens, **kwargs):
+        asked.append(tokens)
+        return [Point(name, length, tokens // length, mode, 1.0, 1.0, 1.0) for name in names]
+
+    monkeypatch.setattr(main_module, 'measure_length', no_time)
+    argv = ['--device', 'cpu', '--mixers', 'low_rank', '--mode', 'infer', '--lengths']
+    for lengths in ('64', '1024'):
+        main([*argv, lengths, '--output', str(tmp_path / lengths)])
+    assert asked == [512, 1024]
+
+
 def test_points_survive_the_file():
     points = [
         Point('dense', 64, 2, 'train', 1.2345678e-3, 1e-3, 2e-3, 123_456_789),

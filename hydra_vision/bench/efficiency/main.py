@@ -41,7 +41,7 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision efficie
     device = _device(arguments.device)
     defaults = _DEFAULTS[device.type]
     lengths = sorted(set(arguments.lengths or defaults['lengths']))
-    tokens, d_model = arguments.tokens or defaults['tokens'], arguments.d_model or defaults['d_model']
+    tokens, d_model = arguments.tokens or max(defaults['tokens'], lengths[-1]), arguments.d_model or defaults['d_model']
     if tokens < lengths[-1]:
         raise UserError(f'--tokens {tokens}: a call holds a whole sequence, and the longest has {lengths[-1]} tokens')
     dtype = DTYPES[arguments.dtype or defaults['dtype']]
@@ -135,7 +135,12 @@ def _parser(prog: str) -> Parser:
     add('--device', metavar='NAME', help='cpu or cuda; default: cuda where there is one')
     add('--mixers', type=_names_list, metavar='LIST', help="separated by ';'; default: the whole family")
     add('--lengths', type=positive_list, metavar='LIST', help='default: 64 to 16384 on CUDA, 64 to 512 on the CPU')
-    add('--tokens', type=positive, metavar='N', help='of a call, over all its sequences; default 16384 (CPU: 512)')
+    add(
+        '--tokens',
+        type=positive,
+        metavar='N',
+        help='of a call, over all its sequences; default 16384 (CPU: 512), the longest length if that is more',
+    )
     add('--d-model', type=positive, metavar='N', help='width; default 384 (CPU: 64)')
     add('--dtype', choices=DTYPES, help='of the computation; default bfloat16 on CUDA (autocast), float32 on the CPU')
     add('--mode', type=_modes, default=list(PASSES), metavar='LIST', help='infer, train or both: infer,train (default)')
