@@ -176,9 +176,8 @@ def mix_forward(
     states = _states(plan, B_f, B_b, x, d, start) if _has_state(plan, start) else S
     y = torch.empty(plan.B, plan.L, plan.H, plan.P, dtype=plan.dtype, device=plan.device)
     if plan.QT == 1:
-        options = plan.options('mix_heads')
         for tiles, rows in plan.spans:
-            heads = plan.heads('mix_heads', rows)
+            options, heads = plan.options('mix_heads', rows), plan.heads('mix_heads', rows)
             launch(mix_heads_kernel, (tiles * (plan.H // heads) * plan.B,),
                 x, S, C_f, C_b, states, d.lf, d.lb, d.cf, d.cb, d.dtf if diag is None else diag, y,
                 x.stride(0), x.stride(1), x.stride(2), C_f.stride(0), C_f.stride(1), C_f.stride(2),
@@ -246,20 +245,19 @@ def mix_backward(
     parts = 1
     if plan.QT == 1:
         ST = _scores(plan, bc, transposed=True)
-        options = plan.options('dx_heads')
         for tiles, rows in plan.spans:
-            heads = plan.heads('dx_heads', rows)
+            options, heads = plan.options('dx_heads', rows), plan.heads('dx_heads', rows)
             launch(dx_heads_kernel, (tiles * (plan.H // heads) * plan.B,),
                 x, dy, ST, B_f, B_b, dstates, d.lf, d.lb, d.cf, d.cb, *diagonal, sums, dx,
                 *x_strides, *bc_strides, *dx_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp, plan.nT, tiles,
                 HG=heads, N=plan.N, **shape, R=rows, **diagonal_flags, HAS_STATE=has_state,
                 STAGES=options['num_stages'], **options,
             )  # fmt: skip
-        options = plan.options('scores_heads')
-        heads = plan.launch.heads_of('scores_heads', plan.H // plan.G)
+        heads = plan.heads('scores_heads', plan.T)  # of all spans: their parts lie side by side
         parts = plan.H // plan.G // heads
         dS, dST = (torch.empty(parts, *ST.shape, dtype=plan.wide, device=plan.device) for _ in range(2))
         for tiles, rows in plan.spans:
+            options = plan.options('scores_heads', rows)
             launch(scores_heads_kernel, (tiles * (plan.H // heads) * plan.B,),
                 x, dy, ST, d.lf, d.lb, d.cf, d.cb, sums, dS, dST, *x_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp,
                 plan.nT, tiles, HG=heads, **shape, R=rows, EXACT=plan.exact, STAGES=options['num_stages'],
@@ -283,7 +281,7 @@ def mix_backward(
         )  # fmt: skip
     dB_f, dC_f, dB_b, dC_b = dbc
     for tiles, rows in plan.spans:
-        options = plan.options('bc_grads' if rows == plan.T else 'bc_grads_tail')
+        options = plan.options('bc_grads', rows)
         launch(bc_grads_kernel, (4 * tiles * plan.G * plan.B,),
             x, dy, B_f, C_f, B_b, C_b, dS, dST, states, dstates, sums, d.lf, d.lb, d.cf, d.cb, dB_f, dC_f, dB_b, dC_b,
             *x_strides, *bc_strides, *out_strides, plan.B, *sizes, tiles, N=plan.N, **shape, R=rows, PARTS=parts,

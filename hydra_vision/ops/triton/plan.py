@@ -99,13 +99,13 @@ class Plan:
         """Whether the gated norm's input can be had back from its output (norm.py): float16 lacks the range."""
         return self.dtype != torch.float16
 
-    def options(self, kernel: str) -> dict[str, int]:
-        """num_warps and num_stages."""
-        return self.launch.options(kernel)
+    def options(self, kernel: str, rows: Optional[int] = None) -> dict[str, int]:
+        """num_warps and num_stages; ``rows`` of a tile, where they are those of one of the ``spans``."""
+        return self.launch.options(kernel, tail=rows not in (None, self.T))
 
     def heads(self, kernel: str, rows: int) -> int:
         """Heads a program; a launch over the last tile alone has too few programs unless they share the heads."""
-        return self.launch.heads_of(kernel if rows == self.T else kernel + '_tail', self.H // self.G)
+        return self.launch.heads_of(kernel, self.H // self.G, tail=rows != self.T)
 
     def rows(self) -> Tensor:
         """(B, H, Lp) float32, uninitialised."""

@@ -24,8 +24,8 @@ class Launch:
         stages: pipeline stages of a kernel, by its name; 1 where absent.
         heads: most heads a program of a kernel that loops over them, by its name; 6 where absent.
         tail: from how many heads times batch on a last tile of 16 or 32 tokens or less is a launch of its own, which
-            computes no more than that; 0: never. A launch costs small problems more than it saves. Its own are the
-            heads of mix_heads_tail and dx_heads_tail, warps and stages of bc_grads_tail; the rest is shared.
+            computes no more than that; 0: never. A launch costs small problems more than it saves. There warps, stages
+            and heads are those of the name with ``_tail`` behind it, where the row has it.
     """
 
     tile: int
@@ -35,14 +35,19 @@ class Launch:
     heads: dict[str, int] = field(default_factory=dict)
     tail: int = 0
 
-    def options(self, kernel: str) -> dict[str, int]:
+    def options(self, kernel: str, tail: bool = False) -> dict[str, int]:
         """num_warps and num_stages of one kernel."""
-        return {'num_warps': self.warps.get(kernel, 4), 'num_stages': self.stages.get(kernel, 1)}
+        return {'num_warps': _of(self.warps, kernel, tail, 4), 'num_stages': _of(self.stages, kernel, tail, 1)}
 
-    def heads_of(self, kernel: str, available: int) -> int:
+    def heads_of(self, kernel: str, available: int, tail: bool = False) -> int:
         """Heads a program: the largest divisor of ``available`` that the row allows."""
-        most = min(self.heads.get(kernel, 6), available)
+        most = min(_of(self.heads, kernel, tail, 6), available)
         return next(count for count in range(most, 0, -1) if available % count == 0)
+
+
+def _of(values: dict[str, int], kernel: str, tail: bool, absent: int) -> int:
+    value = values.get(kernel, absent)
+    return values.get(f'{kernel}_tail', value) if tail else value
 
 
 def bucket(L: int) -> int:
@@ -54,10 +59,10 @@ def _row(arch: int, limit: int, P: int, N: int, dtype: str) -> Launch:
     wide = max(P, N) == 128
     if dtype == 'bfloat16' and not wide:
         stages = {'mix_heads': 3, 'dx_heads': 2, 'scores_heads': 3, 'states': 3, 'state_grads': 3, 'bc_grads': 3}
-        stages |= {'diagonal': 3, 'bc_grads_tail': 3}
+        stages['diagonal'] = 3
         if arch < 90:  # 99 KB of shared memory a block
             stages = {kernel: min(count, 2) for kernel, count in stages.items()}
-        heads = {'mix_heads': 12, 'dx_heads': 24, 'scores_heads': 12}
+        heads = {'mix_heads': 12, 'mix_heads_tail': 6, 'dx_heads': 24, 'dx_heads_tail': 6, 'scores_heads': 12}
         warps = {'norm_backward': 8, 'bc_grads_tail': 1}
         if limit <= 256:
             warps |= {'states': 2, 'state_grads': 2}
