@@ -504,9 +504,7 @@ class HydraViT(nn.Module):
             else:
                 middle = x.shape[1] // 2
                 x = torch.cat([x[:, :middle], cls_token, x[:, middle:]], dim=1)
-        # The patch embedding's tokens are transposed in memory, and a sum keeps the layout of its first operand: every
-        # residual of every block would be.
-        return x.contiguous()
+        return x
 
     def _class_index(self, length: int) -> int:
         """Where the class token stands in a sequence of this length while the blocks run; -1 without one."""
