@@ -3,9 +3,19 @@
 import argparse
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NoReturn
 
-__all__ = ['Parser', 'UserError', 'check_model_name', 'comma_list', 'nearest', 'positive', 'positive_list']
+__all__ = [
+    'Parser',
+    'UserError',
+    'check_model_name',
+    'comma_list',
+    'make_output',
+    'nearest',
+    'positive',
+    'positive_list',
+]
 
 
 class UserError(Exception):
@@ -65,6 +75,19 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     close = close or [leaves[leaf] for leaf in difflib.get_close_matches(name.rpartition('.')[2], leaves, n=1)]
     close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f'; the nearest valid name is {close[0]!r}' if close else ''
+
+
+def make_output(folder: Path) -> Path:
+    """The folder that --output names, made where it is missing.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--output {str(folder)!r}: {error.strerror}') from error
+    return folder
 
 
 def check_model_name(name: str) -> None:

@@ -1,7 +1,6 @@
 """Arguments of `hydra-vision bench`: what is allowed, with what, on which device."""
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any, Optional
 
@@ -13,7 +12,7 @@ from .models import MODES
 from .peers import PEERS, SCANS
 from .timing import MIN_ROUNDS, rounds
 
-__all__ = ['DEFAULTS', 'DTYPES', 'check_combination', 'choose_device', 'make_parser', 'output_folder']
+__all__ = ['DEFAULTS', 'DTYPES', 'check_combination', 'choose_device', 'make_parser']
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
@@ -191,17 +190,3 @@ def choose_device(name: Optional[str]) -> torch.device:
         torch.cuda.set_device(index)
         device = torch.device('cuda', index)
     return device
-
-
-def output_folder(given: Optional[Path], device: torch.device) -> Path:
-    """The folder for results, made where it is missing.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    output = given or Path('output') / f'bench-{device.type}-{time.strftime("%Y%m%d-%H%M%S")}'
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'--output {str(output)!r}: {error.strerror}') from error
-    return output

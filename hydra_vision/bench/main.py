@@ -12,10 +12,10 @@ from typing import Any, Optional
 import torch
 from rich.console import Console
 
-from ..command_line import UserError
+from ..command_line import UserError, make_output
 from ..environment import device_name, environment
 from ..tables import stdout_console
-from .arguments import DEFAULTS, DTYPES, check_combination, choose_device, make_parser, output_folder
+from .arguments import DEFAULTS, DTYPES, check_combination, choose_device, make_parser
 from .goals import Verdict, check_goals, check_operator_goals
 from .models import MODES, Case, Result, groups, run_group
 from .operators import ATTENTION, OperatorCase, OperatorResult, Shape, run_shape
@@ -74,7 +74,8 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision bench')
             raise UserError(
                 f"backend 'auto' is {default['backend']} ({default['why']}), which cannot run here: {reason}"
             )
-        output = output_folder(arguments.output, device)
+        stamp = time.strftime('%Y%m%d-%H%M%S')
+        output = make_output(arguments.output or Path('output') / f'bench-{device.type}-{stamp}')
         facts['run'] = {
             'device': str(device),
             'device_name': device_name(device),

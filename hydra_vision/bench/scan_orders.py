@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 
 import hydra_vision  # noqa: F401  registers the models
+from hydra_vision.bench.arguments import choose_device
 from hydra_vision.bench.models import fresh_compiler
 from hydra_vision.bench.report import write_csv
 from hydra_vision.bench.turns import failed, time_in_turns
-from hydra_vision.command_line import UserError, check_model_name, positive
+from hydra_vision.command_line import UserError, check_model_name, make_output, positive
 from hydra_vision.environment import device_name
 from hydra_vision.models.scan_order import SCAN_ORDERS
 from hydra_vision.tables import make_table, stdout_console
@@ -34,11 +35,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     check_model_name(arguments.model)
-    device = torch.device(arguments.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'--output {str(arguments.output)!r}: {error.strerror}') from error
+    device = choose_device(arguments.device)
+    make_output(arguments.output)
     rows = []
     for mode in ('infer', 'train'):
         with fresh_compiler() if arguments.compile else contextlib.nullcontext():
@@ -111,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--model', default='hydra_vit_tiny')
     parser.add_argument('--img-size', type=positive, default=224)
     parser.add_argument('--batch-size', type=positive, default=256)
-    parser.add_argument('--device', help='default: cuda where there is one')
+    parser.add_argument('--device', help='cpu, cuda or cuda:N; default: cuda where there is one')
     parser.add_argument('--compile', action='store_true')
     parser.add_argument('--rounds', type=positive, default=10)
     parser.add_argument('--time-limit', type=float, default=20.0)

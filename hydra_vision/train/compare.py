@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from hydra_vision.command_line import Parser, UserError
+from hydra_vision.command_line import Parser, UserError, make_output
 from hydra_vision.train.checkpoint import write_atomically, write_text
 from hydra_vision.train.provenance import RUN
 from hydra_vision.train.report import duration, markdown_table
@@ -157,10 +157,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     if means:
         console.print(make_table('by model', header, means, right=(2, 3)))
     if arguments.output is not None:
-        try:
-            arguments.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f'--output {arguments.output}: {error.strerror}') from error
+        make_output(arguments.output)
         tables = markdown_table(_COLUMNS, rows) + ('\n' + markdown_table(header, means) if means else '')
         write_text(arguments.output / 'compare.md', tables)
         text = io.StringIO()

@@ -47,6 +47,8 @@ def test_an_order_that_fails_does_not_end_the_others(tmp_path, capsys, monkeypat
     assert 'failed: RuntimeError: no kernel' in capsys.readouterr().out
     with pytest.raises(UserError, match='unknown model'):
         main(['--model', 'no_such_model'])
+    with pytest.raises(UserError, match="--device 'tpu'"):
+        main(['--device', 'tpu'])
 
 
 def test_every_order_is_compiled(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from hydra_vision.bench.ablation.runs import Run, check_folder, rows_of, train, 
 from hydra_vision.bench.ablation.speed import MODES, SpeedFile, measure_speed, read_speed
 from hydra_vision.bench.report import write_csv
 from hydra_vision.bench.turns import failed
-from hydra_vision.command_line import Parser, UserError, comma_list, positive
+from hydra_vision.command_line import Parser, UserError, comma_list, make_output, positive
 from hydra_vision.environment import device_name
 from hydra_vision.tables import make_table, stdout_console
 from hydra_vision.train.build import amp_dtype, pick_device
@@ -52,10 +52,7 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision ablatio
     for run in runs:
         check_folder(run)
     speed = _speed_file(runs, arguments.output) if 'speed' in arguments.steps else None
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'--output {str(arguments.output)!r}: {error.strerror}') from error
+    make_output(arguments.output)
 
     failures = len(train(runs, arguments.jobs, console.print)) if 'train' in arguments.steps else 0
     if speed is not None:

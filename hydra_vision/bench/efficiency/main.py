@@ -8,7 +8,7 @@ from typing import Optional
 
 import torch
 
-from hydra_vision.bench.arguments import DTYPES
+from hydra_vision.bench.arguments import DTYPES, choose_device
 from hydra_vision.bench.efficiency.points import ATTENTIONS, PASSES, make_mixer, measure_length, variants
 from hydra_vision.bench.efficiency.record import Record
 from hydra_vision.bench.efficiency.report import COLUMNS, crossing_rows, plot_points, table_lines
@@ -25,7 +25,7 @@ _DEFAULTS = {
     'cuda': {'lengths': [2**n for n in range(6, 15)], 'tokens': 16384, 'd_model': 384, 'dtype': 'bfloat16'},
     'cpu': {'lengths': [64, 128, 256, 512], 'tokens': 512, 'd_model': 64, 'dtype': 'float32'},
 }
-_BURST = {'cuda': 0.02, 'cpu': 0.02}
+_BURST = 0.02  # seconds
 
 
 def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision efficiency-length') -> int:
@@ -38,7 +38,7 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision efficie
         UserError: arguments that do not fit.
     """
     arguments = _parser(prog).parse_args(argv)
-    device = _device(arguments.device)
+    device = choose_device(arguments.device)
     defaults = _DEFAULTS[device.type]
     lengths = sorted(set(arguments.lengths or defaults['lengths']))
     tokens, d_model = arguments.tokens or max(defaults['tokens'], lengths[-1]), arguments.d_model or defaults['d_model']
@@ -81,7 +81,7 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision efficie
             d_model=d_model,
             dtype=dtype,
             rounds=arguments.rounds,
-            burst=_BURST[device.type],
+            burst=_BURST,
         )
         record.add(points)
         for point in points:
@@ -114,15 +114,6 @@ def _names(given: Optional[list[str]]) -> list[str]:
     return list(dict.fromkeys(given)) if given else list(known)
 
 
-def _device(name: Optional[str]) -> torch.device:
-    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
-    if name not in _DEFAULTS:
-        raise UserError(f'--device {name!r}; allowed: {", ".join(_DEFAULTS)}')
-    if name == 'cuda' and not torch.cuda.is_available():
-        raise UserError(f"--device 'cuda': this machine has no CUDA device that torch {torch.__version__} can see")
-    return torch.device(name)
-
-
 def _parser(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
@@ -132,7 +123,7 @@ def _parser(prog: str) -> Parser:
         epilog="Mixers whose name ends in ', fixed' have a matrix that does not depend on the image.",
     )
     add = parser.add_argument
-    add('--device', metavar='NAME', help='cpu or cuda; default: cuda where there is one')
+    add('--device', metavar='NAME', help='cpu, cuda or cuda:N; default: cuda where there is one')
     add('--mixers', type=_names_list, metavar='LIST', help="separated by ';'; default: the whole family")
     add('--lengths', type=positive_list, metavar='LIST', help='default: 64 to 16384 on CUDA, 64 to 512 on the CPU')
     add(

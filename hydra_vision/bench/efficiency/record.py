@@ -9,7 +9,7 @@ from typing import Any
 from hydra_vision.bench.efficiency.points import Point
 from hydra_vision.bench.report import write_csv
 from hydra_vision.bench.turns import failed
-from hydra_vision.command_line import UserError
+from hydra_vision.command_line import UserError, make_output
 from hydra_vision.environment import environment
 from hydra_vision.train.checkpoint import write_text
 
@@ -34,10 +34,7 @@ class Record:
         self._path = folder / 'points.csv'
         self._check()
         self._points = self._read()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f'--output {str(folder)!r}: {error.strerror}') from error
+        make_output(folder)
         facts = {**environment(), 'run': self.settings}
         write_text(folder / 'environment.json', json.dumps(facts, indent=2) + '\n')
 
