@@ -82,8 +82,7 @@ def _receptive_field(backbone: Backbone, images: Images, arguments: argparse.Nam
         before = effective_receptive_field(backbone.untrained().model, x, layers=layers)
         fields = [('before training', before), ('after training', fields[0][1])]
     what = f'effective receptive field of the middle patch, mean of {len(x)} images'
-    with torch.inference_mode():
-        grid = tuple(image_features(backbone.model, x[:1], pool='none', layers=layers).shape[2:])
+    grid = tuple(_maps(backbone, x[:1], arguments).shape[2:])
     return plot_receptive_fields(fields, f'{_title(backbone, arguments.layer)}\n{what}', grid)
 
 
