@@ -8,6 +8,7 @@ import numpy as np
 from timm.utils.misc import natural_key
 
 from ..features import FeatureError, Features
+from ..features.files import brief_values
 
 __all__ = ['Split', 'check_same', 'class_names', 'paired_splits', 'top_accuracy']
 
@@ -62,9 +63,9 @@ def check_same(one: str, card: Mapping[str, Any], other: str, other_card: Mappin
     """
     for key in _SAME:
         if card.get(key) != other_card.get(key):
+            first, second = brief_values(card.get(key), other_card.get(key))
             raise FeatureError(
-                f'{one} and {other} are features of different models or settings: {key} '
-                f'{_brief(card.get(key))} and {_brief(other_card.get(key))}'
+                f'{one} and {other} are features of different models or settings: {key} {first} and {second}'
             )
 
 
@@ -91,8 +92,3 @@ def top_accuracy(scores: np.ndarray, y: np.ndarray, ks: Sequence[int] = (1, 5)) 
     """Top-k accuracies in percent of scores (rows, classes); k is at most the number of classes."""
     order = np.argsort(-scores, axis=1, kind='stable')
     return {f'top{k}': 100 * float((order[:, :k] == y[:, None]).any(1).mean()) for k in ks}
-
-
-def _brief(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + '...'

@@ -17,6 +17,7 @@ from .errors import FeatureError
 __all__ = [
     'FORMATS',
     'Features',
+    'brief_values',
     'card_path',
     'header',
     'load_features',
@@ -121,6 +122,15 @@ def read_card(file: Path) -> dict[str, Any]:
         return json.loads(card_path(file).read_text())
     except ValueError as error:
         raise FeatureError(f'{card_path(file)} is damaged: extract to another file, or remove it') from error
+
+
+def brief_values(one: Any, other: Any) -> tuple[str, str]:
+    """Two values of a card that differ, as short texts; of dictionaries, such as arguments, what differs in them."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+        one, other = ({name: each[name] for name in keys if name in each} for each in (one, other))
+    texts = (json.dumps(value) for value in (one, other))
+    return tuple(text if len(text) <= 60 else text[:57] + '...' for text in texts)
 
 
 def read_log(file: Path) -> list[dict[str, str]]:

@@ -18,7 +18,7 @@ from ..train.checkpoint import write_text
 from ..train.errors import TrainError
 from ..version import __version__
 from .errors import FeatureError
-from .files import LOG_FIELDS, card_path, header, log_path, read_card, read_log, to_parquet
+from .files import LOG_FIELDS, brief_values, card_path, header, log_path, read_card, read_log, to_parquet
 from .sources import Images
 
 __all__ = ['RowStore', 'only_writer']
@@ -168,7 +168,8 @@ class RowStore:
         if differs == {'sample'}:
             return f'{self.target} was begun with other images ({before["images"]}, now {self.card["images"]})'
         if differs:
-            parts = [_difference(key, before.get(key), self.card[key]) for key in sorted(differs)]
+            pairs = {key: brief_values(before.get(key), self.card[key]) for key in sorted(differs)}
+            parts = [f'{key} {old}, now {new}' for key, (old, new) in pairs.items()]
             return f'{self.target} holds features made in another way ({"; ".join(parts)})'
         for path, line in zip(self.source.paths, lines):
             if line['path'] != path:
@@ -183,18 +184,6 @@ class RowStore:
             write_text(card_path(self.target), json.dumps({**self.card, **more}, indent=2) + '\n')
         except TrainError as error:
             raise FeatureError(str(error)) from error
-
-
-def _difference(key: str, before: Any, now: Any) -> str:
-    if isinstance(before, dict) and isinstance(now, dict):  # of arguments, those that differ
-        keys = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        before, now = ({name: each[name] for name in keys if name in each} for each in (before, now))
-    return f'{key} {_brief(before)}, now {_brief(now)}'
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + '...'
 
 
 def _versions() -> dict[str, str]:
