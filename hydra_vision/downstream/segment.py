@@ -122,8 +122,9 @@ def _check(arguments: argparse.Namespace) -> None:
         'num_classes': 2,
         'workers': 0,
         'pictures': 0,
+        'weight_decay': 0,
     }
-    for name, low in {**lowest, 'weight_decay': 0}.items():
+    for name, low in lowest.items():
         value = getattr(arguments, name)
         if value is not None and value < low:
             raise UserError(f'--{name.replace("_", "-")} {value}; it must be at least {low}')
