@@ -125,7 +125,7 @@ def swap_mixers(
 
     Args:
         model: The model; changed in place, and only when all mixers could be built.
-        mixer: A name of ``hydra_vision.mixers.list()``.
+        mixer: A name of ``hydra_vision.mixers.list_mixers()``.
         blocks: Which of the attention modules, in the model's order, negative from the end; None for all.
         drop_position: Needed where the attention itself encodes positions (RoPE, relative position bias), which a mixer
             cannot take over: True leaves the encoding out.

@@ -201,7 +201,7 @@ def test_bad_arguments():
         swap_mixers(model, 'hydar')
     with pytest.raises(TypeError, match='d_sate'):
         swap_mixers(model, d_sate=16)
-    with pytest.raises(ValueError, match='headdim = 7'):
+    with pytest.raises(ValueError, match='headdim=7 '):
         swap_mixers(model, headdim=7)
     with pytest.raises(ValueError, match='blocks'):
         swap_mixers(model, blocks=[99])

@@ -1,19 +1,17 @@
 """Sequence mixers: nn.Modules (B, L, d_model) -> (B, L, d_model), each with ``matrix(u)``.
 
-``create('toeplitz', 192, data_dependent=True)`` makes one by name, ``list()`` names them all, ``arguments(name)`` says
-what a mixer takes. See docs/mixers.md.
+``create('toeplitz', 192, data_dependent=True)`` makes one by name, ``list_mixers()`` names them all,
+``arguments(name)`` says what a mixer takes. See docs/mixers.md.
 """
 
 from .attention import Attention, VitAttention
 from .base import MatrixMixer
-from .blockdiag import BlockDiagonalLinear, BlockDiagonalMlp
 from .dense import Dense, Fourier
 from .hydra import Hydra
-from .monarch import LongConv, Monarch
+from .monarch import BlockDiagonalLinear, BlockDiagonalMlp, LongConv, Monarch
 from .pairwise import Cauchy, Vandermonde
 from .query_key import LowRank
-from .registry import arguments, create, needs_grid
-from .registry import list_mixers as list
+from .registry import arguments, create, layout_arguments, list_mixers, needs_grid, repeat_pattern
 from .semiseparable import Quasiseparable, Semiseparable
 from .toeplitz import Toeplitz
 
@@ -36,6 +34,8 @@ __all__ = [
     'VitAttention',
     'arguments',
     'create',
-    'list',
+    'layout_arguments',
+    'list_mixers',
     'needs_grid',
+    'repeat_pattern',
 ]

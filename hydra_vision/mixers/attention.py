@@ -1,6 +1,6 @@
 """Attention as a matrix mixer, and timm's own attention as the control."""
 
-from typing import Optional, Set
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from timm.layers import Attention as TimmAttention
 from torch import Tensor
 
 from ..ops.reference import accumulation_dtype
-from .base import apply_matrix
+from .base import Mixer, apply_matrix
 from .grid import TokenGrid
 from .query_key import QueryKeyMixer
 
@@ -61,7 +61,7 @@ class Attention(QueryKeyMixer):
         return _softmax_scores(*self.queries_and_keys(extras, tokens))
 
 
-class VitAttention(TimmAttention):
+class VitAttention(Mixer, TimmAttention):
     """timm's ``Attention`` with a ``matrix``: what a ViT block has, for comparison. No convolution, no gate.
 
     In a model with ``mlp_ratio=4`` and ``pos_embed='learn'`` the block is timm's ViT block.
@@ -69,15 +69,13 @@ class VitAttention(TimmAttention):
     Args:
         d_model: Width of the tokens.
         num_heads: Heads; None for ``d_model / headdim``.
-        headdim: Width of a head.
+        headdim: Width per head.
         qkv_bias: Bias of the first projection, as in ViT.
         proj_bias: Bias of the last projection.
 
     Raises:
         ValueError: Without ``num_heads``, a ``headdim`` that does not divide ``d_model``.
     """
-
-    takes_grid = False
 
     def __init__(
         self,
@@ -91,10 +89,10 @@ class VitAttention(TimmAttention):
         dtype=None,
     ) -> None:
         if headdim < 1 or (num_heads is None and d_model % headdim):
-            raise ValueError(f'headdim = {headdim} does not divide d_model = {d_model}; give num_heads')
+            raise ValueError(f'headdim={headdim} does not divide d_model={d_model}; give num_heads')
         num_heads = d_model // headdim if num_heads is None else num_heads
         if num_heads < 1:
-            raise ValueError(f'num_heads = {num_heads}; it must be at least 1')
+            raise ValueError(f'num_heads={num_heads}; it must be at least 1')
         super().__init__(
             d_model,
             num_heads=num_heads,
@@ -105,11 +103,6 @@ class VitAttention(TimmAttention):
             dtype=dtype,
         )
         self.d_model, self.nheads, self.headdim = d_model, num_heads, headdim
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
-        """Parameters, relative to this module, that should not use weight decay."""
-        return set()
 
     @torch.jit.ignore
     def matrix(self, u: Tensor) -> Tensor:

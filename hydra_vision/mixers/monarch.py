@@ -1,22 +1,23 @@
-"""Monarch matrices: a true one over the patch grid, and Monarch Mixer's gated long convolution.
+"""Monarch matrices over the patch grid, and Monarch Mixer: its gated long convolution and its block-diagonal MLP.
 
 Paper: Fu et al., "Monarch Mixer: A Simple Sub-Quadratic GEMM-Based Architecture", NeurIPS 2023,
 https://arxiv.org/abs/2310.12109; Dao et al., "Monarch", ICML 2022, https://arxiv.org/abs/2204.00595.
 """
 
 import math
-from typing import Optional, Set, Tuple
+from typing import Callable, Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
+from timm.layers import trunc_normal_
 from torch import Tensor
 
 from ..ops.reference import accumulation_dtype
-from .base import MatrixMixer
+from .base import MatrixMixer, check_sizes
 from .grid import TokenGrid, resample_axis
 from .toeplitz import toeplitz_matrix, toeplitz_product
 
-__all__ = ['LongConv', 'Monarch']
+__all__ = ['BlockDiagonalLinear', 'BlockDiagonalMlp', 'LongConv', 'Monarch']
 
 
 class Monarch(MatrixMixer):
@@ -27,7 +28,7 @@ class Monarch(MatrixMixer):
 
         m_(a,b),(c,e) = columns[b, a, c] * rows[c, b, e]          token i = a W + b, token j = c W + e
 
-    L (H + W) parameters a head, computed as two batched products. At another grid each axis of a factor is resampled.
+    L (H + W) parameters per head, computed as two batched products. At another grid each axis of a factor is resampled.
     There is no place for class tokens on the grid. A number of tokens instead of a grid is one row: a dense matrix.
 
     Args:
@@ -35,13 +36,13 @@ class Monarch(MatrixMixer):
         **wrapper: As in ``MatrixMixer``; ``grid_size`` is needed.
     """
 
-    per_token = 'always'
+    position_parameters = 'always'
 
     def __init__(self, d_model: int, *, device=None, dtype=None, **wrapper) -> None:
         super().__init__(d_model, False, device=device, dtype=dtype, **wrapper)
         if self.tokens.num_prefix_tokens:
             raise ValueError(
-                f'num_prefix_tokens = {self.tokens.num_prefix_tokens}: a Monarch matrix mixes the (H, W) grid of '
+                f'num_prefix_tokens={self.tokens.num_prefix_tokens}: a Monarch matrix mixes the (H, W) grid of '
                 'patches and has no place for other tokens'
             )
         self._build()
@@ -58,7 +59,7 @@ class Monarch(MatrixMixer):
     def grid_parameters(self) -> Tuple[str, ...]:
         return ('rows', 'columns')
 
-    def resampled(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
+    def resample(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
         (H, W), (oldH, oldW) = new.size, old.size
         block, blocks, ratio = (W, H, oldW / W) if name == 'rows' else (H, W, oldH / H)
         for dim, size in ((1, blocks), (2, block), (3, block)):
@@ -150,9 +151,9 @@ class ImplicitFilter(nn.Module):
 
 
 class LongConv(MatrixMixer):
-    """Monarch Mixer (M2)'s sequence mixer: gated, bidirectional long convolution, one filter a channel.
+    """Monarch Mixer (M2)'s sequence mixer: gated, bidirectional long convolution, one filter per channel.
 
-    m_ij = h_{i-j} g_j / L, with h an implicit filter (``ImplicitFilter``) and the gate g one more convolved column a
+    m_ij = h_{i-j} g_j / L, with h an implicit filter (``ImplicitFilter``) and the gate g one more convolved column per
     channel. The gate after the convolution is the wrapper's SiLU(z). By FFT, O(L log L); any length: the filter is a
     function of (i - j) / L.
 
@@ -169,7 +170,7 @@ class LongConv(MatrixMixer):
         conv_bias: Bias of the convolution.
     """
 
-    per_token = 'never'
+    position_parameters = 'never'
     silu_extras = False
 
     def __init__(
@@ -185,9 +186,7 @@ class LongConv(MatrixMixer):
         device=None,
         dtype=None,
     ) -> None:
-        for name, value in (('filter_hidden', filter_hidden), ('filter_bands', filter_bands)):
-            if value < 1:
-                raise ValueError(f'{name} = {value}; it must be at least 1')
+        check_sizes(filter_hidden=filter_hidden, filter_bands=filter_bands)
         dd = {'device': device, 'dtype': dtype}
         super().__init__(d_model, True, expand=expand, headdim=1, d_conv=d_conv, bias=bias, conv_bias=conv_bias, **dd)
         self._build(self.d_inner)
@@ -205,3 +204,64 @@ class LongConv(MatrixMixer):
         L = v.shape[1]
         acc = accumulation_dtype(v.dtype)
         return toeplitz_matrix(self.filter(L).to(acc) / L) * extras.to(acc).mT.unsqueeze(2)
+
+
+class BlockDiagonalLinear(nn.Module):
+    """y = x W^T + b with W of ``blocks`` equal blocks on the diagonal, (..., in_features) -> (..., out_features).
+
+    Raises:
+        ValueError: ``blocks`` does not divide both widths.
+    """
+
+    def __init__(self, in_features: int, out_features: int, blocks: int = 4, device=None, dtype=None) -> None:
+        super().__init__()
+        if blocks < 1 or in_features % blocks or out_features % blocks:
+            raise ValueError(f'blocks={blocks}; it must divide the widths {in_features} and {out_features}')
+        dd = {'device': device, 'dtype': dtype}
+        self.blocks = blocks
+        self.weight = nn.Parameter(torch.empty(blocks, in_features // blocks, out_features // blocks, **dd))
+        self.bias = nn.Parameter(torch.empty(out_features, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """trunc_normal(0.02) of the recipe, wider as there are fewer inputs to each output."""
+        trunc_normal_(self.weight, std=0.02 * self.blocks**0.5)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features)."""
+        x = x.unflatten(-1, (self.blocks, -1)).unsqueeze(-2)
+        return torch.matmul(x, self.weight).flatten(-3) + self.bias
+
+    def extra_repr(self) -> str:
+        blocks, d_in, d_out = self.weight.shape
+        return f'{blocks * d_in}, {blocks * d_out}, blocks={blocks}'
+
+
+class BlockDiagonalMlp(nn.Module):
+    """timm's ``Mlp`` with block-diagonal layers: 1 / blocks of its weights (Monarch Mixer, NeurIPS 2023).
+
+    Channels of different blocks meet in the sequence mixer's projections only.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        drop: float = 0.0,
+        blocks: int = 4,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.fc1 = BlockDiagonalLinear(in_features, hidden_features, blocks, **dd)
+        self.act = act_layer()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = BlockDiagonalLinear(hidden_features, in_features, blocks, **dd)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features)."""
+        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))

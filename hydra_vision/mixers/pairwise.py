@@ -114,7 +114,7 @@ class Cauchy(_PairwiseMixer):
     def no_weight_decay(self) -> Set[str]:
         return super().no_weight_decay() | ({'c'} if self.data_dependent else set())
 
-    def resampled(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
+    def resample(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
         # 1 / (e^(q - log s) + e^(k - log s)) = s / (e^q + e^k)
         return old.tokens(value, new) - math.log(amplitude(old, new))
 
@@ -131,7 +131,7 @@ class Vandermonde(_PairwiseMixer):
 
     Data-independent: the same entry with parameters q and k, drawn from a standard normal distribution, as the columns
     of tokens are at first. The released data-independent module mixes nothing and its gradient is zero; this one is the
-    definition. It refuses another grid than its own: its powers count tokens along the sequence.
+    definition. It cannot be resampled to another grid: its powers count tokens along the sequence.
     """
 
     eps = 1e-3
@@ -141,10 +141,10 @@ class Vandermonde(_PairwiseMixer):
             nn.init.normal_(self.q)
             nn.init.normal_(self.k)
 
-    def resampled(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
+    def resample(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
         if old.size != new.size:
             raise ValueError(
-                f'Vandermonde: parameters for {old} cannot be carried to {new}; data_dependent=True takes any size'
+                f'Vandermonde: parameters for {old} cannot be resampled to {new}; data_dependent=True takes any size'
             )
         return value
 

@@ -13,9 +13,9 @@ __all__ = ['LowRank', 'QueryKeyMixer']
 
 
 class QueryKeyMixer(MatrixMixer):
-    """Queries and keys (H, qk_dim a token): columns of the tokens, convolved like v, or parameters (L, H, qk_dim).
+    """Queries and keys (H, qk_dim per token): columns of the tokens, convolved like v, or parameters (L, H, qk_dim).
 
-    As parameters they are carried to another grid like position embeddings.
+    As parameters they are resampled to another grid like position embeddings.
 
     Args:
         d_model: Width of the tokens.
@@ -29,7 +29,7 @@ class QueryKeyMixer(MatrixMixer):
     ) -> None:
         super().__init__(d_model, data_dependent, device=device, dtype=dtype, **wrapper)
         if qk_dim < 1:
-            raise ValueError(f'qk_dim = {qk_dim}; it must be at least 1')
+            raise ValueError(f'qk_dim={qk_dim}; it must be at least 1')
         self.qk_dim = qk_dim
         self._build(2 * self.nheads * qk_dim if data_dependent else 0)
         if not data_dependent:
@@ -47,7 +47,7 @@ class QueryKeyMixer(MatrixMixer):
     def grid_parameters(self) -> Tuple[str, ...]:
         return () if self.data_dependent else ('q', 'k')
 
-    def resampled(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
+    def resample(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
         return old.tokens(value, new)
 
     def queries_and_keys(self, extras: Tensor, tokens: Optional[TokenGrid]) -> Tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ class QueryKeyMixer(MatrixMixer):
 class LowRank(QueryKeyMixer):
     """m_ij = q_i . k_j (L d)^-1/2: linear attention without normaliser. Linear in L: k^T v first."""
 
-    def resampled(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
+    def resample(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
         value = old.tokens(value, new)
         return value * amplitude(old, new) if name == 'k' else value
 

@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from typing import Any, Dict, List, Tuple, Type
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
 import torch.nn as nn
 
@@ -15,7 +15,7 @@ from .query_key import LowRank
 from .semiseparable import Quasiseparable, Semiseparable
 from .toeplitz import Toeplitz
 
-__all__ = ['arguments', 'create', 'list_mixers', 'mixer_class', 'needs_grid']
+__all__ = ['arguments', 'create', 'layout_arguments', 'list_mixers', 'mixer_class', 'needs_grid', 'repeat_pattern']
 
 MIXERS: Dict[str, Type[nn.Module]] = {
     'hydra': Hydra,
@@ -46,7 +46,7 @@ def mixer_class(name: str) -> Type[nn.Module]:
         ValueError: No such mixer; the message has the nearest name.
     """
     if name not in MIXERS:
-        raise ValueError(f'mixer = {name!r}{_nearest(name, list_mixers())}; allowed: {", ".join(list_mixers())}')
+        raise ValueError(f'mixer={name!r}{_nearest(name, list_mixers())}; allowed: {", ".join(list_mixers())}')
     return MIXERS[name]
 
 
@@ -66,10 +66,45 @@ def arguments(name: str) -> Dict[str, Any]:
     return {argument: default for argument, default in found.items() if argument not in hidden}
 
 
+def layout_arguments(name: str, **kwargs) -> Tuple[str, ...]:
+    """Which of ``grid_size``, ``num_prefix_tokens`` and ``prefix_position`` this mixer takes, given its arguments."""
+    return mixer_class(name).layout_arguments(kwargs)
+
+
 def needs_grid(name: str, **kwargs) -> bool:
-    """Whether this mixer has parameters a token, and so needs ``grid_size`` (and takes ``num_prefix_tokens``)."""
-    tied = getattr(mixer_class(name), 'per_token', 'never')
-    return tied == 'always' or (tied == 'optional' and not kwargs.get('data_dependent', True))
+    """Whether this mixer has to know the grid of the patches, and so needs ``grid_size``."""
+    return 'grid_size' in layout_arguments(name, **kwargs)
+
+
+def repeat_pattern(
+    mixer: Union[str, Sequence[str]],
+    mixer_kwargs: Union[Mapping[str, Any], Sequence[Optional[Mapping[str, Any]]], None],
+    depth: int,
+) -> List[Tuple[str, Dict[str, Any]]]:
+    """Name and arguments of the mixer of each block.
+
+    Args:
+        mixer: A name; or names that repeat, as many as divide ``depth``.
+        mixer_kwargs: Arguments, the same for all blocks; or a sequence of them that repeats likewise.
+        depth: Number of blocks.
+
+    Raises:
+        ValueError: No such mixer, or a pattern that does not fit into ``depth``.
+        TypeError: ``mixer`` holds no names, ``mixer_kwargs`` no dicts, or a mixer does not take a key.
+    """
+    names = [mixer] if isinstance(mixer, str) else mixer
+    kwargs = [mixer_kwargs] if mixer_kwargs is None or isinstance(mixer_kwargs, Mapping) else mixer_kwargs
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f'mixer={mixer!r}; it must be a name or a sequence of names')
+    if not isinstance(kwargs, (list, tuple)) or not all(isinstance(k, (Mapping, type(None))) for k in kwargs):
+        raise TypeError(f'mixer_kwargs={mixer_kwargs!r}; it must be a dict or a sequence of dicts')
+    for argument, value, pattern in (('mixer', mixer, names), ('mixer_kwargs', mixer_kwargs, kwargs)):
+        if not pattern or depth % len(pattern):
+            raise ValueError(f'{argument}={value!r}: a pattern of {len(pattern)} does not divide depth={depth}')
+    blocks = [(names[i % len(names)], dict(kwargs[i % len(kwargs)] or {})) for i in range(depth)]
+    for name, given in blocks:
+        check_arguments(name, tuple(given))
+    return blocks
 
 
 def check_arguments(name: str, given: Tuple[str, ...]) -> None:
@@ -94,7 +129,7 @@ def create(name: str, d_model: int, *, device=None, dtype=None, **kwargs) -> nn.
         **kwargs: The mixer's own arguments (``arguments(name)``).
 
     Raises:
-        ValueError: No such mixer, or a value that it refuses.
+        ValueError: No such mixer, or a value that it does not allow.
         TypeError: An argument that it does not take.
     """
     cls = mixer_class(name)

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import quasiseparable_matrix, quasiseparable_mix
-from ..ops.dispatch import check_backend_name, choose_backend
+from ..ops.dispatch import choose_backend
 from ..ops.reference import accumulation_dtype
 from .base import MatrixMixer
 from .grid import TokenGrid
-from .hydra import check_step_sizes, init_dt_bias_
+from .hydra import check_state_space, init_dt_bias_
 
 __all__ = ['Quasiseparable', 'Semiseparable']
 
@@ -38,10 +38,10 @@ class Semiseparable(MatrixMixer):
         add_shift         y = shift(SS(v)) + shift(SS_b(v)) + v
         quasiseparable    y = shift(SS(v)) + shift(SS_b(v)) + D v     (Hydra)
 
-    with D_i = fc_D(v_i) + D, a free diagonal a head, and shift by one token in the direction of the scan. dt_bias and A
-    are shared by the directions, B and C with ``share_bc``. ``mult`` is not linear in v given M: ``matrix`` returns the
-    two directions' matrices one after the other along the heads (2H of them, to be multiplied after they are applied);
-    for ``concat`` they are the heads themselves.
+    with D_i = fc_D(v_i) + D, a free diagonal per head, and shift by one token in the direction of the scan. dt_bias and
+    A are shared by the directions, B and C with ``share_bc``. ``mult`` is not linear in v given M: ``matrix`` returns
+    the two directions' matrices one after the other along the heads (2H of them, to be multiplied after they are
+    applied); for ``concat`` they are the heads themselves.
 
     Linear in L. Except for add_shift and quasiseparable the two directions are two calls of the operator, each with one
     half of it empty.
@@ -84,20 +84,14 @@ class Semiseparable(MatrixMixer):
         **wrapper,
     ) -> None:
         if variant not in VARIANTS:
-            raise ValueError(f'variant = {variant!r}; allowed: {", ".join(map(repr, VARIANTS))}')
+            raise ValueError(f'variant={variant!r}; allowed: {", ".join(map(repr, VARIANTS))}')
         super().__init__(d_model, data_dependent, device=device, dtype=dtype, **wrapper)
         if variant == 'causal' and share_bc:
-            raise ValueError("share_bc = True: variant = 'causal' has one direction, with nothing to share")
+            raise ValueError("share_bc=True: variant='causal' has one direction, with nothing to share")
         if variant == 'concat' and self.nheads % 2:
-            raise ValueError(f"variant = 'concat' needs an even number of heads, d_inner / headdim is {self.nheads}")
+            raise ValueError(f"variant='concat' needs an even number of heads, d_inner / headdim is {self.nheads}")
         heads = self.nheads // 2 if variant == 'concat' else self.nheads
-        for name, value in (('d_state', d_state), ('ngroups', ngroups)):
-            if value < 1:
-                raise ValueError(f'{name} = {value}; it must be at least 1')
-        if heads % ngroups:
-            raise ValueError(f'ngroups = {ngroups} does not divide the number of heads {heads}')
-        check_step_sizes(dt_min, dt_max, dt_limit)
-        check_backend_name(backend)
+        check_state_space(d_state, ngroups, heads, dt_min, dt_max, dt_limit, backend)
         self.d_state, self.ngroups, self.backend = d_state, ngroups, backend
         self.variant, self.share_bc = variant, share_bc
         self.dt_min, self.dt_max, self.dt_init_floor, self.dt_limit = dt_min, dt_max, dt_init_floor, tuple(dt_limit)
@@ -136,11 +130,11 @@ class Semiseparable(MatrixMixer):
     def grid_parameters(self) -> Tuple[str, ...]:
         return () if self.data_dependent else ('BC',)
 
-    def resampled(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
+    def resample(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
         value = old.tokens(value, new)
         if old.size == new.size:
             return value
-        # columns [B, C] or [B_f, C_f, B_b, C_b]: B writes less a token where there are more tokens
+        # columns [B, C] or [B_f, C_f, B_b, C_b]: B writes less per token where there are more tokens
         B, C = value.unflatten(-1, (-1, 2, self.ngroups * self.d_state)).unbind(-2)
         return torch.stack([B * (old.num_tokens / new.num_tokens), C], dim=-2).flatten(-3)
 
