@@ -5,13 +5,15 @@
 """
 
 from .attention import Attention, VitAttention
-from .base import MatrixMixer
+from .base import MatrixMixer, Mixer
 from .dense import Dense, Fourier
 from .hydra import Hydra
+from .mamba import Mamba, Vim
 from .monarch import BlockDiagonalLinear, BlockDiagonalMlp, LongConv, Monarch
 from .pairwise import Cauchy, Vandermonde
 from .query_key import LowRank
 from .registry import arguments, create, layout_arguments, list_mixers, needs_grid, repeat_pattern
+from .scout import CheckpointAttention, Scout
 from .semiseparable import Quasiseparable, Semiseparable
 from .toeplitz import Toeplitz
 
@@ -20,17 +22,22 @@ __all__ = [
     'BlockDiagonalLinear',
     'BlockDiagonalMlp',
     'Cauchy',
+    'CheckpointAttention',
     'Dense',
     'Fourier',
     'Hydra',
     'LongConv',
     'LowRank',
+    'Mamba',
     'MatrixMixer',
+    'Mixer',
     'Monarch',
     'Quasiseparable',
+    'Scout',
     'Semiseparable',
     'Toeplitz',
     'Vandermonde',
+    'Vim',
     'VitAttention',
     'arguments',
     'create',

@@ -77,6 +77,8 @@ class VitAttention(Mixer, TimmAttention):
         ValueError: Without ``num_heads``, a ``headdim`` that does not divide ``d_model``.
     """
 
+    scriptable = True
+
     def __init__(
         self,
         d_model: int,

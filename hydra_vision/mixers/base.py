@@ -9,7 +9,9 @@ M is (L, L), one per head (and image, where it depends on the data). Source: the
 Lahoti, Dao, Gu, "Hydra", NeurIPS 2024, section 2, and goombalab/hydra, ``hydra/modules/matrix_mixer.py``.
 """
 
-from typing import Any, ClassVar, Dict, Mapping, Optional, Set, Tuple
+import difflib
+import inspect
+from typing import Any, ClassVar, Dict, Iterable, Mapping, Optional, Set, Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -21,7 +23,18 @@ from ..ops.inner import depthwise_conv
 from ..ops.reference import accumulation_dtype
 from .grid import GridSize, TokenGrid
 
-__all__ = ['GatedMixer', 'GatedRMSNorm', 'MatrixMixer', 'Mixer', 'apply_matrix', 'causal_conv', 'check_sizes']
+__all__ = [
+    'GatedMixer',
+    'GatedRMSNorm',
+    'MatrixMixer',
+    'Mixer',
+    'apply_matrix',
+    'causal_conv',
+    'check_arguments',
+    'check_sizes',
+    'keyword_arguments',
+    'nearest_name',
+]
 
 
 def apply_matrix(M: Tensor, v: Tensor) -> Tensor:
@@ -46,6 +59,38 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     x = F.pad(x, (0, 0, K - 1, 0)).unsqueeze(1).permute(0, 3, 1, 2)  # (B, C, 1, L + K - 1), channels last in memory
     y = F.conv2d(x, weight.to(x.dtype).unsqueeze(2), None if bias is None else bias.to(x.dtype), groups=C)
     return y.permute(0, 2, 3, 1).squeeze(1)
+
+
+def keyword_arguments(cls: Type[nn.Module]) -> Dict[str, Any]:
+    """Keyword arguments of a mixer class and of what it passes on, with defaults; without d_model, device and dtype."""
+    found: Dict[str, Any] = {}
+    for base in cls.__mro__:
+        if '__init__' not in vars(base):
+            continue
+        parameters = list(inspect.signature(base.__init__).parameters.values())
+        for p in parameters[1:]:
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in ('d_model', 'device', 'dtype'):
+                found.setdefault(p.name, p.default)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return {name: default for name, default in found.items() if name not in cls.hidden_arguments}
+
+
+def check_arguments(title: str, cls: Type[nn.Module], given: Iterable[str]) -> None:
+    """Raises TypeError for an argument that the mixer class does not take, with the nearest one."""
+    allowed = keyword_arguments(cls)
+    for argument in given:
+        if argument not in allowed:
+            raise TypeError(
+                f'{title} takes no argument {argument!r}{nearest_name(argument, allowed)}; '
+                f'it takes: {", ".join(sorted(allowed))}'
+            )
+
+
+def nearest_name(name: str, names: Iterable[str]) -> str:
+    """' (did you mean ...?)', or '' where no name is near."""
+    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
+    return f' (did you mean {close[0]!r}?)' if close else ''
 
 
 def check_sizes(**sizes: int) -> None:
@@ -80,6 +125,21 @@ class Mixer(nn.Module):
 
     takes_grid = False  # whether forward takes the (H, W) of the patches
     needs_row_order = False  # whether the patches have to stand by rows
+    hidden_arguments: ClassVar[Tuple[str, ...]] = ()  # of a parent class, fixed by this one
+    scriptable: ClassVar[bool] = False  # by torch.jit.script, and traced through by torch.fx
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls.scriptable:
+            register_notrace_module(cls)  # its shapes are Python numbers: torch.fx keeps the module as one node
+
+    def __prepare_scriptable__(self):
+        if self.scriptable:
+            return self
+        raise RuntimeError(
+            f'{type(self).__name__} cannot be compiled by torch.jit.script; use torch.compile, torch.export or '
+            "torch.jit.trace (mixer='hydra' can be scripted)"
+        )
 
     @classmethod
     def layout_arguments(cls, kwargs: Mapping[str, Any]) -> Tuple[str, ...]:
@@ -175,10 +235,6 @@ class MatrixMixer(GatedMixer):
     position_parameters: ClassVar[str] = 'if data-independent'
     silu_extras: ClassVar[bool] = True
 
-    def __init_subclass__(cls, **kwargs) -> None:
-        super().__init_subclass__(**kwargs)
-        register_notrace_module(cls)  # its shapes are Python numbers: torch.fx keeps the module as one node
-
     def __init__(
         self,
         d_model: int,
@@ -229,12 +285,6 @@ class MatrixMixer(GatedMixer):
     def no_weight_decay(self) -> Set[str]:
         """Parameters, relative to this module, that should not use weight decay: those that belong to a position."""
         return set(self.grid_parameters())
-
-    def __prepare_scriptable__(self):
-        raise RuntimeError(
-            f'{type(self).__name__} cannot be compiled by torch.jit.script; use torch.compile, torch.export or '
-            "torch.jit.trace (mixer='hydra' can be scripted)"
-        )
 
     def grid_parameters(self) -> Tuple[str, ...]:
         """Names of the parameters that belong to the positions of ``self.tokens``."""

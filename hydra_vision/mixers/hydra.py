@@ -66,6 +66,12 @@ def _hydra_inner(
     )
 
 
+def check_step_sizes(dt_min: float, dt_max: float) -> None:
+    """Raises ValueError for an empty range of initial step sizes."""
+    if not 0 < dt_min <= dt_max:
+        raise ValueError(f'dt_min={dt_min}, dt_max={dt_max}; needed is 0 < dt_min <= dt_max')
+
+
 def check_state_space(
     d_state: int,
     ngroups: int,
@@ -79,8 +85,7 @@ def check_state_space(
     check_sizes(d_state=d_state, ngroups=ngroups)
     if heads % ngroups:
         raise ValueError(f'ngroups={ngroups} does not divide the number of heads {heads}')
-    if not 0 < dt_min <= dt_max:
-        raise ValueError(f'dt_min={dt_min}, dt_max={dt_max}; needed is 0 < dt_min <= dt_max')
+    check_step_sizes(dt_min, dt_max)
     if len(dt_limit) != 2 or not 0.0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(f'dt_limit={dt_limit}; it must be (min, max) with 0 <= min <= max')
     check_backend_name(backend)
@@ -119,6 +124,8 @@ class Hydra(GatedMixer):
         ValueError: A size that does not fit; an unknown ``backend``; an even ``d_conv`` (the released code silently
             changes the length).
     """
+
+    scriptable = True
 
     def __init__(
         self,

@@ -1,17 +1,18 @@
 """Every mixer by name."""
 
-import difflib
-import inspect
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
 import torch.nn as nn
 
 from .attention import Attention, VitAttention
+from .base import check_arguments, keyword_arguments, nearest_name
 from .dense import Dense, Fourier
 from .hydra import Hydra
+from .mamba import Mamba, Vim
 from .monarch import LongConv, Monarch
 from .pairwise import Cauchy, Vandermonde
 from .query_key import LowRank
+from .scout import CheckpointAttention, Scout
 from .semiseparable import Quasiseparable, Semiseparable
 from .toeplitz import Toeplitz
 
@@ -21,15 +22,19 @@ MIXERS: Dict[str, Type[nn.Module]] = {
     'hydra': Hydra,
     'attention': Attention,
     'cauchy': Cauchy,
+    'checkpoint': CheckpointAttention,
     'dense': Dense,
     'dft': Fourier,
     'low_rank': LowRank,
     'm2': LongConv,
+    'mamba': Mamba,
     'monarch': Monarch,
     'quasiseparable': Quasiseparable,
+    'scout': Scout,
     'semiseparable': Semiseparable,
     'toeplitz': Toeplitz,
     'vandermonde': Vandermonde,
+    'vim': Vim,
     'vit_attention': VitAttention,
 }
 
@@ -46,24 +51,13 @@ def mixer_class(name: str) -> Type[nn.Module]:
         ValueError: No such mixer; the message has the nearest name.
     """
     if name not in MIXERS:
-        raise ValueError(f'mixer={name!r}{_nearest(name, list_mixers())}; allowed: {", ".join(list_mixers())}')
+        raise ValueError(f'mixer={name!r}{nearest_name(name, list_mixers())}; allowed: {", ".join(list_mixers())}')
     return MIXERS[name]
 
 
 def arguments(name: str) -> Dict[str, Any]:
     """Keyword arguments of a mixer, with their defaults; without d_model, device and dtype."""
-    found: Dict[str, Any] = {}
-    hidden = getattr(mixer_class(name), 'hidden_arguments', ())
-    for cls in mixer_class(name).__mro__:
-        if '__init__' not in vars(cls):
-            continue
-        parameters = list(inspect.signature(cls.__init__).parameters.values())
-        for p in parameters[1:]:
-            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in ('d_model', 'device', 'dtype'):
-                found.setdefault(p.name, p.default)
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return {argument: default for argument, default in found.items() if argument not in hidden}
+    return keyword_arguments(mixer_class(name))
 
 
 def layout_arguments(name: str, **kwargs) -> Tuple[str, ...]:
@@ -103,19 +97,8 @@ def repeat_pattern(
             raise ValueError(f'{argument}={value!r}: a pattern of {len(pattern)} does not divide depth={depth}')
     blocks = [(names[i % len(names)], dict(kwargs[i % len(kwargs)] or {})) for i in range(depth)]
     for name, given in blocks:
-        check_arguments(name, tuple(given))
+        check_arguments(f'mixer={name!r}', mixer_class(name), given)
     return blocks
-
-
-def check_arguments(name: str, given: Tuple[str, ...]) -> None:
-    """Raises TypeError for an argument that the mixer does not take, naming the nearest one."""
-    allowed = arguments(name)
-    for argument in given:
-        if argument not in allowed:
-            raise TypeError(
-                f'mixer {name!r} takes no argument {argument!r}{_nearest(argument, list(allowed))}; '
-                f'it takes: {", ".join(sorted(allowed))}'
-            )
 
 
 def create(name: str, d_model: int, *, device=None, dtype=None, **kwargs) -> nn.Module:
@@ -133,10 +116,5 @@ def create(name: str, d_model: int, *, device=None, dtype=None, **kwargs) -> nn.
         TypeError: An argument that it does not take.
     """
     cls = mixer_class(name)
-    check_arguments(name, tuple(kwargs))
+    check_arguments(f'mixer={name!r}', cls, kwargs)
     return cls(d_model, device=device, dtype=dtype, **kwargs)
-
-
-def _nearest(name: str, names: List[str]) -> str:
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    return f' (did you mean {close[0]!r}?)' if close else ''

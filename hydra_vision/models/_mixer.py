@@ -1,6 +1,5 @@
 """From a model's arguments to its mixers, and from a checkpoint's mixers to the model's."""
 
-import inspect
 from functools import partial
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -18,7 +17,6 @@ def mixer_factories(
     mixer_kwargs: Union[Mapping[str, Any], Sequence[Optional[Mapping[str, Any]]], None],
     *,
     depth: int,
-    model: Callable,
     grid_size: Tuple[int, int],
     num_prefix_tokens: int,
     prefix_position: str,
@@ -28,35 +26,29 @@ def mixer_factories(
 
     Args:
         mixer: Name of the mixer, or a pattern of names (`mixers.repeat_pattern`).
-        options: The model's own arguments for its mixers, by name. Each goes to the mixers that have it.
+        options: The model's own arguments for its mixers, by the mixers' names. Each that is not None goes to the
+            mixers that have it.
         mixer_kwargs: The mixers' arguments by their own names, or a pattern of them.
         depth: Number of blocks.
-        model: The model's class, whose signature says what the defaults of `options` are.
         grid_size: Patches that the model is made for.
         num_prefix_tokens: Class tokens.
         prefix_position: Where they stand.
         patch_drop_rate: Of the model.
 
     Raises:
-        ValueError: An unknown mixer; an option with another value than its default that no mixer has, or that is in
-            `mixer_kwargs` as well; dropped patches with a mixer that has to know the grid.
+        ValueError: An unknown mixer; an option that no mixer has, or that is in `mixer_kwargs` with another value;
+            dropped patches with a mixer that has to know the grid.
         TypeError: `mixer_kwargs` holds something else than dicts, or a key that the mixer does not take.
     """
-    defaults = inspect.signature(model).parameters
-    changed = {
-        option
-        for option, value in options.items()
-        if value != (tuple(defaults[option].default) if isinstance(value, tuple) else defaults[option].default)
-    }
-    options = {'bias' if option == 'mixer_bias' else option: (option, value) for option, value in options.items()}
+    options = {argument: value for argument, value in options.items() if value is not None}
     layout = dict(grid_size=grid_size, num_prefix_tokens=num_prefix_tokens, prefix_position=prefix_position)
     blocks = mixers.repeat_pattern(mixer, mixer_kwargs, depth)
     names = list(dict.fromkeys(name for name, _ in blocks))
     allowed = {name: mixers.arguments(name) for name in names}
-    for argument, (option, value) in options.items():
-        if option in changed and not any(argument in allowed[name] for name in names):
+    for argument, value in options.items():
+        if not any(argument in allowed[name] for name in names):
             have = '; '.join(f'{name!r} takes: {", ".join(sorted(allowed[name]))}' for name in names)
-            raise ValueError(f'{option}={value}: no {argument} in mixer={mixer!r}; {have}')
+            raise ValueError(f'{_option(argument)}={value}: no {argument} in mixer={mixer!r}; {have}')
     factories = []
     for name, given in blocks:
         for argument in layout:
@@ -64,11 +56,9 @@ def mixer_factories(
                 raise ValueError(
                     f'mixer_kwargs: {argument}={given[argument]}; the model knows its tokens, leave it out'
                 )
-        for argument, (option, value) in options.items():
-            if argument not in allowed[name]:
-                continue
-            if given.setdefault(argument, value) != value and option in changed:
-                raise ValueError(f'{option}={value}, but mixer_kwargs has {argument}={given[argument]}')
+        for argument, value in options.items():
+            if argument in allowed[name] and given.setdefault(argument, value) != value:
+                raise ValueError(f'{_option(argument)}={value}, but mixer_kwargs has {argument}={given[argument]}')
         known = mixers.layout_arguments(name, **given)
         if 'grid_size' in known and patch_drop_rate > 0:
             raise ValueError(
@@ -76,6 +66,11 @@ def mixer_factories(
             )
         factories.append(partial(mixers.create, name, **given, **{argument: layout[argument] for argument in known}))
     return factories
+
+
+def _option(argument: str) -> str:
+    """The model's name for a mixer's argument."""
+    return 'mixer_bias' if argument == 'bias' else argument
 
 
 def resample_mixer_parameter(key: str, value: torch.Tensor, model: nn.Module) -> torch.Tensor:

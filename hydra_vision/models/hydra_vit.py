@@ -118,20 +118,20 @@ class HydraViT(nn.Module):
         embed_dim: int = 768,
         depth: int = 24,
         mlp_ratio: float = 0.0,
-        d_state: int = 64,
-        d_conv: int = 7,
-        expand: float = 2,
-        headdim: int = 64,
-        ngroups: int = 1,
-        share_bc: bool = False,
-        learnable_init_states: bool = False,
-        dt_min: float = 0.001,
-        dt_max: float = 0.1,
-        dt_init_floor: float = 1e-4,
-        dt_limit: Tuple[float, float] = (0.0, float('inf')),
-        mixer_bias: bool = False,
-        conv_bias: bool = True,
-        backend: str = 'auto',
+        d_state: Optional[int] = None,
+        d_conv: Optional[int] = None,
+        expand: Optional[float] = None,
+        headdim: Optional[int] = None,
+        ngroups: Optional[int] = None,
+        share_bc: Optional[bool] = None,
+        learnable_init_states: Optional[bool] = None,
+        dt_min: Optional[float] = None,
+        dt_max: Optional[float] = None,
+        dt_init_floor: Optional[float] = None,
+        dt_limit: Optional[Tuple[float, float]] = None,
+        mixer_bias: Optional[bool] = None,
+        conv_bias: Optional[bool] = None,
+        backend: Optional[str] = None,
         mixer: Union[str, Sequence[str]] = 'hydra',
         mixer_kwargs: Union[Dict[str, Any], Sequence[Optional[Dict[str, Any]]], None] = None,
         mlp: Literal['dense', 'blockdiag'] = 'dense',
@@ -162,24 +162,25 @@ class HydraViT(nn.Module):
             embed_dim: Width of the tokens (d_model of the mixer).
             depth: Number of blocks.
             mlp_ratio: Ratio of mlp hidden dim to embedding dim; 0 (the paper) for blocks without MLP.
-            d_state: State size of the mixer.
-            d_conv: Width of the mixer's depthwise convolution, odd.
-            expand: Inner width of the mixer over embed_dim; need not be whole.
-            headdim: Head width of the mixer.
-            ngroups: Groups of B and C in the mixer.
-            share_bc: Both directions of the mixer share B and C.
-            learnable_init_states: The mixer learns the states from which it starts.
-            dt_min: Smallest step size at initialisation.
-            dt_max: Largest step size at initialisation.
-            dt_init_floor: Lower bound of the initial step size.
-            dt_limit: Clamp of the step size.
-            mixer_bias: Bias of the mixer's projections.
-            conv_bias: Bias of the mixer's convolution.
-            backend: Backend of the mixer, see `hydra_vision.ops.quasiseparable_mix`.
+            d_state: State size of the mixer. This and the following options, down to backend, are the mixer's; None is
+                the mixer's own default, in brackets for 'hydra' (64).
+            d_conv: Width of the mixer's depthwise convolution (7).
+            expand: Inner width of the mixer over embed_dim; need not be whole (2).
+            headdim: Head width of the mixer (64).
+            ngroups: Groups of B and C in the mixer (1).
+            share_bc: Both directions of the mixer share B and C (False).
+            learnable_init_states: The mixer learns the states from which it starts (False).
+            dt_min: Smallest step size at initialisation (0.001).
+            dt_max: Largest step size at initialisation (0.1).
+            dt_init_floor: Lower bound of the initial step size (1e-4).
+            dt_limit: Clamp of the step size (none).
+            mixer_bias: Bias of the mixer's projections (False).
+            conv_bias: Bias of the mixer's convolution (True).
+            backend: Backend of the mixer, see `hydra_vision.ops.quasiseparable_mix` ('auto').
             mixer: Name of the mixer, one of `hydra_vision.mixers.list_mixers()`; or a sequence of names that repeats
                 from block to block, as many as divide depth: ('hydra', 'hydra', 'hydra', 'vit_attention') has attention
-                in every fourth block. The options above go to the mixers that have them; one that none has must keep
-                its default.
+                in every fourth block. The options above go to the mixers that have them; one that none has must be
+                None.
             mixer_kwargs: Further arguments of the mixer, see `hydra_vision.mixers.arguments(mixer)`; or a sequence of
                 them (None for no arguments) that repeats likewise.
             mlp: 'dense', or 'blockdiag' for the block-diagonal MLP of Monarch Mixer (with mlp_ratio).
@@ -234,7 +235,7 @@ class HydraViT(nn.Module):
         if mlp == 'dense' and mlp_blocks != 4:
             raise ValueError(f"mlp_blocks={mlp_blocks} needs mlp='blockdiag'")
         norm_layer = get_norm_layer(norm_layer) or LayerNorm
-        block_norm_layer = partial(BlockNorm, backend=backend) if norm_layer is LayerNorm else norm_layer
+        block_norm_layer = partial(BlockNorm, backend=backend or 'auto') if norm_layer is LayerNorm else norm_layer
         act_layer = get_act_layer(act_layer) or nn.GELU
 
         self.num_classes = num_classes
@@ -294,14 +295,13 @@ class HydraViT(nn.Module):
                 dt_min=dt_min,
                 dt_max=dt_max,
                 dt_init_floor=dt_init_floor,
-                dt_limit=tuple(dt_limit),
-                mixer_bias=mixer_bias,
+                dt_limit=None if dt_limit is None else tuple(dt_limit),
+                bias=mixer_bias,
                 conv_bias=conv_bias,
                 backend=backend,
             ),
             mixer_kwargs,
             depth=depth,
-            model=HydraViT,
             grid_size=grid_size,
             num_prefix_tokens=self.num_prefix_tokens,
             prefix_position=class_token_position,
