@@ -9,7 +9,7 @@ from .base import MatrixMixer, Mixer
 from .dense import Dense, Fourier
 from .hydra import Hydra
 from .mamba import Mamba, Vim
-from .monarch import BlockDiagonalLinear, BlockDiagonalMlp, LongConv, Monarch
+from .monarch import BlockDiagonalLinear, LongConv, Monarch, MonarchLinear, StructuredMlp
 from .pairwise import Cauchy, Vandermonde
 from .query_key import LowRank
 from .registry import arguments, create, layout_arguments, list_mixers, needs_grid, repeat_pattern
@@ -20,7 +20,6 @@ from .toeplitz import Toeplitz
 __all__ = [
     'Attention',
     'BlockDiagonalLinear',
-    'BlockDiagonalMlp',
     'Cauchy',
     'CheckpointAttention',
     'Dense',
@@ -32,9 +31,11 @@ __all__ = [
     'MatrixMixer',
     'Mixer',
     'Monarch',
+    'MonarchLinear',
     'Quasiseparable',
     'Scout',
     'Semiseparable',
+    'StructuredMlp',
     'Toeplitz',
     'Vandermonde',
     'Vim',

@@ -3,6 +3,7 @@
 from typing import Optional
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import Attention as TimmAttention
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..ops.reference import accumulation_dtype
 from .base import Mixer, apply_matrix
 from .grid import TokenGrid
+from .monarch import MonarchLinear
 from .query_key import QueryKeyMixer
 
 __all__ = ['Attention', 'VitAttention']
@@ -72,9 +74,11 @@ class VitAttention(Mixer, TimmAttention):
         headdim: Width per head.
         qkv_bias: Bias of the first projection, as in ViT.
         proj_bias: Bias of the last projection.
+        projection: 'dense', or 'monarch' for projections of two block-diagonal factors (``MonarchLinear``).
+        blocks: Of each factor.
 
     Raises:
-        ValueError: Without ``num_heads``, a ``headdim`` that does not divide ``d_model``.
+        ValueError: Without ``num_heads``, a ``headdim`` that does not divide ``d_model``; another ``projection``.
     """
 
     scriptable = True
@@ -87,11 +91,15 @@ class VitAttention(Mixer, TimmAttention):
         headdim: int = 64,
         qkv_bias: bool = True,
         proj_bias: bool = True,
+        projection: str = 'dense',
+        blocks: int = 4,
         device=None,
         dtype=None,
     ) -> None:
         if headdim < 1 or (num_heads is None and d_model % headdim):
             raise ValueError(f'headdim={headdim} does not divide d_model={d_model}; give num_heads')
+        if projection not in ('dense', 'monarch'):
+            raise ValueError(f"projection={projection!r}; allowed: 'dense', 'monarch'")
         num_heads = d_model // headdim if num_heads is None else num_heads
         if num_heads < 1:
             raise ValueError(f'num_heads={num_heads}; it must be at least 1')
@@ -105,6 +113,11 @@ class VitAttention(Mixer, TimmAttention):
             dtype=dtype,
         )
         self.d_model, self.nheads, self.headdim = d_model, num_heads, headdim
+        if projection == 'monarch':
+            width, dd = num_heads * headdim, {'device': device, 'dtype': dtype}
+            self.qkv = Concatenated(MonarchLinear(d_model, width, blocks, bias=qkv_bias, **dd) for _ in range(3))
+            self.proj = MonarchLinear(width, d_model, blocks, bias=proj_bias, **dd)
+            self.scriptable = False
 
     @torch.jit.ignore
     def matrix(self, u: Tensor) -> Tensor:
@@ -112,6 +125,14 @@ class VitAttention(Mixer, TimmAttention):
         qkv = self.qkv(u).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return _softmax_scores(q, k)
+
+
+class Concatenated(nn.ModuleList):
+    """The outputs of its modules for one input, side by side."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features)."""
+        return torch.cat([module(x) for module in self], dim=-1)
 
 
 def _softmax_scores(q: Tensor, k: Tensor) -> Tensor:

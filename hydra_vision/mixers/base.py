@@ -9,7 +9,6 @@ M is (L, L), one per head (and image, where it depends on the data). Source: the
 Lahoti, Dao, Gu, "Hydra", NeurIPS 2024, section 2, and goombalab/hydra, ``hydra/modules/matrix_mixer.py``.
 """
 
-import difflib
 import inspect
 from typing import Any, ClassVar, Dict, Iterable, Mapping, Optional, Set, Tuple, Type
 
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor
 
+from ..errors import nearest
 from ..ops.inner import depthwise_conv
 from ..ops.reference import accumulation_dtype
 from .grid import GridSize, TokenGrid
@@ -33,7 +33,6 @@ __all__ = [
     'check_arguments',
     'check_sizes',
     'keyword_arguments',
-    'nearest_name',
 ]
 
 
@@ -82,15 +81,9 @@ def check_arguments(title: str, cls: Type[nn.Module], given: Iterable[str]) -> N
     for argument in given:
         if argument not in allowed:
             raise TypeError(
-                f'{title} takes no argument {argument!r}{nearest_name(argument, allowed)}; '
+                f'{title} takes no argument {argument!r}{nearest(argument, allowed)}; '
                 f'it takes: {", ".join(sorted(allowed))}'
             )
-
-
-def nearest_name(name: str, names: Iterable[str]) -> str:
-    """' (did you mean ...?)', or '' where no name is near."""
-    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
-    return f' (did you mean {close[0]!r}?)' if close else ''
 
 
 def check_sizes(**sizes: int) -> None:

@@ -4,8 +4,9 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Un
 
 import torch.nn as nn
 
+from ..errors import nearest
 from .attention import Attention, VitAttention
-from .base import check_arguments, keyword_arguments, nearest_name
+from .base import check_arguments, keyword_arguments
 from .dense import Dense, Fourier
 from .hydra import Hydra
 from .mamba import Mamba, Vim
@@ -51,7 +52,7 @@ def mixer_class(name: str) -> Type[nn.Module]:
         ValueError: No such mixer; the message has the nearest name.
     """
     if name not in MIXERS:
-        raise ValueError(f'mixer={name!r}{nearest_name(name, list_mixers())}; allowed: {", ".join(list_mixers())}')
+        raise ValueError(f'mixer={name!r}{nearest(name, list_mixers())}; allowed: {", ".join(list_mixers())}')
     return MIXERS[name]
 
 

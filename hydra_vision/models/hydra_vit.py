@@ -43,7 +43,7 @@ from timm.models._input import update_model_input_size
 from timm.models._manipulate import checkpoint
 from timm.models.vision_transformer import global_pool_nlc
 
-from ..mixers import BlockDiagonalMlp
+from ..mixers import BlockDiagonalLinear, MonarchLinear, StructuredMlp
 from ._layer_norm import BlockNorm
 from ._mixer import mixer_factories, resample_mixer_parameter
 from ._patch_embed import PatchEmbed
@@ -134,7 +134,7 @@ class HydraViT(nn.Module):
         backend: Optional[str] = None,
         mixer: Union[str, Sequence[str]] = 'hydra',
         mixer_kwargs: Union[Dict[str, Any], Sequence[Optional[Dict[str, Any]]], None] = None,
-        mlp: Literal['dense', 'blockdiag'] = 'dense',
+        mlp: Literal['dense', 'blockdiag', 'monarch'] = 'dense',
         mlp_blocks: int = 4,
         pos_embed: Literal['none', 'learn'] = 'none',
         class_token: bool = False,
@@ -183,7 +183,8 @@ class HydraViT(nn.Module):
                 None.
             mixer_kwargs: Further arguments of the mixer, see `hydra_vision.mixers.arguments(mixer)`; or a sequence of
                 them (None for no arguments) that repeats likewise.
-            mlp: 'dense', or 'blockdiag' for the block-diagonal MLP of Monarch Mixer (with mlp_ratio).
+            mlp: 'dense'; 'blockdiag' for the block-diagonal MLP of Monarch Mixer; 'monarch' for layers of two
+                block-diagonal factors (both with mlp_ratio).
             mlp_blocks: Blocks of its layers.
             pos_embed: Type of position embedding: 'none' (the paper) or 'learn'.
             class_token: Use class token.
@@ -229,11 +230,11 @@ class HydraViT(nn.Module):
         ):
             if not 0 <= rate < 1:
                 raise ValueError(f'{name}={rate}; allowed: 0 <= {name} < 1')
-        _check_choice('mlp', mlp, ('dense', 'blockdiag'))
-        if mlp == 'blockdiag' and mlp_ratio == 0:
-            raise ValueError("mlp='blockdiag' needs an mlp_ratio above 0")
+        _check_choice('mlp', mlp, ('dense', 'blockdiag', 'monarch'))
+        if mlp != 'dense' and mlp_ratio == 0:
+            raise ValueError(f'mlp={mlp!r} needs an mlp_ratio above 0')
         if mlp == 'dense' and mlp_blocks != 4:
-            raise ValueError(f"mlp_blocks={mlp_blocks} needs mlp='blockdiag'")
+            raise ValueError(f"mlp_blocks={mlp_blocks} needs mlp='blockdiag' or 'monarch'")
         norm_layer = get_norm_layer(norm_layer) or LayerNorm
         block_norm_layer = partial(BlockNorm, backend=backend or 'auto') if norm_layer is LayerNorm else norm_layer
         act_layer = get_act_layer(act_layer) or nn.GELU
@@ -307,12 +308,14 @@ class HydraViT(nn.Module):
             prefix_position=class_token_position,
             patch_drop_rate=patch_drop_rate,
         )
+        structured = {'blockdiag': BlockDiagonalLinear, 'monarch': MonarchLinear}
+        mlp_layer = Mlp if mlp == 'dense' else partial(StructuredMlp, layer=structured[mlp], blocks=mlp_blocks)
         self.blocks = nn.Sequential(
             *[
                 HydraBlock(
                     dim=embed_dim,
                     mixer_layer=mixer_layers[i],
-                    mlp_layer=Mlp if mlp == 'dense' else partial(BlockDiagonalMlp, blocks=mlp_blocks),
+                    mlp_layer=mlp_layer,
                     mlp_ratio=mlp_ratio,
                     proj_drop=proj_drop_rate,
                     drop_path=dpr[i],
@@ -857,6 +860,7 @@ default_cfgs = generate_default_cfgs(
         'hydra_vit_small.untrained': _cfg(),
         'hydra_vit_base.untrained': _cfg(),
         'hydra_vit_large.untrained': _cfg(),
+        'm2_vit_base.untrained': _cfg(),
     }
 )
 
@@ -901,3 +905,22 @@ def hydra_vit_large(pretrained: bool = False, **kwargs) -> HydraViT:
     """Hydra-ViT-Large. 323.8 M parameters."""
     model_args = dict(patch_size=16, embed_dim=1024, depth=48)
     return _create_hydra_vit('hydra_vit_large', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def m2_vit_base(pretrained: bool = False, **kwargs) -> HydraViT:
+    """M2-ViT-Base: long convolutions and block-diagonal MLPs in a ViT-B. 47.2 M parameters; the paper says 45 M.
+
+    Monarch Mixer (NeurIPS 2023, https://arxiv.org/abs/2310.12109) has no released vision code; this has the wrapper and
+    filters of its released language models, without their second long convolution.
+    """
+    model_args = dict(
+        patch_size=16,
+        embed_dim=768,
+        depth=12,
+        mixer='m2',
+        mixer_kwargs=dict(wrapper='m2', residual_conv=False),
+        mlp='blockdiag',
+        mlp_ratio=4.0,
+    )
+    return _create_hydra_vit('m2_vit_base', pretrained=pretrained, **dict(model_args, **kwargs))

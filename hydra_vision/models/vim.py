@@ -10,9 +10,9 @@ MLP. The residual stream is float32 under autocast as released, by the float32 p
 have a position for the class token as well; `checkpoint_filter_fn` adds it to the token, which is the same function.
 
 The published ImageNet-1K checkpoints of the three widths load, with `pretrained=True` and
-`pretrained_cfg_overlay=dict(file=FILE)`; their authors report 76.1, 80.5 and 81.9 % top-1 for them. No weights are hosted
-here: every variant is tagged `untrained`. Checkpoints that were fine-tuned with a stride of 8 need overlapping patches,
-which this patch embedding does not have.
+`pretrained_cfg_overlay=dict(file=FILE)`; their authors report 76.1, 80.5 and 81.9 % top-1 for them. No weights are
+hosted here: every variant is tagged `untrained`. Checkpoints that were fine-tuned with a stride of 8 need overlapping
+patches, which this patch embedding does not have.
 """
 
 from functools import partial

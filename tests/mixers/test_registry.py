@@ -25,9 +25,14 @@ def test_the_family():
 @pytest.mark.parametrize(
     ('name', 'kwargs', 'error', 'message'),
     [
-        ('caushy', {}, ValueError, r"mixer='caushy' \(did you mean 'cauchy'\?\); allowed: attention, cauchy, "),
+        ('caushy', {}, ValueError, r"mixer='caushy'; the nearest valid name is 'cauchy'; allowed: attention, cauchy, "),
         ('xyz', {}, ValueError, "mixer='xyz'; allowed: attention"),
-        ('cauchy', dict(qkdim=4), TypeError, r"takes no argument 'qkdim' \(did you mean 'qk_dim'\?\); it takes: bias"),
+        (
+            'cauchy',
+            dict(qkdim=4),
+            TypeError,
+            r"takes no argument 'qkdim'; the nearest valid name is 'qk_dim'; it takes: bias",
+        ),
         ('quasiseparable', dict(variant='add'), TypeError, "takes no argument 'variant'"),
         ('cauchy', dict(data_dependent=False), ValueError, r'Cauchy: .* needs grid_size=\(H, W\)'),
         ('dense', {}, ValueError, r'Dense: .* needs grid_size'),
