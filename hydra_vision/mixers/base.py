@@ -149,6 +149,29 @@ class Mixer(nn.Module):
         """The mixing matrix (B, H, L, L), for tests and pictures. float32, for float64 input float64."""
         raise NotImplementedError
 
+    def grid_parameters(self) -> Tuple[str, ...]:
+        """Names of the parameters that belong to the positions of ``self.tokens``."""
+        return ()
+
+    @torch.jit.ignore
+    def resampled_parameters(self, grid_size: GridSize) -> Dict[str, Tensor]:
+        """Values of the position parameters at another grid. The mixer stays as it is.
+
+        Raises:
+            ValueError: They cannot be resampled to it.
+        """
+        return {}
+
+    @torch.jit.ignore
+    def set_input_size(self, grid_size: GridSize) -> None:
+        """Make the mixer one for another grid, with its position parameters resampled to it.
+
+        Raises:
+            ValueError: They cannot be resampled to it; the mixer stays as it was.
+        """
+        if self.takes_grid:
+            self.tokens = self.tokens.resized(grid_size)
+
 
 class GatedMixer(Mixer):
     """Mixer with an input projection, a depthwise convolution, a gated RMSNorm and an output projection.
@@ -279,10 +302,6 @@ class MatrixMixer(GatedMixer):
         """Parameters, relative to this module, that should not use weight decay: those that belong to a position."""
         return set(self.grid_parameters())
 
-    def grid_parameters(self) -> Tuple[str, ...]:
-        """Names of the parameters that belong to the positions of ``self.tokens``."""
-        return ()
-
     def forward(self, u: Tensor, grid: Optional[Tuple[int, int]] = None) -> Tensor:
         """Mix the tokens.
 
@@ -371,26 +390,15 @@ class MatrixMixer(GatedMixer):
 
     @torch.no_grad()
     def resampled_parameters(self, grid_size: GridSize) -> Dict[str, Tensor]:
-        """Values of the position parameters at another grid. The mixer stays as it is.
-
-        Raises:
-            ValueError: They cannot be resampled to it.
-        """
         new = self.tokens.resized(grid_size)
         return {name: self._at(name, new).clone() for name in self.grid_parameters()}
 
     @torch.no_grad()
     def set_input_size(self, grid_size: GridSize) -> None:
-        """Resample the position parameters to another grid, in place.
-
-        Raises:
-            ValueError: They cannot be resampled to it; the mixer stays as it was.
-        """
-        if not self.takes_grid:
-            return
-        for name, value in self.resampled_parameters(grid_size).items():
-            setattr(self, name, nn.Parameter(value, requires_grad=getattr(self, name).requires_grad))
-        self.tokens = self.tokens.resized(grid_size)
+        if self.takes_grid:
+            for name, value in self.resampled_parameters(grid_size).items():
+                setattr(self, name, nn.Parameter(value, requires_grad=getattr(self, name).requires_grad))
+        super().set_input_size(grid_size)
 
     def extra_repr(self) -> str:
         text = f'headdim={self.headdim}, nheads={self.nheads}, data_dependent={self.data_dependent}'

@@ -187,7 +187,7 @@ class CheckpointAttention(Mixer):
             index = (rows.unsqueeze(1) * W + columns).flatten()
         else:
             s = self._segment_length(tokens)
-            index = torch.arange(s - 1, tokens.num_patches, s, device=t.device)
+            index = torch.arange(tokens.num_patches // s, device=t.device) * s + (s - 1)
         return index + tokens.num_prefix_tokens * (index >= tokens.prefix_start)
 
     def _prefix(self, t: Tensor, tokens: TokenGrid) -> Tensor:
@@ -195,13 +195,21 @@ class CheckpointAttention(Mixer):
 
     def _own_rows(self, t: Tensor, tokens: TokenGrid) -> Tensor:
         """(L,) Whether a token is a checkpoint that it sees: it must not count itself twice."""
-        own = torch.zeros(tokens.num_tokens, dtype=torch.bool, device=t.device)
         if self.causal:  # a token sees earlier checkpoints only
-            return own
-        index = self._prefix(t, tokens)
+            return torch.zeros(tokens.num_tokens, dtype=torch.bool, device=t.device)
         if self.checkpoint == 'last':
-            index = torch.cat([index, self._last_tokens(t, tokens)])
-        return own.index_fill(0, index, True)
+            own = torch.zeros(tokens.num_tokens, dtype=torch.bool, device=t.device)
+            return own.index_fill(0, torch.cat([self._prefix(t, tokens), self._last_tokens(t, tokens)]), True)
+        if self.takes_grid:  # the mean of a segment of one token is that token
+            (rows, columns), (r, c) = tokens.size, self.segment
+            y, x = torch.arange(rows, device=t.device), torch.arange(columns, device=t.device)
+            alone_y = y // r * r == rows - 1 if r > 1 else y >= 0  # a segment that begins in the last row
+            alone_x = x // c * c == columns - 1 if c > 1 else x >= 0
+            own = (alone_y.unsqueeze(1) & alone_x).flatten()
+        else:
+            own = torch.full((tokens.num_patches,), self._segment_length(tokens) == 1, device=t.device)
+        start, prefix = tokens.prefix_start, self._prefix(t, tokens) >= 0
+        return torch.cat([own[:start], prefix, own[start:]])
 
     def _mask(self, t: Tensor, tokens: TokenGrid) -> Optional[Tensor]:
         """(L, S) Whether token i sees checkpoint m; None where it sees all of them."""
@@ -301,6 +309,13 @@ class Scout(Mixer):
     @classmethod
     def layout_arguments(cls, kwargs: Mapping[str, Any]) -> Tuple[str, ...]:
         return CheckpointAttention.layout_arguments(kwargs)
+
+    @property
+    def tokens(self) -> TokenGrid:
+        return self.attention.tokens
+
+    def set_input_size(self, grid_size: GridSize) -> None:
+        self.attention.set_input_size(grid_size)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
