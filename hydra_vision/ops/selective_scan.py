@@ -145,6 +145,8 @@ def scan_recurrence(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> T
 
 def _cut(L: int, *tensors: Tensor) -> tuple[Tensor, ...]:
     """(B, L, ...) -> (B, n, Q, ...) with about as many chunks as tokens in each. Padded tokens have dt = 0."""
+    if torch.jit.is_tracing():
+        L = int(L)  # a tensor there
     chunks = max(1, round(L**0.5))
     Q = -(-L // chunks)
     chunks = -(-L // Q)

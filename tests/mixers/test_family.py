@@ -278,6 +278,10 @@ def test_half_precision_is_that_of_rounding_the_tokens(case):
         y = narrow(u.float())
     assert y.dtype == torch.bfloat16
     assert (y.double() - expected).norm() < 0.03 * expected.norm()
+    y = narrow.bfloat16()(u.bfloat16())
+    assert y.dtype == torch.bfloat16
+    expected = narrow.double()(u.bfloat16().double())  # of the rounded parameters
+    assert (y.double() - expected).norm() < 0.03 * expected.norm()
 
 
 class LargestTensor(TorchDispatchMode):
