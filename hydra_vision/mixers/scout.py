@@ -207,7 +207,8 @@ class CheckpointAttention(Mixer):
             alone_x = x // c * c == columns - 1 if c > 1 else x >= 0
             own = (alone_y.unsqueeze(1) & alone_x).flatten()
         else:
-            own = torch.full((tokens.num_patches,), self._segment_length(tokens) == 1, device=t.device)
+            fill = torch.ones if self._segment_length(tokens) == 1 else torch.zeros
+            own = fill(tokens.num_patches, dtype=torch.bool, device=t.device)
         start, prefix = tokens.prefix_start, self._prefix(t, tokens) >= 0
         return torch.cat([own[:start], prefix, own[start:]])
 
