@@ -199,7 +199,7 @@ class CheckpointAttention(Mixer):
             return torch.zeros(tokens.num_tokens, dtype=torch.bool, device=t.device)
         if self.checkpoint == 'last':
             own = torch.zeros(tokens.num_tokens, dtype=torch.bool, device=t.device)
-            return own.index_fill(0, torch.cat([self._prefix(t, tokens), self._last_tokens(t, tokens)]), True)
+            return own.index_fill(0, torch.cat([self._prefix(t, tokens), self._last_tokens(t, tokens)]), 1)
         if self.takes_grid:  # the mean of a segment of one token is that token
             (rows, columns), (r, c) = tokens.size, self.segment
             y, x = torch.arange(rows, device=t.device), torch.arange(columns, device=t.device)
