@@ -6,13 +6,14 @@
 
 from .attention import Attention, VitAttention
 from .base import MatrixMixer, Mixer
+from .cross import HydraCross
 from .dense import Dense, Fourier
 from .hydra import Hydra
 from .mamba import Mamba, Vim
 from .monarch import BlockDiagonalLinear, LongConv, Monarch, MonarchLinear, StructuredMlp
 from .pairwise import Cauchy, Vandermonde
 from .query_key import LowRank
-from .registry import arguments, create, layout_arguments, list_mixers, needs_grid, repeat_pattern
+from .registry import arguments, create, layout_arguments, list_mixers, needs_grid, pattern_table, repeat_pattern
 from .scout import CheckpointAttention, Scout
 from .semiseparable import Quasiseparable, Semiseparable
 from .toeplitz import Toeplitz
@@ -25,6 +26,7 @@ __all__ = [
     'Dense',
     'Fourier',
     'Hydra',
+    'HydraCross',
     'LongConv',
     'LowRank',
     'Mamba',
@@ -45,5 +47,6 @@ __all__ = [
     'layout_arguments',
     'list_mixers',
     'needs_grid',
+    'pattern_table',
     'repeat_pattern',
 ]

@@ -1,6 +1,6 @@
 """Attention as a matrix mixer, and timm's own attention as the control."""
 
-from typing import Optional
+from typing import ClassVar, Optional
 
 import torch
 import torch.nn as nn
@@ -9,7 +9,7 @@ from timm.layers import Attention as TimmAttention
 from torch import Tensor
 
 from ..ops.reference import accumulation_dtype
-from .base import Mixer, apply_matrix
+from .base import PATTERNS, Mixer, Patterns, apply_matrix
 from .grid import TokenGrid
 from .monarch import MonarchLinear
 from .query_key import QueryKeyMixer
@@ -20,17 +20,23 @@ __all__ = ['Attention', 'VitAttention']
 class Attention(QueryKeyMixer):
     """m_ij = softmax_j(q_i . k_j d^-1/2), by ``scaled_dot_product_attention``.
 
-    Data-independent: softmax over parameters, one matrix for all images.
+    Data-independent: softmax over parameters, one matrix for all images. ``causal`` and ``memory`` as in
+    ``QueryKeyMixer``.
 
     Args:
         d_model: Width of the tokens.
         qk_dim: Width d of a query; None for headdim, which flash kernels need (the paper's ablation has 16).
         data_dependent: Queries and keys from the tokens, or parameters.
         headdim: As in ``MatrixMixer``.
-        **wrapper: As in ``MatrixMixer``.
+        **wrapper: As in ``QueryKeyMixer``.
     """
 
     silu_extras = False
+    patterns: ClassVar[Patterns] = {
+        **QueryKeyMixer.patterns,
+        'noncausal cross': {},
+        'causal cross': {'causal': True},
+    }
 
     def __init__(
         self,
@@ -56,17 +62,26 @@ class Attention(QueryKeyMixer):
     def mix(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
         if self.data_dependent:
             q, k = self.queries_and_keys(extras, tokens)
-            return F.scaled_dot_product_attention(q, k, v.transpose(1, 2)).transpose(1, 2)
+            y = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=self.causal)
+            return y.transpose(1, 2)
         return apply_matrix(self.dense(v, extras, tokens), v)
 
     def dense(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
-        return _softmax_scores(*self.queries_and_keys(extras, tokens))
+        return _softmax_scores(*self.queries_and_keys(extras, tokens), self.causal)
+
+    def mix_memory(self, extras: Tensor, v: Tensor, extras_memory: Tensor) -> Tensor:
+        if not self.data_dependent:
+            return super().mix_memory(extras, v, extras_memory)
+        q, _ = self.queries_and_keys(extras, None)
+        _, k = self.queries_and_keys(extras_memory, None)
+        return F.scaled_dot_product_attention(q, k, v.transpose(1, 2)).transpose(1, 2)
 
 
 class VitAttention(Mixer, TimmAttention):
     """timm's ``Attention`` with a ``matrix``: what a ViT block has, for comparison. No convolution, no gate.
 
-    In a model with ``mlp_ratio=4`` and ``pos_embed='learn'`` the block is timm's ViT block.
+    In a model with ``mlp_ratio=4`` and ``pos_embed='learn'`` the block is timm's ViT block. ``forward`` is timm's: its
+    ``is_causal`` and ``attn_mask`` are there; ``cross`` attends to a memory.
 
     Args:
         d_model: Width of the tokens.
@@ -82,6 +97,7 @@ class VitAttention(Mixer, TimmAttention):
     """
 
     scriptable = True
+    patterns: ClassVar[Patterns] = {pattern: {} for pattern in PATTERNS}
 
     def __init__(
         self,
@@ -120,6 +136,13 @@ class VitAttention(Mixer, TimmAttention):
             self.scriptable = False
 
     @torch.jit.ignore
+    def cross(self, u: Tensor, memory: Tensor) -> Tensor:
+        """Attention of the tokens u (B, L, d_model) to a memory (B, any length, d_model), with the same parameters."""
+        q = self.qkv(u).unflatten(-1, (3, self.num_heads, -1))[:, :, 0].transpose(1, 2)
+        k, v = self.qkv(memory).unflatten(-1, (3, self.num_heads, -1))[:, :, 1:].permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    @torch.jit.ignore
     def matrix(self, u: Tensor) -> Tensor:
         """softmax(q k^T) (B, H, L, L) that this module applies to its v. float32, for float64 input float64."""
         qkv = self.qkv(u).unflatten(-1, (3, self.num_heads, self.head_dim))
@@ -135,6 +158,10 @@ class Concatenated(nn.ModuleList):
         return torch.cat([module(x) for module in self], dim=-1)
 
 
-def _softmax_scores(q: Tensor, k: Tensor) -> Tensor:
+def _softmax_scores(q: Tensor, k: Tensor, causal: bool = False) -> Tensor:
     acc = accumulation_dtype(q.dtype)
-    return (q.to(acc) @ k.to(acc).mT * q.shape[-1] ** -0.5).softmax(-1, dtype=acc)  # autocast narrows products
+    scores = q.to(acc) @ k.to(acc).mT * q.shape[-1] ** -0.5
+    if causal:
+        ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(ahead, float('-inf'))
+    return scores.softmax(-1, dtype=acc)  # autocast narrows products

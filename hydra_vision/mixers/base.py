@@ -24,10 +24,12 @@ from ..ops.reference import accumulation_dtype
 from .grid import GridSize, TokenGrid
 
 __all__ = [
+    'PATTERNS',
     'GatedMixer',
     'GatedRMSNorm',
     'MatrixMixer',
     'Mixer',
+    'Patterns',
     'apply_matrix',
     'causal_conv',
     'check_arguments',
@@ -109,6 +111,12 @@ class GatedRMSNorm(nn.Module):
         return f'{self.weight.shape[0]}, eps={self.eps}'
 
 
+# Of the Comprehensive Attention Benchmark (Zhang et al., ICML 2023). Self: among the tokens u. Cross: from tokens
+# ``memory`` to u. Causal: a token of u depends on no later token of u.
+PATTERNS = ('noncausal self', 'causal self', 'noncausal cross', 'causal cross')
+Patterns = Mapping[str, Mapping[str, Any]]  # the supported ones, with the arguments that each needs
+
+
 class Mixer(nn.Module):
     """Contract of a sequence mixer, (B, L, d_model) -> (B, L, d_model).
 
@@ -119,6 +127,7 @@ class Mixer(nn.Module):
     takes_grid = False  # whether forward takes the (H, W) of the patches
     needs_row_order = False  # whether the patches have to stand by rows
     hidden_arguments: ClassVar[Tuple[str, ...]] = ()  # of a parent class, fixed by this one
+    patterns: ClassVar[Patterns] = {'noncausal self': {}}
     scriptable: ClassVar[bool] = False  # by torch.jit.script, and traced through by torch.fx
 
     def __init_subclass__(cls, **kwargs) -> None:
@@ -302,30 +311,34 @@ class MatrixMixer(GatedMixer):
         """Parameters, relative to this module, that should not use weight decay: those that belong to a position."""
         return set(self.grid_parameters())
 
-    def forward(self, u: Tensor, grid: Optional[Tuple[int, int]] = None) -> Tensor:
+    def forward(self, u: Tensor, grid: Optional[Tuple[int, int]] = None, memory: Optional[Tensor] = None) -> Tensor:
         """Mix the tokens.
 
         Args:
             u: Tokens (B, L, d_model).
             grid: (H, W) of the patches where they are not those that the mixer has parameters for. Only mixers with
                 ``takes_grid`` have a use for it.
+            memory: Tokens (B, any length, d_model) to mix into u, instead of u itself: only mixers with a cross pattern
+                (``patterns``).
 
         Returns:
             (B, L, d_model).
 
         Raises:
-            ValueError: L or ``grid`` does not fit.
+            ValueError: L or ``grid`` does not fit, or the mixer has no cross pattern.
         """
-        return self.out_proj(self._inner(self.in_proj(u), grid))
-
-    def _inner(self, projected: Tensor, grid: Optional[Tuple[int, int]]) -> Tensor:
-        """Everything between the two projections."""
-        tokens = self._check_grid(projected.shape[1], grid)
+        projected = self.in_proj(u)
+        tokens = self._check_grid(u.shape[1], grid)
         z, v, extras = self._unpack(projected)
-        y = self.add_residual(self.mix(v, extras, tokens), v)
+        if memory is None:
+            y = self.mix(v, extras, tokens)
+        else:
+            _, v_memory, extras_memory = self._unpack(self.in_proj(memory))
+            y = self.mix_memory(extras, v_memory, extras_memory)
+        y = self.add_residual(y, v)
         acc = accumulation_dtype(projected.dtype)
         y = F.rms_norm(y.flatten(-2).to(acc), (self.d_inner,), self.norm.weight.to(acc), self.norm.eps)
-        return (y * F.silu(z.to(acc))).to(projected.dtype)
+        return self.out_proj((y * F.silu(z.to(acc))).to(projected.dtype))
 
     def _unpack(self, projected: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """z (B, L, d_inner), v (B, L, H, P) and extras (B, L, conv_extras + plain_extras), convolution done."""
@@ -357,6 +370,10 @@ class MatrixMixer(GatedMixer):
     def mix(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
         """M v, as fast as the structure allows. v (B, L, H, P) -> (B, L, H, P)."""
         raise NotImplementedError
+
+    def mix_memory(self, extras: Tensor, v: Tensor, extras_memory: Tensor) -> Tensor:
+        """M v for the extras of u and v (B, L_memory, H, P) and extras of the memory: (B, L, H, P)."""
+        raise ValueError(f'memory: {type(self).__name__} with these arguments mixes tokens with themselves only')
 
     def add_residual(self, y: Tensor, v: Tensor) -> Tensor:
         """What leaves the mixer: M v and v."""

@@ -7,7 +7,7 @@ ways.
 """
 
 import math
-from typing import Optional, Set, Tuple
+from typing import ClassVar, Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..ops.reference import accumulation_dtype
 from ..ops.selective_scan import SCAN_BACKENDS, selective_scan, selective_scan_matrix
-from .base import Mixer, causal_conv, check_sizes
+from .base import Mixer, Patterns, causal_conv, check_sizes
 from .hydra import check_step_sizes, init_dt_bias_
 
 __all__ = ['Mamba', 'Vim']
@@ -77,7 +77,8 @@ class Mamba(Mixer):
         ValueError: A size that does not fit, an unknown backend.
     """
 
-    directions: Tuple[str, ...] = ('',)
+    directions: ClassVar[Tuple[str, ...]] = ('',)
+    patterns: ClassVar[Patterns] = {'causal self': {}}
 
     def __init__(
         self,
@@ -189,7 +190,8 @@ class Vim(Mamba):
         **kwargs: As in ``Mamba``.
     """
 
-    directions = ('', '_b')
+    directions: ClassVar[Tuple[str, ...]] = ('', '_b')
+    patterns: ClassVar[Patterns] = {'noncausal self': {}}
 
     def __init__(self, d_model: int, **kwargs) -> None:
         super().__init__(d_model, **kwargs)

@@ -99,9 +99,9 @@ class Cauchy(_PairwiseMixer):
     """
 
     def __init__(
-        self, d_model: int, qk_dim: int = 16, *, data_dependent: bool = True, device=None, dtype=None, **wrapper
+        self, d_model: int, qk_dim: int = 16, *, data_dependent: bool = True, device=None, dtype=None, **kwargs
     ) -> None:
-        super().__init__(d_model, qk_dim, data_dependent=data_dependent, device=device, dtype=dtype, **wrapper)
+        super().__init__(d_model, qk_dim, data_dependent=data_dependent, device=device, dtype=dtype, **kwargs)
         if data_dependent:
             self.c = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
             self.reset_parameters()
@@ -123,7 +123,8 @@ class Cauchy(_PairwiseMixer):
         if self.data_dependent:
             a = a + 2 * self.c.to(a.dtype).clamp(min=0)
         M = _sum_of_reciprocals if torch.jit.is_tracing() else _SumOfReciprocals.apply  # a trace could not be saved
-        return M(a + 1e-8, b) * (v.shape[1] * self.qk_dim) ** -0.5
+        M = M(a + 1e-8, b) * self._scale(v, v.shape[1])
+        return torch.tril(M) if self.causal else M
 
 
 class Vandermonde(_PairwiseMixer):
@@ -152,4 +153,5 @@ class Vandermonde(_PairwiseMixer):
         q, k = (2 * math.pi * self.eps * t for t in self._wide(extras, tokens))
         total = _sum_of_cosines if torch.jit.is_tracing() else _SumOfCosines.apply  # a trace could not be saved
         M = total(q) - total(k).mT
-        return M * (2 * v.shape[1] * self.qk_dim) ** -0.5
+        M = M * (self._scale(v, v.shape[1]) * 2**-0.5)
+        return torch.tril(M) if self.causal else M

@@ -6,7 +6,8 @@ import torch.nn as nn
 
 from ..errors import nearest
 from .attention import Attention, VitAttention
-from .base import check_arguments, keyword_arguments
+from .base import PATTERNS, check_arguments, keyword_arguments
+from .cross import HydraCross
 from .dense import Dense, Fourier
 from .hydra import Hydra
 from .mamba import Mamba, Vim
@@ -17,7 +18,16 @@ from .scout import CheckpointAttention, Scout
 from .semiseparable import Quasiseparable, Semiseparable
 from .toeplitz import Toeplitz
 
-__all__ = ['arguments', 'create', 'layout_arguments', 'list_mixers', 'mixer_class', 'needs_grid', 'repeat_pattern']
+__all__ = [
+    'arguments',
+    'create',
+    'layout_arguments',
+    'list_mixers',
+    'mixer_class',
+    'needs_grid',
+    'pattern_table',
+    'repeat_pattern',
+]
 
 MIXERS: Dict[str, Type[nn.Module]] = {
     'hydra': Hydra,
@@ -59,6 +69,19 @@ def mixer_class(name: str) -> Type[nn.Module]:
 def arguments(name: str) -> Dict[str, Any]:
     """Keyword arguments of a mixer, with their defaults; without d_model, device and dtype."""
     return keyword_arguments(mixer_class(name))
+
+
+def pattern_table() -> List[Tuple[str, ...]]:
+    """Header and rows of a table: which of ``PATTERNS`` each mixer supports, and with which arguments."""
+    rows = [('mixer', *PATTERNS)]
+    for name, cls in [*sorted(MIXERS.items()), ('HydraCross', HydraCross)]:
+        cells = []
+        for pattern in PATTERNS:
+            needed = cls.patterns.get(pattern)
+            given = '' if needed is None else ', '.join(f'{key}={value!r}' for key, value in needed.items())
+            cells.append('no' if needed is None else given or 'yes')
+        rows.append((name, *cells))
+    return rows
 
 
 def layout_arguments(name: str, **kwargs) -> Tuple[str, ...]:

@@ -7,7 +7,7 @@ grid, their default size, class tokens as checkpoints. A layer of the paper is t
 of which has ``CheckpointAttention``: ``mixer=('hydra', 'checkpoint')``. ``Scout``, the two in one mixer, is ours.
 """
 
-from typing import Any, Mapping, Optional, Set, Tuple, Union
+from typing import Any, ClassVar, Mapping, Optional, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.reference import accumulation_dtype
-from .base import Mixer, check_arguments, check_sizes, keyword_arguments
+from .base import Mixer, Patterns, check_arguments, check_sizes, keyword_arguments
 from .grid import GridSize, TokenGrid
 from .hydra import Hydra
 from .mamba import Mamba, Vim
@@ -56,6 +56,8 @@ class CheckpointAttention(Mixer):
     Raises:
         ValueError: A value that is not allowed; a ``grid_size`` that is missing or has no use.
     """
+
+    patterns: ClassVar[Patterns] = {'noncausal self': {}, 'causal self': {'causal': True}}
 
     def __init__(
         self,

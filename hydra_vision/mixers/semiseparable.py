@@ -6,7 +6,7 @@ With shift they are the quasiseparable operator, without it one or two calls of 
 et al., "Hydra", NeurIPS 2024, tables 3 and 10.
 """
 
-from typing import Optional, Set, Tuple
+from typing import ClassVar, Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -17,7 +17,7 @@ from ..ops import quasiseparable_matrix, quasiseparable_mix
 from ..ops.dispatch import choose_backend
 from ..ops.reference import accumulation_dtype
 from ..ops.semiseparable import semiseparable_matrix, semiseparable_mix
-from .base import MatrixMixer
+from .base import MatrixMixer, Patterns
 from .grid import TokenGrid
 from .hydra import check_state_space, init_dt_bias_
 
@@ -69,6 +69,8 @@ class Semiseparable(MatrixMixer):
     Raises:
         ValueError: A size that does not fit, an unknown variant or backend.
     """
+
+    patterns: ClassVar[Patterns] = {'noncausal self': {}, 'causal self': {'variant': 'causal'}}
 
     def __init__(
         self,
@@ -234,6 +236,7 @@ class Quasiseparable(Semiseparable):
     """
 
     hidden_arguments = ('variant',)
+    patterns: ClassVar[Patterns] = {'noncausal self': {}}
 
     def __init__(self, d_model: int, d_state: int = 64, ngroups: int = 1, **kwargs) -> None:
         super().__init__(d_model, d_state, ngroups, variant='quasiseparable', **kwargs)

@@ -18,6 +18,7 @@ def cases(**common) -> dict:
     for name in ('attention', 'cauchy', 'low_rank', 'vandermonde'):
         for dd in (True, False):
             found[f'{name}-{"dd" if dd else "di"}'] = (name, dict(data_dependent=dd, qk_dim=3))
+        found[f'{name}-causal'] = (name, dict(causal=True, qk_dim=3))
     for dd in (True, False):
         found[f'toeplitz-{"dd" if dd else "di"}'] = ('toeplitz', dict(data_dependent=dd))
         for variant in SS_VARIANTS:
@@ -94,15 +95,17 @@ def entries(mixer: mixers.MatrixMixer, name: str, v: Tensor, extras: Tensor) -> 
         else:
             q, k = (t.transpose(0, 1)[None] for t in (mixer.q, mixer.k))
         q, k = q[:, :, :, None, :], k[:, :, None, :, :]  # rows and columns of (B, H, L, L, d)
+        seen = i >= j if mixer.causal else torch.ones(L, L, dtype=torch.bool)
+        size = (seen.sum(1, keepdim=True) * d).to(v.dtype) ** 0.5  # tokens that a row sees, times d
         if name == 'low_rank':
-            return (q * k).sum(-1) / (L * d) ** 0.5
+            return (q * k).sum(-1) * seen / size
         if name == 'attention':
-            return ((q * k).sum(-1) / d**0.5).softmax(-1)
+            return ((q * k).sum(-1) / d**0.5).masked_fill(~seen, float('-inf')).softmax(-1)
         if name == 'cauchy':
             c = mixer.c if mixer.data_dependent else 0.0
-            return (1 / (q.exp() + k.exp() + 2 * c + 1e-8)).sum(-1) / (L * d) ** 0.5
+            return (1 / (q.exp() + k.exp() + 2 * c + 1e-8)).sum(-1) * seen / size
         turns = (2 * math.pi * 1e-3 * q * j[..., None]).cos() - (2 * math.pi * 1e-3 * k * i[..., None]).cos()
-        return turns.sum(-1) / (2 * L * d) ** 0.5
+        return turns.sum(-1) * seen / (2**0.5 * size)
     if name == 'toeplitz':
         if mixer.data_dependent:
             ahead, behind = extras.mT.chunk(2, 1)  # (B, H, L)
