@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from ..ops.triton import hydra_inner
+from ..ops import hydra_inner
 
 __all__ = ['host_times', 'kernel_times', 'main']
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..ops import hydra_inner, quasiseparable_matrix
 from ..ops.dispatch import check_backend_name
-from ..ops.inner import unpack_zxbcdt
+from ..ops.inner import hydra_inner_late, scale_rows, unpack_zxbcdt
 from ..ops.reference import accumulation_dtype
 from .base import GatedMixer, check_sizes
 
@@ -182,10 +182,39 @@ class Hydra(GatedMixer):
         """Parameters, relative to this module, that should not use weight decay."""
         return {'A_log', 'D', 'dt_bias', 'init_states'}
 
+    @torch.jit.unused
+    def _forward_late(self, zxbcdt: Tensor) -> Tensor:
+        """``forward`` from in_proj's result on, the norm's factor a token applied after out_proj where the kernels can."""
+        y, factors = hydra_inner_late(
+            zxbcdt,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            self.fc_D.weight,
+            self.norm.weight,
+            headdim=self.headdim,
+            d_state=self.d_state,
+            ngroups=self.ngroups,
+            share_bc=self.share_bc,
+            dt_limit=(self.dt_limit_min, self.dt_limit_max),
+            init_states=self.init_states,
+            eps=self.norm.eps,
+            backend=self.backend,
+            # what replaces out_proj (an adapter, a quantised layer) need not be linear
+            late=type(self.out_proj) is nn.Linear and self.out_proj.bias is None,
+        )
+        out = self.out_proj(y)
+        return out if factors is None else scale_rows(out, factors)
+
     def forward(self, u: Tensor) -> Tensor:
         """Mix the tokens u (B, L, d_model)."""
+        zxbcdt = self.in_proj(u)
+        if not torch.jit.is_scripting() and isinstance(zxbcdt, Tensor) and zxbcdt.is_cuda:
+            return self._forward_late(zxbcdt)
         y = _hydra_inner(
-            self.in_proj(u),
+            zxbcdt,
             self.conv1d.weight,
             self.conv1d.bias,
             self.dt_bias,

@@ -23,7 +23,7 @@ def test_importing_the_package_imports_no_triton():
 
 
 def test_reason_without_a_device(monkeypatch):
-    from hydra_vision.ops.triton import unavailable_reason
+    from hydra_vision.ops.dispatch import _triton_reason as unavailable_reason
 
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
     if torch.cuda.is_available():

@@ -128,7 +128,7 @@ def test_inner_matches_the_dense_form(dtype, K, share_bc, init_states, bias, dt_
 
 
 def test_inner_of_a_slice_with_unaligned_rows():
-    from hydra_vision.ops.triton import hydra_inner
+    from triton_checks import hydra_inner
 
     tensors = [None if t is None else t.to(DEVICE) for t in inner_arguments(2, 9, 3, 16, 1, 16)]
     whole = torch.nn.functional.pad(tensors[0], (1, 2))
@@ -203,7 +203,7 @@ def test_scores_beyond_the_range_of_float16(layout):
 
 
 def test_saved_tensors_given_back_in_another_layout():
-    from hydra_vision.ops.triton import hydra_inner
+    from triton_checks import hydra_inner
 
     def other_layout(t):
         return t.transpose(0, 1).contiguous().transpose(0, 1) if t.ndim > 1 else t
@@ -216,7 +216,8 @@ def test_saved_tensors_given_back_in_another_layout():
 
 
 def test_empty_batch():
-    from hydra_vision.ops.triton import hydra_inner, quasiseparable_mix
+    from hydra_vision.ops.triton.api import quasiseparable_mix
+    from triton_checks import hydra_inner
 
     tensors = [None if t is None else t.to(DEVICE) for t in inner_arguments(0, 9, 2, 16, 1, 16)]
     y, *grads = value_and_grads(lambda a: hydra_inner(*a[:8], headdim=16, d_state=16), tensors)
@@ -228,7 +229,7 @@ def test_empty_batch():
 
 
 def test_repetition_is_bitwise_equal():
-    from hydra_vision.ops.triton import hydra_inner
+    from triton_checks import hydra_inner
 
     tensors = [None if t is None else t.to(DEVICE) for t in inner_arguments(2, 33, 2, 16, 1, 16)]
     first, second = (value_and_grads(lambda a: hydra_inner(*a[:8], headdim=16, d_state=16), tensors) for _ in range(2))
@@ -236,7 +237,7 @@ def test_repetition_is_bitwise_equal():
 
 
 def test_second_derivative_is_refused():
-    from hydra_vision.ops.triton import quasiseparable_mix
+    from hydra_vision.ops.triton.api import quasiseparable_mix
 
     arguments = [None if t is None else t.to(DEVICE).requires_grad_() for t in mix_arguments(1, 3, 1, 16, 1, 16)]
     y = quasiseparable_mix(*arguments)
@@ -245,7 +246,8 @@ def test_second_derivative_is_refused():
 
 
 def test_transforms_are_refused():
-    from hydra_vision.ops.triton import hydra_inner, quasiseparable_mix
+    from hydra_vision.ops.triton.api import quasiseparable_mix
+    from triton_checks import hydra_inner
 
     arguments = [None if t is None else t.to(DEVICE) for t in mix_arguments(1, 3, 1, 16, 1, 16)]
     with pytest.raises(RuntimeError, match=r'transforms of torch\.func'):
@@ -268,7 +270,8 @@ def test_operators_pass_opcheck():
     tests = ('test_schema', 'test_faketensor', 'test_autograd_registration')
     tensors = [None if t is None else t.to(DEVICE).requires_grad_() for t in inner_arguments(1, 9, 2, 16, 1, 16)]
     numbers = (16, 16, 1, False, 0.0, float('inf'), 1e-5)
-    torch.library.opcheck(hydra_inner_op, (*tensors, *numbers), test_utils=tests)
+    for late in (False, True):
+        torch.library.opcheck(hydra_inner_op, (*tensors, *numbers, late), test_utils=tests)
     arguments = [None if t is None else t.to(DEVICE).requires_grad_() for t in mix_arguments(1, 9, 2, 16, 1, 16)]
     torch.library.opcheck(quasiseparable_mix_op, tuple(arguments), test_utils=tests)
 
@@ -304,7 +307,8 @@ def test_export():
 
 def test_tuning_reports_what_runs_and_what_does_not(monkeypatch, capsys):
     """The measuring loop; times mean nothing here. A candidate with wrong results is named as such."""
-    from hydra_vision.ops.triton import plan, quasiseparable_mix, tune
+    from hydra_vision.ops.triton import plan, tune
+    from hydra_vision.ops.triton.api import quasiseparable_mix
     from hydra_vision.ops.triton.table import Launch
 
     def arguments(*sizes):

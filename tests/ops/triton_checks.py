@@ -1,6 +1,7 @@
 """What the tests of the Triton kernels share: inputs, the float64 reference, and the bound that an error must keep."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor
 
 from hydra_vision.ops.inner import hydra_inner as any_backend_inner
 from hydra_vision.ops.reference import mix_dense
-from hydra_vision.ops.triton import hydra_inner, quasiseparable_mix
+from hydra_vision.ops.triton.api import quasiseparable_mix
+
+hydra_inner = partial(any_backend_inner, backend='triton')
 
 MIX_NAMES = ('x', 'dt_f', 'dt_b', 'A', 'B_f', 'C_f', 'B_b', 'C_b', 'D', 'init_states')
 INNER_NAMES = (

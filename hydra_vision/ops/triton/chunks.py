@@ -79,23 +79,21 @@ def chunk_tables_kernel(
 
 @triton.jit
 def chunk_scores_kernel(
-    row_l,  # (B, L, 64) rows of a common stride: what the rows contribute to columns on the left
-    col_l,
-    row_r,  # and on the right
-    col_r,
+    B_f,  # (B, L, 64), common strides
+    C_f,
+    B_b,
+    C_b,
     S,  # (B * nC, ROWS, ROWS) out
-    blocks,  # (B * nC, ROWS, 16) out: the 16 x 16 blocks of S on the diagonal
+    ST,  # the same transposed, out, where TRANSPOSED
+    blocks,  # (B * nC, ROWS, 16) out: the 16 x 16 blocks on the diagonal, of S^T where TRANSPOSED
     stride_b,
     stride_l,
     L,
     nC,
-    ROW_L: tl.constexpr,  # tokens between a row and what it reads
-    COL_L: tl.constexpr,
-    ROW_R: tl.constexpr,
-    COL_R: tl.constexpr,
     ROWS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
-    """S[i, j] = row_l[i] . col_l[j] below the diagonal, row_r[i] . col_r[j] above it, a tile of 64 x 64 a program."""
+    """S[i, j] = C_f[i - 1] . B_f[j] below the diagonal, C_b[i + 1] . B_b[j] above it, a tile of 64 x 64 a program."""
     chunk = tl.program_id(0).to(tl.int64)
     I = tl.program_id(1)
     J = tl.program_id(2)
@@ -107,17 +105,21 @@ def chunk_scores_kernel(
     j = first + J * 64 + t
     s = tl.zeros((64, 64), tl.float32)
     if I >= J:
-        r = load_rows(row_l + base, i + ROW_L, n, stride_l, L)
-        c = load_cols(col_l + base, j + COL_L, n, stride_l, L)
+        r = load_rows(C_f + base, i - 1, n, stride_l, L)
+        c = load_cols(B_f + base, j, n, stride_l, L)
         s += tl.where(i[:, None] > j[None, :], tl.dot(r, c), 0.0)
     if I <= J:
-        r = load_rows(row_r + base, i + ROW_R, n, stride_l, L)
-        c = load_cols(col_r + base, j + COL_R, n, stride_l, L)
+        r = load_rows(C_b + base, i + 1, n, stride_l, L)
+        c = load_cols(B_b + base, j, n, stride_l, L)
         s += tl.where(i[:, None] < j[None, :], tl.dot(r, c), 0.0)
     # rows of padding would read C beyond their own token: row L pairs C_f[L - 1] with nothing
     s = tl.where((i < L)[:, None] & (j < L)[None, :], s, 0.0).to(S.dtype.element_ty)
     ti = I * 64 + t
-    tl.store(S + chunk * (ROWS * ROWS) + ti[:, None] * ROWS + J * 64 + t[None, :], s)
+    tj = J * 64 + t
+    tl.store(S + chunk * (ROWS * ROWS) + ti[:, None] * ROWS + tj[None, :], s)
+    if TRANSPOSED:
+        s = tl.trans(s)
+        tl.store(ST + chunk * (ROWS * ROWS) + tj[:, None] * ROWS + ti[None, :], s)
     if I == J:
         same = (t // 16)[:, None] == (t // 16)[None, :]
         tl.store(blocks + chunk * (ROWS * 16) + ti[:, None] * 16 + (t % 16)[None, :], s, mask=same)
@@ -296,7 +298,7 @@ def chunk_bc_grads_kernel(
             plane = direction * 512 + 256
             own_ptr = B_f if direction == 0 else B_b
             sign = -1.0
-        own = load_rows(own_ptr + base, rows + tl.where(is_c, shift, 0), n, stride_l, L).to(tl.float32)  # (64, N)
+        own = load_rows(own_ptr + base, rows + tl.where(is_c, shift, 0), n, stride_l, L)  # (64, N)
         for h in tl.range(0, H, num_stages=STAGES):
             head = chunk * H + h
             st_ptr = st_all + (((b * H + h) * 2 + direction) * nC + c) * 4096
@@ -304,8 +306,7 @@ def chunk_bc_grads_kernel(
             v = load_rows(v_all + h * 64, rows, t, stride_v, L)  # (64, P)
             e = tl.load(table + head * 1024 + plane + tile * 64 + t)
             total = tl.where(is_c, 0.0, tl.load(totals + head * 2 + direction))
-            vw = (v.to(tl.float32) * tl.exp2(sign * e + total)[:, None]).to(st.dtype)
-            share = tl.dot(vw, st)  # (64, N)
+            share = tl.dot(v, st) * tl.exp2(sign * e + total)[:, None]  # (64, N)
             acc += share
             tl.store(outer + (head * 4 + which) * 256 + tile * 64 + t, tl.sum(share * own, axis=1))
     out = target + b * stride_ob + n[None, :]
@@ -583,18 +584,15 @@ def tables(c: Chunks, source: Any, both: bool) -> tuple[Tensor, Tensor, Tensor]:
     return table, transposed, totals
 
 
-def scores(c: Chunks, bc: tuple[Tensor, ...], transposed: bool) -> tuple[Tensor, Tensor]:
-    """S or S^T (B * nC, rows, rows) and its 16 x 16 blocks on the diagonal (B * nC, rows, 16), bfloat16."""
-    B_f, C_f, B_b, C_b = bc
+def scores(c: Chunks, bc: tuple[Tensor, ...], transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """S and, where ``transposed``, S^T (B * nC, rows, rows), the blocks on its diagonal (B * nC, rows, 16), bfloat16."""
     S = c.empty(c.B * c.nC, c.rows, c.rows, dtype=c.wide)
+    ST = torch.empty_like(S) if transposed else S
     blocks = c.empty(c.B * c.nC, c.rows, 16, dtype=c.wide)
-    operands = (B_b, C_b, B_f, C_f) if transposed else (C_f, B_f, C_b, B_b)
-    steps = (0, 1, 0, -1) if transposed else (-1, 0, 1, 0)
     launch(chunk_scores_kernel, (c.B * c.nC, c.NT, c.NT),
-        *operands, S, blocks, B_f.stride(0), B_f.stride(1), c.L, c.nC,
-        **dict(zip(('ROW_L', 'COL_L', 'ROW_R', 'COL_R'), steps)), ROWS=c.rows, num_warps=4,
+        *bc, S, ST, blocks, bc[0].stride(0), bc[0].stride(1), c.L, c.nC, ROWS=c.rows, TRANSPOSED=transposed, num_warps=4,
     )  # fmt: skip
-    return S, blocks
+    return S, ST, blocks
 
 
 def states(
@@ -629,7 +627,7 @@ def forward(
     from .hopper import mix_chunks
 
     table, _, totals = tables(c, source, both=False)
-    S, blocks = scores(c, bc, transposed=False)
+    S, _, blocks = scores(c, bc, transposed=False)
     entering = states(c, bc[0], bc[2], x, table, totals)[0] if c.nC > 1 else None
     squares = None if z is None else c.empty(c.B, c.H, c.L)
     mix_chunks(c, x, out, S, blocks, table, diag, entering, (bc[1], bc[3]), gate=None if z is None else (z, weight, squares))
@@ -692,8 +690,7 @@ def backward(
 
     B_f, C_f, B_b, C_b = bc
     table, transposed, totals = tables(c, source, both=True)
-    S, _ = scores(c, bc, transposed=False)
-    ST, blocks = scores(c, bc, transposed=True)
+    S, ST, blocks = scores(c, bc, transposed=True)
     entering = leaving = through = None
     if c.nC > 1:
         entering, _ = states(c, B_f, B_b, x, table, totals)

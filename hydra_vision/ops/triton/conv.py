@@ -245,18 +245,26 @@ def conv7_backward_kernel(
     sb = zero
     n0 = _row(u_b, first + 3, stride_l, cols, ok, L, ALIGN)
     n1 = _row(u_b, first + 4, stride_l, cols, ok, L, ALIGN)
+    n2 = _row(u_b, first + 5, stride_l, cols, ok, L, ALIGN)
+    n3 = _row(u_b, first + 6, stride_l, cols, ok, L, ALIGN)
     m0 = _row(g_b, first, C, cols, ok, L, 1)
     m1 = _row(g_b, first + 1, C, cols, ok, L, 1)
+    m2 = _row(g_b, first + 2, C, cols, ok, L, 1)
+    m3 = _row(g_b, first + 3, C, cols, ok, L, 1)
     for start_t in range(first, stop + 3, 7):
         for step in tl.static_range(7):  # seven steps bring every row of the window back to its own register
             t = start_t + step
             x6 = n0.to(tl.float32)
             grad = m0.to(tl.float32)
             n0 = n1
+            n1 = n2
+            n2 = n3
             m0 = m1
-            # two rows ahead are on their way
-            n1 = _row(u_b, t + 5, stride_l, cols, ok, L, ALIGN)
-            m1 = _row(g_b, t + 2, C, cols, ok, L, 1)
+            m1 = m2
+            m2 = m3
+            # four rows ahead are on their way
+            n3 = _row(u_b, t + 7, stride_l, cols, ok, L, ALIGN)
+            m3 = _row(g_b, t + 4, C, cols, ok, L, 1)
             pre = bv + _tap7(x0, x1, x2, x3, x4, x5, x6, w0, w1, w2, w3, w4, w5, w6)
             d0 = grad * _silu_gradient(pre)
             back = _tap7(d0, d1, d2, d3, d4, d5, d6, w0, w1, w2, w3, w4, w5, w6)  # row t-3

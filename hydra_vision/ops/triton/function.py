@@ -48,8 +48,8 @@ class HydraInner(torch.autograd.Function):
     def forward(ctx: Any, late: bool, *arguments: Any) -> tuple[Tensor, Tensor]:
         """Tensors and numbers in the order of ``InnerArguments``. Returns out and factors as ``inner_forward``."""
         a = InnerArguments(*arguments)
-        out, factors, *saved = inner_forward(a, late)
-        ctx.save_for_backward(*arguments[:9], out, *saved)
+        out, factors, y, rstd, diag = inner_forward(a, late)
+        ctx.save_for_backward(*arguments[:9], out, y, rstd if rstd.ndim == 2 else factors, diag)
         ctx.late, ctx.numbers = late, arguments[9:]
         ctx.mark_non_differentiable(factors)
         return out, factors

@@ -349,7 +349,7 @@ def _warpgroup(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=['L', 'H', 'turns', 'nC'])
 def mix_chunk_kernel(
     v_desc,  # (B, L, >= H * 64): boxes (1, 64, 64)
     z_desc,  # (B, L, >= H * 64), where GATE
@@ -559,7 +559,7 @@ def _conv_tile(
     return acc
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=['L', 'H', 'tiles'])
 def conv_diagonal_kernel(
     x,  # (B, L, C), rows of SL elements: x, B, C before the convolution
     taps,  # (8, C) float32: the seven weights and the bias
@@ -765,7 +765,7 @@ def _score_grads_group(
         )  # fmt: skip
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=['L', 'H', 'nC'])
 def score_grads_kernel(
     x_desc,  # (B, L, >= H * 64): boxes (1, 64, 64)
     y_desc,  # (B, L, >= H * 64)

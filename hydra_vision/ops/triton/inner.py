@@ -155,7 +155,7 @@ def inner_forward(a: InnerArguments, late: bool) -> tuple[Tensor, Tensor, Tensor
     """out (B, L, d_inner); the factors of its rows (B, L) float32; for the backward y, rstd (B, L), diagonal (B, H, L).
 
     late: where the kernels allow it, out is y * weight * SiLU(z) and its rows are still to be multiplied by the factors,
-    after out_proj; elsewhere the factors are empty, (0,), and out is complete.
+    after out_proj; these are rstd, which is empty then. Elsewhere the factors are empty, (0,), and out is complete.
 
     y is (B, L, d_inner) in float16; in other dtypes it is empty, as the backward reads ``out`` instead (norm.py).
     """
@@ -170,7 +170,8 @@ def inner_forward(a: InnerArguments, late: bool) -> tuple[Tensor, Tensor, Tensor
         out, y, rstd, diag = _run(a, 'forward', partial(_forward_kernels, a, plan))
         return out, rstd.new_empty(0), y, rstd, diag
     out, rstd, diag = _run(a, 'late' if late else 'normalised', partial(_chunk_forward_kernels, a, plan, c, late))
-    return out, rstd if late else rstd.new_empty(0), out.new_empty(0), rstd, diag
+    nothing = rstd.new_empty(0)
+    return out, *((rstd, out.new_empty(0), nothing) if late else (nothing, out.new_empty(0), rstd)), diag
 
 
 def _run(a: InnerArguments, name: str, kernels: partial, *others: Tensor) -> Results:
@@ -244,7 +245,7 @@ def inner_backward(
 ) -> tuple[Optional[Tensor], ...]:
     """Gradients in the order of ``InnerArguments``: zxbcdt, conv_weight, ..., norm_weight, init_states.
 
-    late, out, y, rstd, diag: of ``inner_forward``. dout: the gradient of out; where its rows were still to be
+    late, out, y, rstd, diag: of ``inner_forward``, rstd or the factors. dout: the gradient of out; where its rows were still to be
     multiplied by their factors, this is the gradient with the factors taken for constants: what they depend on is here.
     """
     plan = a.plan()

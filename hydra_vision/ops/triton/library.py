@@ -64,7 +64,8 @@ def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weigh
     rstd = zxbcdt.new_empty(B, L, dtype=torch.float32)
     y = torch.empty_like(out) if zxbcdt.dtype == torch.float16 else zxbcdt.new_empty(0)
     fits = in_chunks(zxbcdt.device, zxbcdt.dtype, H, headdim, ngroups, d_state, conv_weight.shape[-1], init_states is not None)
-    factors = torch.empty_like(rstd) if late and fits else rstd.new_empty(0)
+    nothing = rstd.new_empty(0)
+    factors, rstd = (rstd, nothing) if late and fits else (nothing, rstd)
     return out, factors, y, rstd, zxbcdt.new_empty(B, H, L, dtype=torch.float32)
 
 
@@ -107,8 +108,8 @@ def _(dout, out, y, rstd, diag, *arguments):
 
 
 def _inner_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    out, _, *saved = output
-    ctx.save_for_backward(*inputs[:_TENSORS], out, *saved)
+    out, factors, y, rstd, diag = output
+    ctx.save_for_backward(*inputs[:_TENSORS], out, y, rstd if rstd.ndim == 2 else factors, diag)
     ctx.numbers = inputs[_TENSORS:]
     ctx.mark_non_differentiable(*output[1:])
 

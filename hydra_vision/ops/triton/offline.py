@@ -144,8 +144,8 @@ def problem_launches(
                 empty(B, L, d_inner + width + 2 * H, dtype=dtype), empty(width, 1, 7), empty(width), empty(H), empty(H),
                 empty(H), empty(H, d_inner), empty(d_inner), start, P, N, G, share_bc, (0.0, float('inf')), 1e-5,
             )  # fmt: skip
-            out, *saved = inner_forward(a)
-            inner_backward(a, out, *saved, out)
+            out, _, *saved = inner_forward(a, True)
+            inner_backward(a, True, out, *saved, out)
         else:
             x, dt, bc = empty(B, L, H, P, dtype=dtype), empty(B, L, H), empty(B, L, G, N, dtype=dtype)
             arguments = (x, dt, dt, empty(H), bc, bc, bc, bc, empty(B, L, H), start)

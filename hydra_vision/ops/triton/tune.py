@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from ..chunked import mix_chunked
-from . import quasiseparable_mix
+from .api import quasiseparable_mix
 from .plan import forced_launch
 from .table import DTYPES, Launch, bucket, launch_for
 
