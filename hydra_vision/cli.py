@@ -86,7 +86,7 @@ def _models(argv: list[str]) -> int:
     parser.add_argument('pattern', nargs='?', default='*', help="shell-style pattern, for example '*tiny*'")
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
     arguments = parser.parse_args(argv)
-    from .bench.counting import COUNTED, family_models
+    from .flops import COUNTED, family_models
     from .tables import make_table, stdout_console
 
     names = family_models()
@@ -121,7 +121,7 @@ def _models(argv: list[str]) -> int:
 def _describe_model(name: str) -> dict[str, Any]:
     from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
-    from .bench.counting import count_model
+    from .flops import count_model
 
     tags = [cfg.tag for cfg in get_arch_pretrained_cfgs(name).values() if cfg.has_weights]
     input_size = get_pretrained_cfg(name).input_size

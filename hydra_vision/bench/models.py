@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .counting import count_model, create_model
+from ..flops import count_model, create_model
 from .memory import allocated, peak_above, release
 from .roofline import Roofline
 from .timing import Timing, measure

@@ -10,7 +10,7 @@ import torch
 from ..command_line import UserError, check_model_name, nearest
 from ..ops.dispatch import BACKENDS
 from .arguments import DEFAULTS
-from .counting import count_model, family_models
+from ..flops import count_model, family_models
 from .goals import goal_cases
 from .models import MODES, Case
 from .operators import ATTENTION, OperatorCase, Shape

@@ -2,7 +2,7 @@ import pytest
 import timm
 import torch
 
-from hydra_vision.bench.counting import count_model
+from hydra_vision.flops import count_model
 from hydra_vision.train import cost
 from hydra_vision.train.config import Config
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hydra_vision.bench.counting import Counts, count_model, create_model, family_models
+from hydra_vision.flops import Counts, count_model, create_model, family_models
 
 
 def test_family_holds_our_models_only():
