@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
-from .command_line import Parser, UserError, nearest
+from .console import Parser
+from .errors import UserError, nearest
 from .version import __version__
 
 __all__ = ['main']
@@ -24,7 +25,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         argv: Arguments without the program's name; None takes them from the command line.
 
     Returns:
-        Exit code: 0; 2 for what the user can mend (one line on stderr); 130 after Ctrl-C; `train` has its own.
+        Exit code: 0; 1 for work that had begun and failed, 2 for bad input (one line on stderr each); 130 after Ctrl-C.
+            `train` stopped by a signal: 128 + its number.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     # Everything after the subcommand's name, --help too, belongs to the subcommand's own parser.
@@ -33,7 +35,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return _COMMANDS[arguments.command][0](argv[1:])
     except UserError as error:
         print(f'{PROG} {arguments.command}: error: {error}', file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         return 130
@@ -46,8 +48,8 @@ def _env(argv: list[str]) -> int:
     parser = Parser(prog=f'{PROG} env', description=_COMMANDS['env'][1])
     parser.add_argument('--json', action='store_true', help='print JSON instead of tables')
     arguments = parser.parse_args(argv)
+    from .console import make_table, stdout_console
     from .environment import environment
-    from .tables import make_table, stdout_console
 
     facts = environment()
     if arguments.json:
@@ -86,8 +88,8 @@ def _models(argv: list[str]) -> int:
     parser.add_argument('pattern', nargs='?', default='*', help="shell-style pattern, for example '*tiny*'")
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
     arguments = parser.parse_args(argv)
+    from .console import make_table, stdout_console
     from .flops import COUNTED, family_models
-    from .tables import make_table, stdout_console
 
     names = family_models()
     chosen = fnmatch.filter(names, arguments.pattern)

@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 import torch
 
-from .command_line import UserError
+from .errors import UserError
 from .ops.dispatch import backend_reasons, default_backend
 from .version import __version__
 

@@ -6,7 +6,8 @@ from typing import Any, Optional
 
 import torch
 
-from ..command_line import Parser, UserError, comma_list, positive, positive_list
+from ..console import Parser, comma_list, positive, positive_list
+from ..errors import UserError
 from ..ops.dispatch import BACKENDS
 from .models import MODES
 from .peers import PEERS, SCANS

@@ -12,9 +12,10 @@ from typing import Any, Optional
 import torch
 from rich.console import Console
 
-from ..command_line import UserError, make_output
+from ..console import stdout_console
 from ..environment import device_name, environment
-from ..tables import stdout_console
+from ..errors import UserError
+from ..io import make_output
 from .arguments import DEFAULTS, DTYPES, check_combination, choose_device, make_parser
 from .goals import Verdict, check_goals, check_operator_goals
 from .models import MODES, Case, Result, groups, run_group

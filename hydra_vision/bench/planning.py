@@ -7,7 +7,8 @@ from typing import Optional
 
 import torch
 
-from ..command_line import UserError, check_model_name, nearest
+from ..console import check_model_name
+from ..errors import UserError, nearest
 from ..ops.dispatch import BACKENDS
 from .arguments import DEFAULTS
 from ..flops import count_model, family_models

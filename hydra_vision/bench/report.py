@@ -8,8 +8,8 @@ from typing import Any, Optional
 
 from rich.table import Table
 
-from ..tables import make_table
-from ..train.checkpoint import write_text
+from ..console import make_table
+from ..io import write_text
 from .goals import Verdict
 from .models import Result
 from .operators import ATTENTION, OperatorResult

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
+from ..console import make_table, stdout_console
 from ..environment import device_name, versions
-from ..tables import make_table, stdout_console
-from ..train.checkpoint import write_text
+from ..io import write_text
 
 Rows = list[dict[str, float]]
 

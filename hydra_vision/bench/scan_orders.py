@@ -19,10 +19,11 @@ from hydra_vision.bench.arguments import choose_device
 from hydra_vision.bench.models import fresh_compiler
 from hydra_vision.bench.report import write_csv
 from hydra_vision.bench.turns import failed, time_in_turns
-from hydra_vision.command_line import UserError, check_model_name, make_output, positive
+from hydra_vision.console import check_model_name, make_table, positive, stdout_console
 from hydra_vision.environment import device_name
+from hydra_vision.errors import UserError
+from hydra_vision.io import make_output
 from hydra_vision.models.scan_order import SCAN_ORDERS
-from hydra_vision.tables import make_table, stdout_console
 
 __all__ = ['main']
 

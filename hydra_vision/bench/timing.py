@@ -14,7 +14,7 @@ from typing import Optional, TypeVar
 
 import torch
 
-from ..command_line import positive
+from ..console import positive
 
 __all__ = ['MIN_ROUNDS', 'Clock', 'Timing', 'clock_for', 'cuda_seconds', 'measure', 'rounds', 'wall_seconds']
 

@@ -6,7 +6,7 @@ from typing import Optional
 
 import torch
 
-from ..train.errors import first_line
+from ..errors import first_line
 from .memory import allocated, peak_above, release
 from .models import OUT_OF_MEMORY
 from .timing import Step, Timing, measure

@@ -13,8 +13,7 @@ from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
-from ..command_line import nearest
-from ..optional import require
+from ..errors import nearest, require
 from .pyramid import SimpleFeaturePyramid, isotropic_backbone, last_map
 
 __all__ = ['PyramidBackbone', 'coco_scores', 'detector']

@@ -11,8 +11,8 @@ from typing import Any, Optional, Union
 import torch
 from torch import nn
 
-from ..optional import require
-from ..paths import why_unwritable
+from ..errors import require
+from ..io import why_unwritable
 
 __all__ = ['ExportReport', 'export_aoti', 'export_onnx']
 

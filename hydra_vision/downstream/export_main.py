@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-from ..command_line import Parser, UserError
+from ..console import Parser, make_table, stdout_console
+from ..errors import UserError
 from ..features.options import add_model_options, backbone_from
-from ..tables import make_table, stdout_console
 from .export import TOLERANCE, export_aoti, export_onnx
 
 __all__ = ['main']

@@ -8,7 +8,7 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import nn
 
-from ..command_line import nearest
+from ..errors import nearest
 
 __all__ = ['SimpleFeaturePyramid', 'isotropic_backbone', 'last_map']
 

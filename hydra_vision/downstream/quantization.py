@@ -4,7 +4,7 @@ import copy
 
 from torch import nn
 
-from ..optional import require
+from ..errors import require
 
 __all__ = ['quantized']
 

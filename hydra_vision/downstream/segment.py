@@ -15,11 +15,10 @@ from PIL import Image
 from rich.progress import Progress
 from torch.utils.data import DataLoader
 
-from ..command_line import Parser, UserError
+from ..console import Parser, stdout_console
 from ..environment import device_name, environment
+from ..errors import UserError, require
 from ..features.backbone import pick_device
-from ..optional import require
-from ..tables import stdout_console
 from .sharing import WEIGHTS, write_tensors
 
 __all__ = ['main']

@@ -12,8 +12,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..command_line import UserError
-from ..optional import require
+from ..errors import UserError, require
 from ..train.randomness import random_state, set_random_state
 from .smp import register_smp_encoder
 

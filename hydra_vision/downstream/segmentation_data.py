@@ -12,7 +12,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from ..command_line import UserError
+from ..errors import UserError
 
 __all__ = ['SegmentationFolder', 'eval_transform', 'read_classes', 'train_transform']
 

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 from rich.table import Table
 
-from ..tables import make_table
+from ..console import make_table
 
 __all__ = ['iou_table', 'plot_predictions', 'summary_table', 'write_curve']
 

@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
-from ..command_line import UserError
+from ..errors import CheckpointError, UserError
 from ..train.checkpoint import KEPT, LAST, newest_checkpoint, save_checkpoint
-from ..train.errors import CheckpointError
 
 __all__ = ['load_state', 'remove_states', 'save_state']
 

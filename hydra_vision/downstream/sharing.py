@@ -19,7 +19,7 @@ from timm.layers import to_2tuple
 from timm.utils import unwrap_model
 from torch import nn
 
-from ..paths import why_unwritable
+from ..io import why_unwritable
 from ..version import __version__
 
 __all__ = ['CONFIG', 'WEIGHTS', 'constructor_args', 'push_to_hub', 'save_pretrained', 'write_tensors']

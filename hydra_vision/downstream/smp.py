@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..optional import require
+from ..errors import require
 from .pyramid import SimpleFeaturePyramid, isotropic_backbone, last_map
 
 __all__ = ['PyramidEncoder', 'register_smp_encoder']

@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from ..command_line import Parser, UserError
+from ..console import Parser, make_table, stdout_console
+from ..errors import UserError
 from ..features import Backbone, FeatureError, Features, extract, load_features, open_images
 from ..features.backbone import pick_device
 from ..features.files import FORMATS
 from ..features.main import show_progress
 from ..features.options import add_image_options, add_model_options, add_run_options, backbone_from, integers, numbers
 from ..features.pooling import check_layers
-from ..tables import make_table, stdout_console
 from . import knn, probe
 from .features import Split, check_same, class_names, paired_splits
 

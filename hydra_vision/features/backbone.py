@@ -17,7 +17,7 @@ from torch import nn
 
 import hydra_vision  # noqa: F401  registers the models
 
-from ..command_line import check_model_name
+from ..console import check_model_name
 from ..downstream.sharing import constructor_args
 from ..train.images import ImageRules
 from .errors import FeatureError
@@ -242,8 +242,8 @@ def _check_data(data: Optional[Mapping[str, Any]]) -> None:
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     """What a checkpoint holds: a run with its recipe (key 'config'), or weights alone."""
+    from ..errors import TrainError
     from ..train.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint
-    from ..train.errors import TrainError
 
     if path.is_dir():
         if (path / 'config.json').is_file():
@@ -269,9 +269,9 @@ def _from_run(
     state: dict[str, Any], name: Optional[str], path: str, model_kwargs: Optional[Mapping[str, Any]]
 ) -> Backbone:
     """The model of a checkpoint that this package's trainer wrote."""
+    from ..errors import TrainError
     from ..train.build import create_model
     from ..train.data import image_rules, resolve_input
-    from ..train.errors import TrainError
     from ..train.export import trained_model
 
     if name is not None and name != state['arch']:

@@ -1,6 +1,6 @@
 """The error of feature work; on the command line its text is the whole message."""
 
-from ..command_line import UserError
+from ..errors import UserError
 
 __all__ = ['FeatureError']
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ..optional import require
-from ..paths import why_unwritable
+from ..errors import require
+from ..io import why_unwritable
 from ..train.images import READ_ERRORS
 from .backbone import Backbone, Size, load_backbone, pick_device
 from .errors import FeatureError

@@ -11,7 +11,7 @@ from typing import Any, Optional, Union
 
 import numpy as np
 
-from ..optional import require
+from ..errors import require
 from .errors import FeatureError
 
 __all__ = [

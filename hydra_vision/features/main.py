@@ -9,8 +9,7 @@ from typing import Optional
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..command_line import Parser
-from ..tables import make_table, stdout_console
+from ..console import Parser, make_table, stdout_console
 from .extraction import check_target, extract
 from .files import card_path, log_path
 from .options import add_image_options, add_model_options, add_run_options, backbone_from, integers

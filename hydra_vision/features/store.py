@@ -14,8 +14,8 @@ import timm
 import torch
 from filelock import FileLock, Timeout
 
-from ..train.checkpoint import write_text
-from ..train.errors import TrainError
+from ..errors import TrainError
+from ..io import write_text
 from ..version import __version__
 from .errors import FeatureError
 from .files import LOG_FIELDS, brief_values, card_path, header, log_path, read_card, read_log, to_parquet

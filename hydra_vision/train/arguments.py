@@ -4,9 +4,8 @@ import argparse
 import typing
 from collections.abc import Sequence
 
-from hydra_vision.command_line import nearest
+from hydra_vision.errors import ConfigError, nearest
 from hydra_vision.train.config import keys
-from hydra_vision.train.errors import ConfigError
 
 # flag -> the recipe field that it sets; everything else goes through --set
 _FLAGS = {

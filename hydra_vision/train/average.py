@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from hydra_vision.command_line import Parser, UserError
-from hydra_vision.train.checkpoint import BEST, FORMAT, checksum, find_checkpoint, load_checkpoint, write_atomically
-from hydra_vision.train.errors import CheckpointError
+from hydra_vision.console import Parser
+from hydra_vision.errors import CheckpointError, UserError
+from hydra_vision.io import write_atomically
+from hydra_vision.train.checkpoint import BEST, FORMAT, checksum, find_checkpoint, load_checkpoint
 
 _NORMS = 'running_mean'
 

@@ -17,12 +17,11 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from hydra_vision import Hydra  # importing the package registers the Hydra-ViT family with timm
-from hydra_vision.command_line import nearest
+from hydra_vision.errors import CheckpointError, ConfigError, first_line, nearest
 from hydra_vision.mixers import Semiseparable
 from hydra_vision.ops.dispatch import choose_backend
 from hydra_vision.train.config import Config
 from hydra_vision.train.distributed import World
-from hydra_vision.train.errors import CheckpointError, ConfigError, first_line
 from hydra_vision.train.freeze import freeze_backbone
 
 

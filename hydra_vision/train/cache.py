@@ -9,8 +9,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hydra_vision.errors import DataError
 from hydra_vision.train.distributed import local_processes, world_from_environment
-from hydra_vision.train.errors import DataError
 
 _SHARE = 0.8  # of the memory that is free now: workers, batches and the model need some as well
 _SAMPLE = 256  # images that the estimate of the whole is made from

@@ -8,47 +8,18 @@ import hashlib
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-from hydra_vision.train.errors import CheckpointError, first_line
+from hydra_vision.errors import CheckpointError, WriteError, first_line
+from hydra_vision.io import write_atomically
 
 FORMAT = 2
 LAST, BEST = 'last.pt', 'best.pt'
 KEPT = 'checkpoints'
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Calls `write` on a temporary file in the same folder, flushes it to the disk and renames it to `path`.
-
-    Whatever goes wrong before the rename (full disk, kill, power), the file that was there before is untouched.
-
-    Raises:
-        CheckpointError: the file could not be written.
-    """
-    temporary = path.with_name(f'.{path.name}.tmp')
-    try:
-        with open(temporary, 'wb') as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns some write errors into RuntimeError
-        temporary.unlink(missing_ok=True)
-        kept = f'; the previous {path.name} is intact' if path.exists() else ''
-        raise CheckpointError(f'could not write {path}: {first_line(error)}{kept}') from error
-    except BaseException:  # interrupted by the user: leave no half file behind
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a small text file atomically."""
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def save_checkpoint(
@@ -79,7 +50,7 @@ def save_checkpoint(
         raise CheckpointError(f'could not write {path}: {first_line(error)}') from error
     try:
         write_atomically(path, lambda file: torch.save(state, file))
-    except CheckpointError as error:
+    except WriteError as error:
         kept_text = f'; the previous {LAST} is intact' if (folder / LAST).exists() and not path.exists() else ''
         raise CheckpointError(f'{error}{kept_text}') from error
     link(path, folder / LAST)
@@ -226,16 +197,3 @@ def link(source: Path, target: Path) -> None:
     except OSError:
         with open(source, 'rb') as file:
             write_atomically(target, lambda copy: shutil.copyfileobj(file, copy))
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename durable, where the system can open folders."""
-    if not hasattr(os, 'O_DIRECTORY'):
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError:  # some network file systems refuse it; the rename itself is done
-        pass
-    finally:
-        os.close(descriptor)

@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from hydra_vision.command_line import Parser, UserError, make_output
-from hydra_vision.train.checkpoint import write_atomically, write_text
+from hydra_vision.console import Parser
+from hydra_vision.errors import UserError
+from hydra_vision.io import make_output, write_atomically, write_text
 from hydra_vision.train.provenance import RUN
 from hydra_vision.train.report import duration, markdown_table
 
@@ -147,7 +148,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help='run folders')
     parser.add_argument('--output', type=Path, metavar='DIR', help='also write compare.png, compare.csv and compare.md')
     arguments: argparse.Namespace = parser.parse_args(argv)
-    from hydra_vision.tables import make_table, stdout_console
+    from hydra_vision.console import make_table, stdout_console
 
     runs = [read_run(folder) for folder in arguments.runs]
     rows, means = [run.cells() for run in runs], summary_rows(runs)

@@ -11,9 +11,8 @@ from typing import Any
 
 import yaml
 
-from hydra_vision.command_line import nearest
+from hydra_vision.errors import ConfigError, nearest
 from hydra_vision.train.contradictions import check_together
-from hydra_vision.train.errors import ConfigError
 from hydra_vision.train.fields import (
     AugmentConfig,
     CheckpointConfig,

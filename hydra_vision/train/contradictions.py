@@ -5,7 +5,7 @@ import typing
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from hydra_vision.train.errors import ConfigError
+from hydra_vision.errors import ConfigError
 from hydra_vision.train.fields import DistillConfig
 
 if TYPE_CHECKING:

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
+from hydra_vision.errors import ConfigError, first_line
 from hydra_vision.train.config import Config
-from hydra_vision.train.errors import ConfigError, first_line
 
 
 def configure_torch(config: Config, device: torch.device) -> None:

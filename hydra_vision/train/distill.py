@@ -7,10 +7,9 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from hydra_vision.command_line import nearest
+from hydra_vision.errors import ConfigError, first_line, nearest
 from hydra_vision.train import build, data
 from hydra_vision.train.config import Config
-from hydra_vision.train.errors import ConfigError, first_line
 
 try:
     from timm.task import LogitDistillationTask

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hydra_vision.train.errors import ConfigError, Stopped, TrainError, first_line
+from hydra_vision.errors import ConfigError, TrainError, first_line
+from hydra_vision.train.errors import Stopped
 
 
 @dataclasses.dataclass(frozen=True)

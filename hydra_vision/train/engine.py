@@ -10,6 +10,7 @@ from rich.console import Console
 from timm.utils import random_seed
 from torch import nn
 
+from hydra_vision.errors import CheckpointError, ConfigError, DataError, TrainError, first_line
 from hydra_vision.eval.classification import Result, evaluate
 from hydra_vision.streams import keep_on_stream
 from hydra_vision.train import build, data, outcome, report, sources
@@ -18,14 +19,7 @@ from hydra_vision.train.config import Config
 from hydra_vision.train.cost import measure_cost
 from hydra_vision.train.device import configure_torch, peak_memory, place_model
 from hydra_vision.train.distributed import Flags, World
-from hydra_vision.train.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    Stopped,
-    TrainError,
-    first_line,
-)
+from hydra_vision.train.errors import Stopped
 from hydra_vision.train.guard import Guard
 from hydra_vision.train.learner import Learner
 from hydra_vision.train.log import CsvLog, Sink, StepLog

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from hydra_vision.command_line import Parser, UserError
+from hydra_vision.console import Parser
+from hydra_vision.errors import CheckpointError, TrainError, UserError
 from hydra_vision.train import build, data
 from hydra_vision.train.average import pick_weights
 from hydra_vision.train.checkpoint import BEST, find_checkpoint, load_checkpoint
 from hydra_vision.train.config import Config
-from hydra_vision.train.errors import CheckpointError, TrainError
 
 
 def trained_model(state: dict[str, Any], weights: str, name: str) -> tuple[nn.Module, Config]:

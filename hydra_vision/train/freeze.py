@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from hydra_vision.train.errors import ConfigError
+from hydra_vision.errors import ConfigError
 
 
 def freeze_backbone(model: nn.Module, name: str) -> None:

@@ -4,10 +4,10 @@ import math
 
 import torch
 
+from hydra_vision.errors import NonFiniteError
 from hydra_vision.train import build
 from hydra_vision.train.config import Config
 from hydra_vision.train.distributed import World
-from hydra_vision.train.errors import NonFiniteError
 from hydra_vision.train.learner import Learner
 from hydra_vision.train.progress import Progress
 

@@ -10,11 +10,11 @@ import torch
 from timm.utils import dispatch_clip_grad, distribute_bn
 from torch import nn
 
+from hydra_vision.errors import CheckpointError, ConfigError
 from hydra_vision.train import build
 from hydra_vision.train.config import Config
 from hydra_vision.train.device import check_compile_mode, compile_model
 from hydra_vision.train.distributed import World
-from hydra_vision.train.errors import CheckpointError, ConfigError
 from hydra_vision.train.freeze import frozen_parts_to_eval
 from hydra_vision.train.stats import total_norm
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from hydra_vision.train.checkpoint import write_text
+from hydra_vision.io import write_text
 from hydra_vision.train.stats import mixer_statistics
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from hydra_vision.train.checkpoint import write_text
+from hydra_vision.errors import ConfigError, TrainError, first_line
+from hydra_vision.io import write_text
 from hydra_vision.train.config import Config
-from hydra_vision.train.errors import ConfigError, TrainError, first_line
 from hydra_vision.train.log import Sink
 
 _ID = 'wandb_id'

@@ -11,18 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from hydra_vision.errors import CheckpointError, ConfigError, TrainError
+from hydra_vision.io import write_text
 from hydra_vision.train.arguments import INITIAL, parse_arguments
-from hydra_vision.train.checkpoint import (
-    BEST,
-    find_checkpoint,
-    load_checkpoint,
-    remove_leftovers,
-    set_aside,
-    write_text,
-)
+from hydra_vision.train.checkpoint import BEST, find_checkpoint, load_checkpoint, remove_leftovers, set_aside
 from hydra_vision.train.config import Config, check_values, merge, parse_override
 from hydra_vision.train.distributed import World, connected, world_from_environment
-from hydra_vision.train.errors import CheckpointError, ConfigError, Stopped, TrainError, loader_death
+from hydra_vision.train.errors import Stopped, loader_death
 from hydra_vision.train.recipes import read_recipe, recipe_names
 from hydra_vision.train.runs import checkpoint_to_resume, run_folder, settle
 

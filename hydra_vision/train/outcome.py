@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING
 
 from hydra_vision.eval.classification import Result
+from hydra_vision.io import write_text
 from hydra_vision.train import build, report
-from hydra_vision.train.checkpoint import BEST, KEPT, LAST, write_text
+from hydra_vision.train.checkpoint import BEST, KEPT, LAST
 from hydra_vision.train.log import MIXERS, STEPS
 from hydra_vision.train.provenance import RUN
 

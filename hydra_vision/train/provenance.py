@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hydra_vision.environment import device_name, versions
-from hydra_vision.train.checkpoint import write_text
+from hydra_vision.io import write_text
 
 RUN = 'run.json'
 

@@ -12,8 +12,8 @@ from PIL import Image
 from timm.data import ImageDataset
 from torch.utils.data import Dataset, get_worker_info
 
+from hydra_vision.errors import DataError
 from hydra_vision.train.cache import decode_all
-from hydra_vision.train.errors import DataError
 from hydra_vision.train.images import READ_ERRORS, ImageRules
 from hydra_vision.train.randomness import seed_generators, seeded
 from hydra_vision.train.sampling import Draw

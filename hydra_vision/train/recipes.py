@@ -5,9 +5,8 @@ from typing import Any
 
 import yaml
 
-from hydra_vision.command_line import nearest
+from hydra_vision.errors import ConfigError, nearest
 from hydra_vision.train.config import check_keys, merge
-from hydra_vision.train.errors import ConfigError
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from hydra_vision.train.checkpoint import write_atomically, write_text
+from hydra_vision.io import write_atomically, write_text
 from hydra_vision.train.distributed import World
 
 Row = dict[str, Any]

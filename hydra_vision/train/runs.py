@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from hydra_vision.errors import CheckpointError, ConfigError
 from hydra_vision.train.checkpoint import (
     BEST,
     KEPT,
@@ -15,7 +16,6 @@ from hydra_vision.train.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
 )
-from hydra_vision.train.errors import CheckpointError, ConfigError
 
 _RUN_FILES = (LAST, BEST, KEPT, 'summary.csv', 'curve.png', 'results.md')
 OUTPUT = Path('output')

@@ -6,9 +6,9 @@ from typing import NamedTuple
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import Sampler
 
+from hydra_vision.errors import ConfigError
 from hydra_vision.train.config import Config
 from hydra_vision.train.distributed import World
-from hydra_vision.train.errors import ConfigError
 from hydra_vision.train.randomness import seed_from
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import timm
 import torch
 
+from hydra_vision.errors import CheckpointError, ConfigError, WriteError
 from hydra_vision.train import report
 from hydra_vision.train.checkpoint import LAST, save_checkpoint
-from hydra_vision.train.errors import CheckpointError, ConfigError
 from hydra_vision.train.fields import CheckpointConfig
 from hydra_vision.train.progress import Progress
 from hydra_vision.train.randomness import random_state, seed_generators, set_random_state
@@ -59,7 +59,7 @@ class Saver:
                 is_best = run.best is not None and run.best['epoch'] == run.epoch and not run.progress.batches
                 save_checkpoint(run.folder, state, is_best, self.config.keep_last, self._best_steps(run.history))
                 report.write_summary(run.folder, run.history)
-            except CheckpointError as raised:
+            except (CheckpointError, WriteError) as raised:
                 error = str(raised)
         error = run.world.broadcast(error)
         if error is not None:

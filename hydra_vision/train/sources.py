@@ -9,9 +9,9 @@ from timm.data.readers import add_img_extensions
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from hydra_vision.errors import DataError
 from hydra_vision.train.config import Config
 from hydra_vision.train.distributed import World
-from hydra_vision.train.errors import DataError
 from hydra_vision.train.sampling import local_batch
 from hydra_vision.train.synthetic import SYNTHETIC, SyntheticImages, synthetic_length
 

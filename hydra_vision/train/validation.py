@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from hydra_vision.errors import CheckpointError, DataError
 from hydra_vision.eval.classification import Result, evaluate
 from hydra_vision.train import build, data, report, sources
 from hydra_vision.train.config import Config
 from hydra_vision.train.device import compile_model, configure_torch, place_model
 from hydra_vision.train.distributed import World
-from hydra_vision.train.errors import CheckpointError, DataError
 
 
 def initial_state(config: Config, world: World) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from hydra_vision.train.errors import ConfigError
+from hydra_vision.errors import ConfigError
 
 
 def options(hint: Any) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..features import Backbone, FeatureError, Images
-from ..paths import why_unwritable
+from ..io import why_unwritable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Optional
 import torch
 from torch import Tensor, nn
 
+from ..errors import require
 from ..features import FeatureError
-from ..optional import require
 from .figures import new_figure, show
 
 if TYPE_CHECKING:

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 
-from ..command_line import Parser, UserError, nearest
+from ..console import Parser, make_table, stdout_console
+from ..errors import UserError, nearest, require
 from ..features import Backbone, FeatureError, Images, image_features, open_images
 from ..features.options import add_image_options, add_model_options, backbone_from, integers
 from ..features.pooling import check_layers
-from ..optional import require
-from ..tables import make_table, stdout_console
 from .features import plot_pca, plot_similarity
 from .figures import caption, check_picture, load_pictures, save_figure
 from .gradcam import grad_cam, plot_grad_cam

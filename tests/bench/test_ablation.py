@@ -18,7 +18,7 @@ from hydra_vision.bench.ablation.family import Family, Row, fit_rows, read_famil
 from hydra_vision.bench.ablation.main import main
 from hydra_vision.bench.ablation.report import COLUMNS, markdown, plot, table_rows
 from hydra_vision.bench.timing import Timing
-from hydra_vision.command_line import UserError
+from hydra_vision.errors import UserError
 from hydra_vision.train.config import Config, merge
 from hydra_vision.train.recipes import read_recipe
 

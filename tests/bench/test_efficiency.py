@@ -14,7 +14,7 @@ from hydra_vision.bench.efficiency.main import main
 from hydra_vision.bench.efficiency.points import ATTENTIONS, Point, grid_of, make_mixer, measure_length, variants
 from hydra_vision.bench.efficiency.record import Record
 from hydra_vision.bench.efficiency.report import crossing_rows, plot_points, table_lines
-from hydra_vision.command_line import UserError
+from hydra_vision.errors import UserError
 
 LENGTHS = [64, 128, 256, 512, 1024]
 

@@ -160,7 +160,7 @@ def test_titles_are_unique():
 
 
 def test_verdicts_are_marked(capsys):
-    from hydra_vision.tables import stdout_console
+    from hydra_vision.console import stdout_console
 
     stdout_console().print(verdict_table(check_goals(cpu_rows(1.6, 4.5, 0.9), CPU)))
     lines = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith('│ (')}

@@ -7,7 +7,7 @@ import torch
 
 from hydra_vision.bench import scan_orders
 from hydra_vision.bench.scan_orders import main
-from hydra_vision.command_line import UserError
+from hydra_vision.errors import UserError
 from hydra_vision.models.scan_order import SCAN_ORDERS
 
 

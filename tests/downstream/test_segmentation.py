@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hydra_vision import cli
-from hydra_vision.command_line import UserError
+from hydra_vision.errors import UserError
 
 pytest.importorskip('segmentation_models_pytorch')
 from hydra_vision.downstream.segmentation import (

@@ -4,10 +4,10 @@ import pytest
 import timm
 import torch
 
+from hydra_vision.errors import CheckpointError, ConfigError
 from hydra_vision.train import build, data
 from hydra_vision.train.config import Config, merge
 from hydra_vision.train.device import configure_torch
-from hydra_vision.train.errors import CheckpointError, ConfigError
 
 NANO = {'model': {'name': 'hydra_vit_nano', 'kwargs': {'patch_size': 4, 'depth': 2}}, 'data': {'img_size': 16}}
 

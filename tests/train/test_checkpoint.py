@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from hydra_vision.errors import CheckpointError
 from hydra_vision.train.checkpoint import (
     BEST,
     KEPT,
@@ -20,47 +21,13 @@ from hydra_vision.train.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
     set_aside,
-    write_atomically,
 )
-from hydra_vision.train.errors import CheckpointError
 from hydra_vision.train.randomness import random_state, set_random_state
 
 
 def listing(folder) -> list[str]:
     """Files below a folder."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file())
-
-
-class Interrupted(BaseException):
-    """Stands for Ctrl-C and the like."""
-
-
-@pytest.mark.parametrize('failure', [OSError(errno.ENOSPC, 'No space left on device'), RuntimeError('write failed')])
-def test_a_write_that_fails_half_way_keeps_the_old_file(tmp_path, failure):
-    path = tmp_path / 'file'
-    path.write_text('old')
-
-    def write(file):
-        file.write(b'half of the n')
-        raise failure
-
-    with pytest.raises(CheckpointError, match=r'could not write .*the previous file is intact'):
-        write_atomically(path, write)
-    assert [item.name for item in tmp_path.iterdir()] == ['file']
-    assert path.read_text() == 'old'
-
-
-def test_an_interrupt_while_writing_keeps_the_old_file(tmp_path):
-    path = tmp_path / 'file'
-    path.write_text('old')
-
-    def write(file):
-        file.write(b'half')
-        raise Interrupted
-
-    with pytest.raises(Interrupted):
-        write_atomically(path, write)
-    assert [item.read_text() for item in tmp_path.iterdir()] == ['old']
 
 
 def test_a_full_disk_keeps_both_checkpoints(tmp_path):
@@ -70,7 +37,7 @@ def test_a_full_disk_keeps_both_checkpoints(tmp_path):
         import resource, signal, sys, torch
         from pathlib import Path
         from hydra_vision.train.checkpoint import save_checkpoint
-        from hydra_vision.train.errors import CheckpointError
+        from hydra_vision.errors import CheckpointError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:

@@ -1,8 +1,8 @@
 import pytest
 import yaml
 
+from hydra_vision.errors import ConfigError
 from hydra_vision.train.config import Config, keys, merge, parse_override
-from hydra_vision.train.errors import ConfigError
 from hydra_vision.train.recipes import read_recipe, recipe_names
 
 RECIPES = (

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from hydra_vision.errors import ConfigError, DataError
 from hydra_vision.train import data, sources
 from hydra_vision.train.config import Config, merge
 from hydra_vision.train.digits import Digits
 from hydra_vision.train.distributed import World
-from hydra_vision.train.errors import ConfigError, DataError
 
 CPU = torch.device('cpu')
 

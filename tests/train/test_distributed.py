@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import hydra_vision
+from hydra_vision.errors import ConfigError
 from hydra_vision.train import build, data
 from hydra_vision.train.checkpoint import BEST, LAST, load_checkpoint
 from hydra_vision.train.config import Config
 from hydra_vision.train.distributed import World, world_from_environment
-from hydra_vision.train.errors import ConfigError
 
 ROOT = Path(hydra_vision.__file__).parents[1]
 # Nothing that each process draws by itself: one and two processes do the same sums in another order.

@@ -4,10 +4,10 @@ import pytest
 import timm
 import torch
 
+from hydra_vision.errors import ConfigError
 from hydra_vision.train import build, data
 from hydra_vision.train.checkpoint import BEST, LAST, load_checkpoint
 from hydra_vision.train.config import Config, merge
-from hydra_vision.train.errors import ConfigError
 from hydra_vision.train.freeze import frozen_parts_to_eval
 
 CPU = torch.device('cpu')

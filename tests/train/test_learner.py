@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from hydra_vision.errors import ConfigError, NonFiniteError
 from hydra_vision.train import build
 from hydra_vision.train.config import Config
 from hydra_vision.train.distributed import World
-from hydra_vision.train.errors import ConfigError, NonFiniteError
 from hydra_vision.train.guard import Guard
 from hydra_vision.train.learner import Learner
 from hydra_vision.train.progress import Progress

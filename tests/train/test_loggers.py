@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
+from hydra_vision.errors import ConfigError
 from hydra_vision.train import loggers
 from hydra_vision.train.config import Config
-from hydra_vision.train.errors import ConfigError
 
 
 def read_events(folder):

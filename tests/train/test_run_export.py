@@ -7,9 +7,9 @@ import timm
 import torch
 
 from hydra_vision.cli import main
+from hydra_vision.errors import CheckpointError
 from hydra_vision.train.average import average
 from hydra_vision.train.checkpoint import BEST, LAST, load_checkpoint
-from hydra_vision.train.errors import CheckpointError
 
 
 @pytest.fixture(scope='module')

@@ -4,11 +4,11 @@ import math
 import pytest
 import torch
 
+from hydra_vision.errors import NonFiniteError
 from hydra_vision.train import build, engine
 from hydra_vision.train.checkpoint import LAST, load_checkpoint
 from hydra_vision.train.config import Config
 from hydra_vision.train.distributed import World
-from hydra_vision.train.errors import NonFiniteError
 from hydra_vision.train.guard import Guard
 
 

@@ -12,9 +12,9 @@ import timm
 import torch
 from PIL import Image
 
+from hydra_vision.errors import ConfigError, DataError
 from hydra_vision.train import data, sources
 from hydra_vision.train.config import Config, merge
-from hydra_vision.train.errors import ConfigError, DataError
 
 new_timm = pytest.mark.skipif(
     tuple(map(int, timm.__version__.split('.')[:3])) < (1, 0, 30), reason='older timm cannot stream with datasets >= 4'

@@ -11,7 +11,7 @@ import yaml
 from torch import nn
 
 import hydra_vision  # noqa: F401  registers the models
-from hydra_vision.command_line import UserError
+from hydra_vision.errors import UserError
 from hydra_vision.train.config import Config, merge
 from hydra_vision.train.recipes import recipe_folder
 

@@ -14,12 +14,12 @@ from hydra_vision.bench.ablation.runs import Run, check_folder, rows_of, train, 
 from hydra_vision.bench.ablation.speed import MODES, SpeedFile, measure_speed, read_speed
 from hydra_vision.bench.report import write_csv
 from hydra_vision.bench.turns import failed
-from hydra_vision.command_line import Parser, UserError, comma_list, make_output, positive
+from hydra_vision.console import Parser, comma_list, make_table, positive, stdout_console
 from hydra_vision.environment import device_name
-from hydra_vision.tables import make_table, stdout_console
+from hydra_vision.errors import ConfigError, TrainError, UserError
+from hydra_vision.io import make_output
 from hydra_vision.train.build import amp_dtype, pick_device
 from hydra_vision.train.config import Config, merge, parse_override
-from hydra_vision.train.errors import ConfigError, TrainError
 from hydra_vision.train.recipes import read_recipe
 
 __all__ = ['main']

@@ -16,7 +16,7 @@ from typing import Any, Optional
 import yaml
 
 from hydra_vision.bench.ablation.family import FittedRow
-from hydra_vision.command_line import UserError
+from hydra_vision.errors import UserError
 from hydra_vision.train.config import Config
 
 __all__ = ['Run', 'check_folder', 'last_epoch', 'result', 'train']

@@ -13,7 +13,7 @@ import yaml
 from hydra_vision.bench.ablation.runs import Run
 from hydra_vision.bench.report import write_csv
 from hydra_vision.bench.turns import failed, time_in_turns
-from hydra_vision.command_line import UserError
+from hydra_vision.errors import UserError
 from hydra_vision.train import build
 
 __all__ = ['MODES', 'Speed', 'SpeedFile', 'measure_speed', 'read_speed']

@@ -15,9 +15,9 @@ from hydra_vision.bench.efficiency.report import COLUMNS, crossing_rows, plot_po
 from hydra_vision.bench.report import write_csv
 from hydra_vision.bench.timing import MIN_ROUNDS, rounds
 from hydra_vision.bench.turns import failed
-from hydra_vision.command_line import Parser, UserError, comma_list, nearest, positive, positive_list
+from hydra_vision.console import Parser, comma_list, make_table, positive, positive_list, stdout_console
 from hydra_vision.environment import device_name, versions
-from hydra_vision.tables import make_table, stdout_console
+from hydra_vision.errors import UserError, nearest
 
 __all__ = ['main']
 

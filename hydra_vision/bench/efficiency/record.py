@@ -9,9 +9,9 @@ from typing import Any
 from hydra_vision.bench.efficiency.points import Point
 from hydra_vision.bench.report import write_csv
 from hydra_vision.bench.turns import failed
-from hydra_vision.command_line import UserError, make_output
 from hydra_vision.environment import environment
-from hydra_vision.train.checkpoint import write_text
+from hydra_vision.errors import UserError
+from hydra_vision.io import make_output, write_text
 
 __all__ = ['Record']
 
