@@ -162,21 +162,9 @@ def _export_run(argv: list[str]) -> int:
 
 
 def _bench(argv: list[str]) -> int:
-    from .bench.main import main as bench
+    from .bench import main as bench
 
     return bench(argv, prog=f'{PROG} bench')
-
-
-def _ablation(argv: list[str]) -> int:
-    from .bench.ablation.main import main as ablation
-
-    return ablation(argv, prog=f'{PROG} ablation')
-
-
-def _efficiency_length(argv: list[str]) -> int:
-    from .bench.efficiency.main import main as efficiency_length
-
-    return efficiency_length(argv, prog=f'{PROG} efficiency-length')
 
 
 def _show_matrix(argv: list[str]) -> int:
@@ -240,9 +228,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     'compare-runs': (_compare_runs, 'Put finished training runs side by side: table and curves.'),
     'average-checkpoints': (_average_checkpoints, 'Average the weights of several checkpoints.'),
     'export-run': (_export_run, 'Write a finished run as a folder that timm and transformers open.'),
-    'bench': (_bench, 'Time models, or the operator alone, against their peers.'),
-    'ablation': (_ablation, "Train a family of mixers at equal parameters: the paper's tables for images."),
-    'efficiency-length': (_efficiency_length, 'From which length on each mixer costs less than attention.'),
+    'bench': (_bench, 'Time any timm models next to each other.'),
     'show-matrix': (_show_matrix, 'Draw the mixing matrices of a block on an image, and where one patch looks.'),
     'extract': (_extract, 'Write features of images to .npy, .safetensors or .parquet.'),
     'knn': (_knn, 'Nearest-neighbour accuracy of features.'),

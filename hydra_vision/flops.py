@@ -18,7 +18,7 @@ Norms, activation functions, residuals and the loss are taken as free: fused int
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Optional
+from typing import Any
 
 import timm
 import torch
@@ -74,10 +74,13 @@ class Counts:
 
 def family_models() -> list[str]:
     """The registered models of this package."""
-    return timm.list_models(module='hydra_vit')
+    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith('hydra_vision.')]
 
 
-def create_model(name: str, img_size: Optional[int] = None, backend: Optional[str] = None) -> nn.Module:
+Size = int | tuple[int, int]
+
+
+def create_model(name: str, img_size: Size | None = None, backend: str | None = None) -> nn.Module:
     """``timm.create_model`` for an image size: given to the constructor where it has one, as transformers want it."""
     kwargs: dict[str, Any] = {} if backend is None else {'backend': backend}
     if img_size is None:
@@ -91,18 +94,18 @@ def create_model(name: str, img_size: Optional[int] = None, backend: Optional[st
 
 
 @cache
-def count_model(name: str, img_size: Optional[int] = None) -> Counts:
+def count_model(name: str, img_size: Size | None = None) -> Counts:
     """Count one image of a model.
 
     Args:
         name: A timm model. One of ours is counted in its chunked form, whatever runs later.
-        img_size: Side of the image; None for the model's default.
+        img_size: Side, or height and width, of the image; None for the model's default.
     """
     with torch.device('meta'):
         model = create_model(name, img_size, 'chunked' if name.partition('.')[0] in family_models() else None).eval()
         channels, height, width = model.default_cfg['input_size']
         if img_size is not None:
-            height = width = img_size
+            height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     return count_flops(model, (channels, height, width))
 
 
@@ -110,8 +113,8 @@ def count_flops(model: nn.Module, input_size: tuple[int, int, int]) -> Counts:
     """Count one image of a model that was built on the meta device, Hydra mixers with the backend 'chunked'.
 
     Args:
-        model: in evaluation mode.
-        input_size: channels, height, width.
+        model: In evaluation mode.
+        input_size: Channels, height, width.
     """
     images = torch.empty(1, *input_size, device='meta')
     sizes: dict[nn.Module, tuple[int, int]] = {}  # elements read and written

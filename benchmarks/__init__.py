@@ -1,0 +1,21 @@
+"""What this project measures about itself: speed goals, kernels, operator, ablation. Users install none of it.
+
+Each module is a command, started from the root of a checkout: ``python -m benchmarks.goals --help``.
+"""
+
+import sys
+from collections.abc import Callable
+
+from hydra_vision.errors import UserError
+
+
+def run(main: Callable[[], int], name: str) -> None:
+    """Run a command and exit as `hydra-vision` does: bad input is one line on stderr."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f'{name}: error: {error}', file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        sys.exit(130)
