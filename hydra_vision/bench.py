@@ -91,6 +91,7 @@ class Case:
         backend: Of the Hydra operator, 'auto' for the default; None for a model that has none.
         attention: Backend of ``scaled_dot_product_attention``, 'auto' for PyTorch's choice. In results, what ran: ''
             where the model has no such attention.
+        kwargs: More arguments of the model, as JSON.
     """
 
     model: str
@@ -101,6 +102,7 @@ class Case:
     dtype: torch.dtype | None = None
     backend: str | None = None
     attention: str = 'auto'
+    kwargs: str = '{}'
 
     @property
     def label(self) -> str:
@@ -134,9 +136,13 @@ Results = Mapping[Case, Measurement]
 
 def build_step(case: Case, device: torch.device) -> tuple[torch.nn.Module, Step]:
     """The model and the call that is timed, on random images that stay on the device."""
+    kwargs = json.loads(case.kwargs)
+    if case.backend is not None:
+        kwargs['backend'] = case.backend
     with torch.device(device):
-        model = create_model(case.model, case.img_size, case.backend)
-        images = torch.randn(case.batch, model.default_cfg['input_size'][0], *case.img_size)
+        model = create_model(case.model, case.img_size, **kwargs)
+        channels = kwargs.get('in_chans', model.default_cfg['input_size'][0])
+        images = torch.randn(case.batch, channels, *case.img_size)
         target = torch.randint(model.num_classes, (case.batch,))
     model.train(case.mode == 'train')
     run: Callable = model
@@ -301,6 +307,8 @@ def start_run(arguments: argparse.Namespace, name: str, **facts: Any) -> Run:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     folder = arguments.output or Path('output') / f'{name}-{device.type}-{time.strftime("%Y%m%d-%H%M%S")}'
+    if (folder / 'environment.json').exists():
+        raise UserError(f'--output {str(folder)!r} holds the results of another run; choose another folder')
     seen, output = environment(), make_output(folder)
     columns = {
         'dtype': 'float32' if dtype is None else str(dtype).removeprefix('torch.'),

@@ -33,6 +33,7 @@ COUNTED = (
 )
 
 _PROJECTIONS = ('mm', 'addmm', 'convolution')
+Size = int | tuple[int, int]
 # First and last projection of the token mixers that are known: timm's attention, the Hydra mixer.
 _MIXER_ENDS = (('qkv', 'proj'), ('in_proj', 'out_proj'))
 
@@ -77,12 +78,8 @@ def family_models() -> list[str]:
     return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith('hydra_vision.')]
 
 
-Size = int | tuple[int, int]
-
-
-def create_model(name: str, img_size: Size | None = None, backend: str | None = None) -> nn.Module:
+def create_model(name: str, img_size: Size | None = None, **kwargs: Any) -> nn.Module:
     """``timm.create_model`` for an image size: given to the constructor where it has one, as transformers want it."""
-    kwargs: dict[str, Any] = {} if backend is None else {'backend': backend}
     if img_size is None:
         return timm.create_model(name, **kwargs)
     try:
@@ -102,7 +99,8 @@ def count_model(name: str, img_size: Size | None = None) -> Counts:
         img_size: Side, or height and width, of the image; None for the model's default.
     """
     with torch.device('meta'):
-        model = create_model(name, img_size, 'chunked' if name.partition('.')[0] in family_models() else None).eval()
+        ours = name.partition('.')[0] in family_models()
+        model = create_model(name, img_size, **({'backend': 'chunked'} if ours else {})).eval()
         channels, height, width = model.default_cfg['input_size']
         if img_size is not None:
             height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
