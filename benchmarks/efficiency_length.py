@@ -380,7 +380,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     todo = to_do(record, groups, names)
     if len(todo) < len(groups):
         console.print(f'{len(groups) - len(todo)} of {len(groups)} lengths and passes are measured already')
-    console.print(f'every length is written to {output} when it is measured; --output {output} continues', soft_wrap=True)
+    console.print(
+        f'every length is written to {output} when it is measured; --output {output} continues', soft_wrap=True
+    )
     options = {'tokens': tokens, 'd_model': d_model, 'dtype': dtype, 'attention': arguments.attention}
     options |= {'rounds': arguments.rounds, 'time_limit': arguments.time_limit}
     for mode, length in todo:
@@ -399,8 +401,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(make_table(title, COLUMNS, table_lines(rows), right=range(2, len(COLUMNS))))
     ran = ', '.join(sorted({point['attention'] for point in points if point.get('attention')}))
     console.print(
-        'growth: of the time per token, or of the memory of a call with a fixed number of tokens, fitted to the longest '
-        f"lengths; 'always': cheaper at every length measured; attention: timm's block of the same width; SDPA ran: {ran}"
+        'growth: of the time per token, or of the memory of a call with a fixed number of tokens, fitted to the '
+        "longest lengths; 'always': cheaper at every length measured; attention: timm's block of the same width; "
+        f'SDPA ran: {ran}'
     )
     console.print(f'wrote {output}: ' + ', '.join(sorted(path.name for path in output.iterdir())), soft_wrap=True)
     failures = sum(map(failed, points))

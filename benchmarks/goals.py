@@ -128,7 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     goals = _chosen(goals, 'models', arguments.models, lambda goal: goal.model.removeprefix('hydra_vit_'))
     goals = _chosen(goals, 'execution', arguments.execution, lambda goal: goal.execution)
     modes = arguments.mode or list(bench.MODES)
-    pairs = [(goal, mode, goal.pair(mode, dtype)) for goal in goals for mode in modes if getattr(goal, mode) is not None]
+    pairs = [
+        (goal, mode, goal.pair(mode, dtype)) for goal in goals for mode in modes if getattr(goal, mode) is not None
+    ]
     if arguments.img_sizes:
         sizes = {(size, size) for size in arguments.img_sizes}
         pairs = [(goal, mode, pair) for goal, mode, pair in pairs if pair[0].img_size in sizes]
@@ -137,11 +139,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f'no goal for {device.type} is about these models, sizes, modes and executions: {GOALS}')
     cases = list(dict.fromkeys(case for _, _, pair in pairs for case in pair))
     bench.check_backends(['auto'], device)
-    arguments.threads = arguments.threads or (2 if device.type == 'cpu' else None)  # what the CPU's goals are stated for
+    arguments.threads = arguments.threads or (
+        2 if device.type == 'cpu' else None
+    )  # what the CPU's goals are stated for
     session = bench.start_run(arguments, 'goals', attention=arguments.attention)
 
     attention = _peer_attention(cases, arguments.attention, session)
-    results = bench.measure_models([replace(case, attention=attention.get(case, 'auto')) for case in cases], session, arguments)
+    chosen = [replace(case, attention=attention.get(case, 'auto')) for case in cases]
+    results = bench.measure_models(chosen, session, arguments)
     by_case = {replace(case, attention='auto'): measured for case, measured in results.items()}
     rows = []
     for goal, mode, pair in pairs:
@@ -150,8 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows += goal.verdicts(mode, ours, other)
     print_verdicts(session, rows)
     if arguments.profile:
-        for case in cases:
-            profile_case(replace(case, attention=attention.get(case, 'auto')), session)
+        for case in chosen:
+            profile_case(case, session)
     session.list_files()
     return 1 if any(measured.failed for measured in results.values()) else 0
 

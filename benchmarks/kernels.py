@@ -1,6 +1,6 @@
 """Time by kernel, from the profiler: of a whole model, or of everything between the two projections of a block.
 
-    python -m benchmarks.kernels inner --batch 256 --length 196       # forward and backward of hydra_inner, and its goal
+    python -m benchmarks.kernels inner --batch 256 --length 196       # forward and backward of hydra_inner, its goal
     python -m benchmarks.kernels host --batch 1 --length 64           # the host's time of such a call
     python -m benchmarks.kernels model --model hydra_vit_base --execution compiled --mode train
 

@@ -1,13 +1,13 @@
 """The quasiseparable operator alone: our backends, its peers, and attention over the same tokens for scale.
 
-A peer is the released algorithm, two causal scans as one of a doubled batch. Its scan is `mamba_ssm`'s SSD (in the chunk
-length of the released module, and in shorter ones that may be faster), or flash-linear-attention's `parallel_simple_gla`,
-the fastest of its kernels with one decay per token and head.
+A peer is the released algorithm, two causal scans as one of a doubled batch. Its scan is `mamba_ssm`'s SSD (in the
+chunk length of the released module, and in shorter ones that may be faster), or flash-linear-attention's
+`parallel_simple_gla`, the fastest of its kernels with one decay per token and head.
 
 Each peer is measured twice. By its name: the complete operator as released, from the same arguments to the same result
-as ours, with flips, concatenation, shift, sum of both halves and diagonal. With `/scan` behind its name: the call of the
-scan alone, forward and backward, on inputs that were doubled and flipped before, and for `simple_gla` also repeated for
-every head and multiplied by dt. That is less than the operator, and what the project's goal is stated against.
+as ours, with flips, concatenation, shift, sum of both halves and diagonal. With `/scan` behind its name: the call of
+the scan alone, forward and backward, on inputs that were doubled and flipped before, and for `simple_gla` also repeated
+for every head and multiplied by dt. That is less than the operator, and what the project's goal is stated against.
 """
 
 import argparse
@@ -43,7 +43,8 @@ PEERS = ('mamba_ssm', *_MAMBA_CHUNKS, SIMPLE_GLA)
 SCANS = tuple(f'{name}/scan' for name in PEERS)
 PASSES = {'infer': 'forward', 'train': 'forward+backward'}
 _CHUNK = 128
-_DEFAULTS = {'cpu': {'shapes': [(2, 196), (1, 1024)], 'heads': 6}, 'cuda': {'shapes': [(256, 196), (49, 1024)], 'heads': 24}}
+_SHAPES = {'cpu': [(2, 196), (1, 1024)], 'cuda': [(256, 196), (49, 1024)]}
+_HEADS = {'cpu': 6, 'cuda': 24}
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,9 @@ def build_step(case: Case, arguments: dict[str, Tensor], attention: str = 'auto'
     return lambda: torch.autograd.grad(forward(), inputs, gradient)
 
 
-def time_shape(cases: Sequence[Case], device: torch.device, *, attention: str = 'auto', **how) -> dict[Case, Measurement]:
+def time_shape(
+    cases: Sequence[Case], device: torch.device, *, attention: str = 'auto', **how
+) -> dict[Case, Measurement]:
     """Time the implementations of one shape and mode on the same arguments; keyed with the attention that ran."""
     arguments = operator_inputs(cases[0], device)
     ran: dict[Case, str] = {}
@@ -248,11 +251,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     device, amp = bench.timing_device(arguments)
     names = _names(arguments.operators, unusable(device))
-    sizes = (arguments.heads or _DEFAULTS[device.type]['heads'], arguments.headdim, arguments.d_state)
+    sizes = (arguments.heads or _HEADS[device.type], arguments.headdim, arguments.d_state)
     session = bench.start_run(arguments, 'operators', attention=arguments.attention)
     how = {'attention': arguments.attention, 'rounds': arguments.rounds, 'time_limit': arguments.time_limit}
     results: dict[Case, Measurement] = {}
-    for shape in arguments.shapes or _DEFAULTS[device.type]['shapes']:
+    for shape in arguments.shapes or _SHAPES[device.type]:
         for mode in arguments.mode:
             cases = [Case(name, *shape, *sizes, mode, amp or torch.float32) for name in names]
             session.progress(f'{len(cases)} variants, B {shape[0]}, L {shape[1]}, {PASSES[mode]}')

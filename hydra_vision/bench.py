@@ -42,8 +42,23 @@ from .ops.dispatch import BACKENDS, backend_reasons
 from .sdpa import ATTENTION, attention_backend, attention_that_ran
 from .timing import MIN_ROUNDS, Measurement, Roofline, Step, Timing, measure, measure_roofline
 
-__all__ = ['PEERS', 'Case', 'Results', 'Run', 'add_timing_arguments', 'choices', 'main', 'model_row', 'number',
-           'result_table', 'speed_ratio', 'start_run', 'time_models', 'write_samples']  # fmt: skip
+__all__ = [
+    'Case',
+    'Run',
+    'add_timing_arguments',
+    'build_step',
+    'check_backends',
+    'choices',
+    'main',
+    'measure_models',
+    'model_step',
+    'result_table',
+    'speed_ratio',
+    'start_run',
+    'time_models',
+    'timing_device',
+    'write_samples',
+]
 
 MODES = {
     'infer': 'inference: forward without gradients, eval mode',
@@ -144,7 +159,6 @@ def build_step(case: Case, device: torch.device) -> tuple[torch.nn.Module, Step]
         channels = kwargs.get('in_chans', model.default_cfg['input_size'][0])
         images = torch.randn(case.batch, channels, *case.img_size)
         target = torch.randint(model.num_classes, (case.batch,))
-    model.train(case.mode == 'train')
     run: Callable = model
     if case.execution != 'eager':
         # One graph per case: a dynamic one, shared by the sizes of a run, would be slower for all but the first. Ours
@@ -153,25 +167,49 @@ def build_step(case: Case, device: torch.device) -> tuple[torch.nn.Module, Step]
         mode = 'reduce-overhead' if case.execution == 'graphs' else None
         run = torch.compile(model, dynamic=False, fullgraph=whole, mode=mode)
 
-    def forward() -> torch.Tensor:
+    def forward(images: torch.Tensor) -> torch.Tensor:
         if case.execution == 'graphs':  # what the last call returned may be overwritten
             torch.compiler.cudagraph_mark_step_begin()
-        autocast = torch.autocast(device.type, dtype=case.dtype, enabled=case.dtype is not None)
-        with autocast, attention_backend(case.attention):
+        with attention_backend(case.attention):
             return run(images)
 
+    return model, model_step(model, forward, images, target, case.mode, case.dtype)
+
+
+def model_step(
+    model: torch.nn.Module,
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    images: torch.Tensor,
+    target: torch.Tensor,
+    mode: str,
+    dtype: torch.dtype | None,
+) -> Step:
+    """A call to be timed, see ``MODES``.
+
+    Args:
+        model: Put into the training or evaluation mode that belongs to ``mode``.
+        forward: The model, or a function that calls it.
+        images: (B, C, H, W), of the device.
+        target: (B,) class indices.
+        mode: 'infer' or 'train'.
+        dtype: Of autocast, None without.
+    """
+    model.train(mode == 'train')
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None)
+
     def infer() -> torch.Tensor:
-        with torch.no_grad():
-            return forward()
+        with torch.no_grad(), autocast():
+            return forward(images)
 
     def train() -> None:
         model.zero_grad(set_to_none=True)
-        output = forward()
-        with torch.autocast(device.type, dtype=case.dtype, enabled=case.dtype is not None):
-            loss = F.cross_entropy(output, target)
+        with autocast():
+            loss = F.cross_entropy(forward(images), target)
         loss.backward()
 
-    return model, train if case.mode == 'train' else infer
+    return train if mode == 'train' else infer
 
 
 def time_models(
@@ -208,8 +246,7 @@ def time_models(
             model, step = build_step(case, device)
             for _ in range(3 if case.execution == 'graphs' else 1):  # seen where the graph is replayed, not recorded
                 step()
-            fused = any(getattr(module, 'fused_attn', False) for module in model.modules())
-            ran[case] = attention_that_ran(step, device) or ('math' if fused else '')
+            ran[case] = attention_that_ran(step, device, model)
             return step
 
         limit = time_limit * len({case.img_size for case in group})
@@ -411,7 +448,8 @@ def _ratio_rows(results: Results) -> list[dict[str, Any]]:
                 row = {**case.columns(), 'peer': peer, 'attention': other.attention}
                 if measured.timing and theirs.timing:
                     row |= zip(('speed', 'lowest', 'highest'), speed_ratio(measured.timing, theirs.timing))
-                    row['memory'] = measured.peak_bytes and theirs.peak_bytes and measured.peak_bytes / theirs.peak_bytes
+                    peaks = measured.peak_bytes, theirs.peak_bytes
+                    row['memory'] = peaks[0] / peaks[1] if all(peaks) else None
                     rows.append({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()})
     return rows
 
@@ -606,11 +644,13 @@ def _parser(prog: str) -> Parser:
         '--execution',
         type=choices(EXECUTIONS),
         metavar='LIST',
-        help="of eager,compiled,graphs; graphs: torch.compile(mode='reduce-overhead'). Default: compiled on CUDA, eager "
-        'on the CPU',
+        help="of eager,compiled,graphs; graphs: torch.compile(mode='reduce-overhead'). Default: compiled on CUDA, "
+        'eager on the CPU',
     )
     add('--backend', type=comma_list, metavar='LIST', help=f'of the Hydra operator: auto, {", ".join(BACKENDS)}')
-    add('--attention', choices=ATTENTION, default='auto', help="of scaled_dot_product_attention; auto: PyTorch's choice")
+    add(
+        '--attention', choices=ATTENTION, default='auto', help="of scaled_dot_product_attention; auto: PyTorch's choice"
+    )
     add(
         '--peers',
         action=argparse.BooleanOptionalAction,

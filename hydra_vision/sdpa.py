@@ -1,7 +1,7 @@
 """Which kernel computes ``scaled_dot_product_attention``: choose one, see which one ran, find the fastest.
 
-PyTorch has several for the same call, which differ by a factor of two in time: a comparison with attention means nothing
-without the name of the one that ran. On the CPU there are 'flash' (PyTorch's own) and 'math'.
+PyTorch has several for the same call, which differ by a factor of two in time: a comparison with attention means
+nothing without the name of the one that ran. On the CPU there are 'flash' (PyTorch's own) and 'math'.
 """
 
 import contextlib
@@ -44,10 +44,14 @@ def attention_backend(name: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if name == 'auto' else sdpa_kernel(_BACKENDS[name])
 
 
-def attention_that_ran(step: Callable[[], object], device: torch.device) -> str:
+def attention_that_ran(step: Callable[[], object], device: torch.device, model: nn.Module | None = None) -> str:
     """Run a call under the profiler; the backends that computed its attention, joined by '+', '' for none.
 
-    Compiled code calls the fused backends by name, but inlines 'math': that one is seen in eager mode only.
+    Args:
+        step: The call.
+        device: Where it computes.
+        model: What the call runs: compiled code calls the fused backends by name but inlines 'math', which is then the
+            answer where a timm attention of the model is fused (``fused_attn``) and no fused backend ran.
     """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == 'cuda')
     with profile(activities=activities) as trace:
@@ -55,7 +59,10 @@ def attention_that_ran(step: Callable[[], object], device: torch.device) -> str:
         if device.type == 'cuda':
             torch.cuda.synchronize(device)
     names = {event.key for event in trace.key_averages()}
-    return '+'.join(b for b, parts in _NAMES.items() if any(part in name for name in names for part in parts))
+    ran = '+'.join(b for b, parts in _NAMES.items() if any(part in name for name in names for part in parts))
+    if not ran and model is not None and any(getattr(module, 'fused_attn', False) for module in model.modules()):
+        return 'math'
+    return ran
 
 
 class _Shapes(TorchFunctionMode):

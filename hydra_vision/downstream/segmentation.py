@@ -249,7 +249,7 @@ def measure_speed(
     On random images that are on the device already: what the model takes, without the loader. Peak memory is
     allocated memory and known on CUDA only.
     """
-    from ..bench.timing import clock_for
+    from ..timing import clock_for
 
     x = torch.randn(batch_size, 3, *size, device=device)
     y = torch.randint(num_classes, (batch_size, *size), device=device)
