@@ -60,7 +60,7 @@ def test_hydra_is_linear_in_tokens_and_vit_is_not():
 
 
 def test_create_model_sets_the_size_where_there_is_one():
-    assert create_model('test_hydra_vit', 96, 'chunked').patch_embed.img_size == (96, 96)
+    assert create_model('test_hydra_vit', (96, 64), backend='chunked').patch_embed.img_size == (96, 64)
     assert create_model('test_resnet', 96).default_cfg['input_size'] == (3, 160, 160)
     with pytest.raises(TypeError):
-        create_model('test_resnet', 96, 'chunked')
+        create_model('test_resnet', 96, backend='chunked')
