@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from hydra_vision import Hydra
-from hydra_vision.flops import count_flops
 from hydra_vision.environment import device_name
+from hydra_vision.flops import count_flops
 from hydra_vision.train import build
 from hydra_vision.train.config import Config
 from hydra_vision.train.report import duration
