@@ -5,8 +5,19 @@ Each module is a command, started from the root of a checkout: ``python -m bench
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from hydra_vision.errors import UserError
+
+GOALS = Path(__file__).with_name('goals.yaml')
+
+
+def read_goals(path: Path = GOALS) -> dict[str, Any]:
+    """The sections of goals.yaml."""
+    return yaml.safe_load(path.read_text(encoding='utf-8'))
 
 
 def run(main: Callable[[], int], name: str) -> None:

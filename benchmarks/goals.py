@@ -8,11 +8,9 @@ import argparse
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 import hydra_vision.bench as bench
 from hydra_vision.console import Parser, comma_list, positive_list
@@ -22,10 +20,8 @@ from hydra_vision.io import write_csv
 from hydra_vision.sdpa import ATTENTION, attention_shapes, fastest_attention
 from hydra_vision.timing import Measurement
 
-from . import run
+from . import GOALS, read_goals, run
 from .kernels import profile_case
-
-GOALS = Path(__file__).with_name('goals.yaml')
 
 
 @dataclass(frozen=True)
@@ -103,13 +99,10 @@ def print_verdicts(session: bench.Run, rows: Sequence[Mapping[str, Any]]) -> Non
         session.console.print(bench.result_table('goals', shown, {**columns, 'goal': 'goal', 'met': ''}))
 
 
-def read_goals(path: Path = GOALS) -> dict[str, Any]:
-    """The sections of goals.yaml; 'models' and 'linear' as lists of ``Goal``."""
-    sections = yaml.safe_load(path.read_text(encoding='utf-8'))
-    for name in ('models', 'linear'):
-        goals = [Goal(**row) for row in sections[name]]
-        sections[name] = [replace(goal, base=tuple(goal.base)) if goal.base else goal for goal in goals]
-    return sections
+def model_goals(sections: Mapping[str, Any]) -> list[Goal]:
+    """Those of the sections 'models' and 'linear' of goals.yaml."""
+    goals = [Goal(**row) for name in ('models', 'linear') for row in sections[name]]
+    return [replace(goal, base=tuple(goal.base)) if goal.base else goal for goal in goals]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,8 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     device, dtype = bench.timing_device(arguments)
-    sections = read_goals()
-    goals = [goal for goal in (*sections['models'], *sections['linear']) if goal.device == device.type]
+    goals = [goal for goal in model_goals(read_goals()) if goal.device == device.type]
     goals = _chosen(goals, 'models', arguments.models, lambda goal: goal.model.removeprefix('hydra_vit_'))
     goals = _chosen(goals, 'execution', arguments.execution, lambda goal: goal.execution)
     modes = arguments.mode or list(bench.MODES)

@@ -24,7 +24,7 @@ from hydra_vision.ops import hydra_inner
 from hydra_vision.sdpa import ATTENTION
 from hydra_vision.timing import interleave
 
-from . import run
+from . import read_goals, run
 
 Call = Callable[[], object]
 
@@ -124,8 +124,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _limit(mode: str) -> float | None:
-    from .goals import read_goals  # which profiles through this module
-
     name = torch.cuda.get_device_name()
     return next((limits[mode] for gpu, limits in read_goals()['inner'].items() if gpu in name), None)
 

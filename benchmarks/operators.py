@@ -32,8 +32,8 @@ from hydra_vision.ops.mamba_ssm import CHUNK_SIZE, double_batch, mix_by_scan, mi
 from hydra_vision.sdpa import ATTENTION, attention_backend, attention_that_ran
 from hydra_vision.timing import Measurement, Step, measure
 
-from . import run
-from .goals import print_verdicts, read_goals, verdict
+from . import read_goals, run
+from .goals import print_verdicts, verdict
 
 SDPA = 'sdpa'
 SIMPLE_GLA = 'simple_gla'

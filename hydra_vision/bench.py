@@ -122,7 +122,8 @@ class Case:
     @property
     def label(self) -> str:
         """The model's line in tables and pictures."""
-        return self.model if self.backend in (None, 'auto') else f'{self.model} [{self.backend}]'
+        backend = '' if self.backend in (None, 'auto') else f' [{self.backend}]'
+        return self.model + backend + (f' {self.kwargs}' if self.kwargs != '{}' else '')
 
     @property
     def place(self) -> tuple:

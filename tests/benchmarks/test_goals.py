@@ -5,8 +5,8 @@ import csv
 import pytest
 import torch
 
-from benchmarks import goals
-from benchmarks.goals import Goal, main, read_goals, verdict
+from benchmarks import goals, read_goals
+from benchmarks.goals import Goal, main, model_goals, verdict
 from hydra_vision import bench
 from hydra_vision.errors import UserError
 from hydra_vision.timing import Measurement, Roofline, Timing
@@ -37,8 +37,7 @@ def measured(*seconds: float, peak: int | None = None) -> Measurement:
 
 
 def test_the_stated_goals_can_be_measured():
-    sections = read_goals()
-    stated = (*sections['models'], *sections['linear'])
+    stated = model_goals(read_goals())
     assert len(set(stated)) == len(stated)
     for goal in stated:
         ours, other = goal.pair('infer', None)
