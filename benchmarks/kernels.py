@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for mode, timing in times.items():
         limit = _limit(mode) if sizes == (256, 196, 24, 64, 64) else None
         goal = '' if limit is None else f', goal <= {limit:g}: {"met" if timing.median * 1e3 <= limit else "MISSED"}'
-        print(f'{mode}: {timing.median * 1e3:.4f} ms a call{goal}')
+        print(f'{mode}: {timing.median * 1e3:.4f} ms per call{goal}')
     return 0
 
 
