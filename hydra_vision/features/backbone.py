@@ -19,7 +19,7 @@ import hydra_vision  # noqa: F401  registers the models
 
 from ..console import check_model_name
 from ..downstream.sharing import constructor_args
-from ..train.images import ImageRules
+from ..images import ImageRules
 from .errors import FeatureError
 
 __all__ = ['Backbone', 'load_backbone', 'pick_device']

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..errors import require
+from ..images import READ_ERRORS
 from ..io import why_unwritable
-from ..train.images import READ_ERRORS
 from .backbone import Backbone, Size, load_backbone, pick_device
 from .errors import FeatureError
 from .files import FORMATS, Features, load_features

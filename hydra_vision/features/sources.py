@@ -15,7 +15,7 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils.misc import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ..train.images import READ_ERRORS
+from ..images import READ_ERRORS
 from .errors import FeatureError
 
 __all__ = ['Images', 'open_images', 'sample_digest']
@@ -32,7 +32,7 @@ class Images:
         name: What messages call the source.
         paths: A name for each image, unique enough to find it again.
         classes: The class of each image, None where the source has no classes.
-        load: Index -> PIL image, not decoded yet where the format allows; may raise ``train.images.READ_ERRORS``. Used
+        load: Index -> PIL image, not decoded yet where the format allows; may raise ``images.READ_ERRORS``. Used
             from loader processes, so it keeps no open file and can be pickled.
     """
 

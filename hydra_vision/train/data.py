@@ -15,9 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from hydra_vision.errors import ConfigError, DataError
+from hydra_vision.images import ImageRules
 from hydra_vision.train.config import Config
 from hydra_vision.train.distributed import World, local_processes
-from hydra_vision.train.images import ImageRules
 from hydra_vision.train.randomness import seed_from, seeded
 from hydra_vision.train.readable import ReadableDataset
 from hydra_vision.train.sampling import EvalSampler, TrainSampler, local_batch

@@ -13,8 +13,8 @@ from timm.data import ImageDataset
 from torch.utils.data import Dataset, get_worker_info
 
 from hydra_vision.errors import DataError
+from hydra_vision.images import READ_ERRORS, ImageRules
 from hydra_vision.train.cache import decode_all
-from hydra_vision.train.images import READ_ERRORS, ImageRules
 from hydra_vision.train.randomness import seed_generators, seeded
 from hydra_vision.train.sampling import Draw
 

@@ -16,7 +16,7 @@ from timm.data import IterableImageDataset
 from torch.utils.data import get_worker_info
 
 from hydra_vision.errors import DataError, first_line
-from hydra_vision.train.images import READ_ERRORS, ImageRules
+from hydra_vision.images import READ_ERRORS, ImageRules
 
 _NAMED, _NAME_BYTES = 5, 200  # names that a report gives, and room for each
 

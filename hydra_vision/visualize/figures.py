@@ -70,7 +70,7 @@ def load_pictures(backbone: Backbone, images: Images, indices: Sequence[int]) ->
     Raises:
         FeatureError: An index that the source does not have, an image that cannot be read.
     """
-    from ..train.images import READ_ERRORS
+    from ..images import READ_ERRORS
 
     transform, tensors = backbone.transform(whole=True), []
     for index in indices:

@@ -31,7 +31,7 @@ from hydra_vision.features import (
     open_images,
     store,
 )
-from hydra_vision.train.images import ImageRules
+from hydra_vision.images import ImageRules
 
 
 def by_hand(backbone, folder: Path, paths: list[str]) -> np.ndarray:
