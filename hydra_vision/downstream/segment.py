@@ -19,7 +19,7 @@ from ..console import Parser, stdout_console
 from ..environment import device_name, environment
 from ..errors import UserError, require
 from ..features.backbone import pick_device
-from .sharing import WEIGHTS, write_tensors
+from ..hub import WEIGHTS, write_tensors
 
 __all__ = ['main']
 

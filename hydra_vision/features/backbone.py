@@ -18,7 +18,7 @@ from torch import nn
 import hydra_vision  # noqa: F401  registers the models
 
 from ..console import check_model_name
-from ..downstream.sharing import constructor_args
+from ..hub import constructor_args
 from ..images import ImageRules
 from .errors import FeatureError
 

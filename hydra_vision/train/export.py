@@ -45,7 +45,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     taken = [name for name in ('config.json', 'model.safetensors') if (arguments.folder / name).exists()]
     if taken:
         raise UserError(f'{arguments.folder} holds {" and ".join(taken)} already; nothing is overwritten')
-    from hydra_vision.downstream.sharing import save_pretrained
+    from hydra_vision.hub import save_pretrained
 
     path = find_checkpoint(arguments.run, BEST)
     try:
