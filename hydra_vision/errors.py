@@ -1,7 +1,7 @@
 """Errors that end a command with one line for its user, and what goes into such a line.
 
-Every class is a `UserError`: its text is the whole message, without a traceback. Exit code 2 means that the command was
-not started as asked (bad input, nothing was done), 1 that work which had begun failed.
+Every class is a `UserError`: its text is the whole message, without a traceback. Exit code 2 says that the arguments or
+the recipe are wrong, 1 that what they name failed: data, a checkpoint, the disk, the loss.
 """
 
 import difflib
@@ -13,6 +13,7 @@ __all__ = [
     'CheckpointError',
     'ConfigError',
     'DataError',
+    'FeatureError',
     'MissingExtraError',
     'NonFiniteError',
     'TrainError',
@@ -34,8 +35,12 @@ class MissingExtraError(UserError, ImportError):
     """An optional package that is not installed, or does not work."""
 
 
+class FeatureError(UserError, ValueError):
+    """Features, or a model, an argument or a file for them, that do not fit."""
+
+
 class TrainError(UserError):
-    """Work that had begun and failed."""
+    """Data, a checkpoint, the disk or the loss failed."""
 
     exit_code = 1
     shared = False  # whether every process of the run ends with it: then one of them reports it

@@ -13,7 +13,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
 from timm.models import get_model_args
 from timm.models._hub import save_config_for_hf
 from timm.utils import unwrap_model
@@ -21,8 +20,9 @@ from torch import nn
 
 from .io import to_path, why_unwritable
 from .version import __version__
+from .weights import write_tensors
 
-__all__ = ['CONFIG', 'WEIGHTS', 'constructor_args', 'push_to_hub', 'save_pretrained', 'write_tensors']
+__all__ = ['CONFIG', 'WEIGHTS', 'constructor_args', 'push_to_hub', 'save_pretrained']
 
 CONFIG, WEIGHTS, CODE, CARD = 'config.json', 'model.safetensors', 'hydra_vision_auto.py', 'README.md'
 
@@ -115,14 +115,6 @@ def save_pretrained(
         for name in files:
             (Path(temporary) / name).replace(folder / name)
     return folder
-
-
-def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write a .safetensors file with the permissions of any new file: safetensors alone makes it private (0600)."""
-    path.touch()
-    mode = path.stat().st_mode
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata={'format': 'pt'})
-    path.chmod(mode)
 
 
 def push_to_hub(

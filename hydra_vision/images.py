@@ -19,7 +19,16 @@ from timm.utils.misc import natural_key
 
 from .errors import DataError
 
-__all__ = ['READ_ERRORS', 'SUFFIXES', 'FolderReader', 'ImageRules', 'find_images', 'leaf_folders', 'open_image']
+__all__ = [
+    'READ_ERRORS',
+    'SUFFIXES',
+    'FolderReader',
+    'ImageRules',
+    'find_images',
+    'is_image',
+    'leaf_folders',
+    'open_image',
+]
 
 # What Pillow and file systems raise for a file that is truncated, no image, too large to be one, or gone.
 READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -35,12 +44,9 @@ _TYPES = mimetypes.MimeTypes()  # of Python alone: the same on every machine
 def find_images(folder: str | os.PathLike, suffixes: Collection[str] = SUFFIXES) -> list[str]:
     """The images of a folder and its sub-folders, links followed, in natural order (9 before 10).
 
-    A file is an image by its suffix or, where its name says nothing of what it holds, by its first bytes. Whether it
-    can be decoded shows when it is read.
-
     Args:
         folder: The folder.
-        suffixes: In lower case; the default ones are joined by files recognised by their content, others are not.
+        suffixes: As for `is_image`. Whether an image can be decoded shows when it is read.
 
     Returns:
         Paths relative to the folder. A link that leads back to a folder around it adds nothing.
@@ -62,11 +68,27 @@ def find_images(folder: str | os.PathLike, suffixes: Collection[str] = SUFFIXES)
                         identity = _identity(entry.path)
                         if identity not in around:
                             todo.append((path, around | {identity}))
-                    elif _is_image(entry, suffixes):
+                    elif _is_file(entry) and is_image(entry.name, lambda: _start(entry.path), suffixes):  # noqa: B023
                         found.append(path)
         except OSError as error:
             raise DataError(f'{where} cannot be listed: {error.strerror}') from error
     return sorted(found, key=lambda path: (natural_key(path), path))
+
+
+def is_image(name: str, start: Callable[[], bytes], suffixes: Collection[str] = SUFFIXES) -> bool:
+    """Whether a file is an image: by its suffix or, where its name says nothing of what it holds, by its first bytes.
+
+    Args:
+        name: Of the file.
+        start: Reads its first 16 bytes; called where they decide.
+        suffixes: In lower case; with others than the default ones, the suffix alone decides.
+    """
+    if os.path.splitext(name)[1].lower() in suffixes:
+        return True
+    if suffixes is not SUFFIXES or _TYPES.guess_type(name)[0] is not None:
+        return False
+    first = start()
+    return first.startswith(_SIGNATURES) or first[8:12] == b'WEBP' or first[4:12] == b'ftypavif'
 
 
 def leaf_folders(paths: Sequence[str]) -> list[str] | None:
@@ -130,20 +152,17 @@ def _true(check: Callable[[], bool]) -> bool:
         return False
 
 
-def _is_image(entry: os.DirEntry, suffixes: Collection[str]) -> bool:
-    regular = _true(entry.is_file)
-    if not regular and not entry.is_symlink():  # a pipe, a socket, a device
-        return False
-    if os.path.splitext(entry.name)[1].lower() in suffixes:
-        return True  # a broken link, too: it is an image that cannot be read
-    if not regular or suffixes is not SUFFIXES or _TYPES.guess_type(entry.name)[0] is not None:
-        return False
+def _is_file(entry: os.DirEntry) -> bool:
+    """Whether it is a file or a broken link (an image that cannot be read), not a pipe, a socket or a device."""
+    return _true(entry.is_file) or entry.is_symlink()
+
+
+def _start(path: str) -> bytes:
     try:
-        with open(entry.path, 'rb') as file:
-            start = file.read(16)
+        with open(path, 'rb') as file:
+            return file.read(16)
     except OSError:
-        return False
-    return start.startswith(_SIGNATURES) or start[8:12] == b'WEBP' or start[4:12] == b'ftypavif'
+        return b''
 
 
 @dataclasses.dataclass(frozen=True)

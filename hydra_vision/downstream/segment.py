@@ -16,10 +16,11 @@ from rich.progress import Progress
 from torch.utils.data import DataLoader
 
 from ..console import Parser, stdout_console
+from ..device import pick_device
 from ..environment import device_name, environment
 from ..errors import UserError, require
-from ..features.backbone import pick_device
-from ..hub import WEIGHTS, write_tensors
+from ..hub import WEIGHTS
+from ..weights import write_tensors
 
 __all__ = ['main']
 

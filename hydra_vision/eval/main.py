@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 from ..console import Parser, make_table, stdout_console
+from ..device import pick_device
 from ..errors import UserError
 from ..features import Backbone, FeatureError, Features, extract, load_features, open_images
-from ..features.backbone import pick_device
 from ..features.files import FORMATS
 from ..features.main import show_progress
 from ..features.options import add_image_options, add_model_options, add_run_options, backbone_from, integers, numbers
