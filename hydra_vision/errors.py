@@ -22,6 +22,7 @@ __all__ = [
     'first_line',
     'nearest',
     'require',
+    'user_text',
 ]
 
 
@@ -77,6 +78,12 @@ def first_line(error: BaseException) -> str:
     """The first line of an exception's text; the name of its class where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def user_text(error: UserError) -> str:
+    """The message of an error; one that comes out of a loader process carries its traceback in front."""
+    text = str(error)
+    return text.rstrip().splitlines()[-1].partition('Error: ')[2] if 'Original Traceback' in text else text
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

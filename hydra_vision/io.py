@@ -161,7 +161,7 @@ def check_output(
     if reason:
         raise UserError(f'{name}={str(path)!r} cannot be written: {reason}')
     if path.exists() and not overwrite:
-        raise UserError(f'{name}={str(path)!r} exists already: choose another name, or overwrite it')
+        raise UserError(f'{name}={str(path)!r} exists already; --overwrite (overwrite=True) replaces it')
     return path
 
 

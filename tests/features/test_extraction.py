@@ -459,7 +459,7 @@ def test_damaged_files_are_errors(backbone, folder, tmp_path):
     with pytest.raises(FeatureError, match='rows'):
         load_features(out)
     log.unlink()
-    with pytest.raises(FeatureError, match=r'has no f.npy.csv beside it'):
+    with pytest.raises(FeatureError, match=r'has no f.npy.csv next to it'):
         load_features(out)
     with pytest.raises(FeatureError, match='no file'):
         load_features(tmp_path / 'h.npy')
