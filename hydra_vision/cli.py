@@ -144,21 +144,27 @@ def _train(argv: list[str]) -> int:
 
 
 def _compare_runs(argv: list[str]) -> int:
-    from .train.compare import main as compare
+    from .train import runs
 
-    return compare(argv, prog=f'{PROG} compare-runs')
+    parser = Parser(prog=f'{PROG} compare-runs', description=_COMMANDS['compare-runs'][1])
+    runs.add_compare_arguments(parser)
+    return runs.compare(parser.parse_args(argv))
 
 
 def _average_checkpoints(argv: list[str]) -> int:
-    from .train.average import main as average
+    from .train import runs
 
-    return average(argv, prog=f'{PROG} average-checkpoints')
+    parser = Parser(prog=f'{PROG} average-checkpoints', description=_COMMANDS['average-checkpoints'][1])
+    runs.add_average_arguments(parser)
+    return runs.average_checkpoints(parser.parse_args(argv))
 
 
 def _export_run(argv: list[str]) -> int:
-    from .train.export import main as export
+    from .train import runs
 
-    return export(argv, prog=f'{PROG} export-run')
+    parser = Parser(prog=f'{PROG} export-run', description=_COMMANDS['export-run'][1])
+    runs.add_export_arguments(parser)
+    return runs.export(parser.parse_args(argv))
 
 
 def _bench(argv: list[str]) -> int:

@@ -5,9 +5,8 @@ import timm
 import torch
 
 from hydra_vision.errors import CheckpointError, ConfigError
-from hydra_vision.train import build, data
+from hydra_vision.train import build, data, tasks
 from hydra_vision.train.config import Config, merge
-from hydra_vision.train.device import configure_torch
 
 NANO = {'model': {'name': 'hydra_vit_nano', 'kwargs': {'patch_size': 4, 'depth': 2}}, 'data': {'img_size': 16}}
 
@@ -116,7 +115,7 @@ def test_schedule_warms_up_and_decays_by_update():
     ],
 )
 def test_the_loss_follows_from_the_labels(augment, name):
-    assert type(build.create_loss(recipe(augment=augment))).__name__ == name
+    assert type(tasks.create_loss(recipe(augment=augment))).__name__ == name
 
 
 def test_rates_of_dropping_reach_the_model():
@@ -165,18 +164,31 @@ def test_device_and_precision_that_are_not_here():
         build.amp_dtype(recipe(run={'amp': 'fp16'}), torch.device('cpu'))
 
 
-@pytest.mark.parametrize('asked', [False, True])
-def test_attention_by_cudnn_runs_where_it_is_asked_for(monkeypatch, asked):
-    """Its backward pass gives NaN for some numbers of tokens, so it must not be PyTorch's choice."""
+def test_attention_lengths_are_those_of_the_model():
+    """100 patches and no prefix token; a Hydra layer has no attention."""
+    for name, lengths in (('test_vit', {101}), ('test_hydra_vit', set())):
+        model = timm.create_model(name).train()
+        assert build.attention_lengths(model, (3, 160, 160), torch.device('cpu')) == lengths
+        assert model.training
+
+
+@pytest.mark.parametrize(
+    ('capability', 'tokens', 'amp', 'runs'),
+    [
+        ((9, 0), {64, 197}, torch.bfloat16, False),
+        ((9, 0), {197}, torch.bfloat16, True),
+        ((8, 0), {64}, torch.bfloat16, True),
+        ((9, 0), {64}, None, None),
+    ],
+)
+def test_cudnn_attention_is_off_only_where_its_gradients_are_nan(monkeypatch, capability, tokens, amp, runs):
     calls = []
-    monkeypatch.setattr(torch, 'set_float32_matmul_precision', lambda _: None)
-    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', torch.backends.cudnn.allow_tf32)
     monkeypatch.setattr(torch.backends.cuda, 'enable_cudnn_sdp', calls.append)
-    config = recipe(run={'cudnn_attention': True}) if asked else recipe()
-    configure_torch(config, torch.device('cpu'))
-    assert calls == []
-    configure_torch(config, torch.device('cuda'))
-    assert calls == [asked]
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _: capability)
+    monkeypatch.setattr(build, 'attention_lengths', lambda *_: tokens)
+    note = build.avoid_faulty_attention(torch.nn.Identity(), (3, 8, 8), torch.device('cuda'), amp)
+    assert calls == ([] if runs is None else [runs])
+    assert (note is None) == (runs is not False)
 
 
 @pytest.mark.parametrize('classes', [10, 3])

@@ -10,8 +10,8 @@ from PIL import Image
 from hydra_vision.errors import ConfigError, DataError
 from hydra_vision.train import data, sources
 from hydra_vision.train.config import Config, merge
-from hydra_vision.train.digits import Digits
 from hydra_vision.train.distributed import World
+from hydra_vision.train.sources import Digits
 
 CPU = torch.device('cpu')
 
@@ -64,10 +64,10 @@ def test_every_field_of_mixing_reaches_timm():
         'mix_mode': 'pair',
         'smoothing': 0.3,
     }
-    mixup = data.create_mixup(recipe(None, augment=augment), 7)
+    mixup = data.create_mixup(recipe(None, augment=augment).augment, 7)
     assert (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.mix_prob, mixup.switch_prob) == (0.2, 0.9, 0.4, 0.3)
     assert (mixup.mode, mixup.label_smoothing, mixup.num_classes) == ('pair', 0.3, 7)
-    assert data.create_mixup(recipe(None, augment={'smoothing': 0.3}), 7) is None
+    assert data.create_mixup(recipe(None, augment={'smoothing': 0.3}).augment, 7) is None
 
 
 def test_loader_processes_draw_by_seed_epoch_and_process(image_folder):
@@ -76,7 +76,7 @@ def test_loader_processes_draw_by_seed_epoch_and_process(image_folder):
         config = recipe(folder, run={'seed': seed})
         split, _ = sources.open_splits(config)
         train = data.train_loader(config, split, 3, torch.nn.Identity(), CPU, World(rank, 2, rank))
-        data.epoch_batches(config, train, epoch)
+        data.epoch_batches(train, config.run.seed, epoch)
         seeds.add(train.loader.generator.initial_seed())
     assert len(seeds) == 4
 
@@ -289,7 +289,7 @@ def test_batches_follow_from_the_epoch_and_not_from_loader_processes_or_where_a_
         train, _ = loaders(config)
         found = []
         for epoch, start in passes:
-            batches = data.epoch_batches(config, train, epoch, start)
+            batches = data.epoch_batches(train, config.run.seed, epoch, start)
             found.append(torch.cat([images for images, _ in batches]))
         return found
 
@@ -308,7 +308,7 @@ def test_images_decoded_into_memory_give_the_same_batches(image_folder):
     found = []
     for cache in ('none', 'ram'):
         train, val = loaders(recipe(folder, data={'cache': cache, 'workers': 2}))
-        found.append([*data.epoch_batches(recipe(folder), train, 0), *val])
+        found.append([*data.epoch_batches(train, 0, 0), *val])
         assert train.dataset.unreadable() == ['red/000.png']
     for (images, targets), (cached, cached_targets) in zip(*found, strict=True):
         assert torch.equal(images, cached)
@@ -324,7 +324,7 @@ def test_decoding_into_memory_gives_up_at_the_limit_and_names_what_it_found(imag
 
 def test_a_set_that_does_not_fit_into_memory_is_refused_at_once(image_folder, monkeypatch):
     monkeypatch.setattr(
-        'hydra_vision.train.cache.free_memory', lambda: 24 * 24 * 24 * 3
+        'hydra_vision.train.readable.free_memory', lambda: 24 * 24 * 24 * 3
     )  # the training images, no more
     with pytest.raises(DataError, match=r"data.cache='ram': .*train needs about .* set data.cache=none"):
         loaders(recipe(image_folder(), data={'cache': 'ram'}))
@@ -332,7 +332,7 @@ def test_a_set_that_does_not_fit_into_memory_is_refused_at_once(image_folder, mo
 
 def test_every_process_of_a_machine_needs_the_memory(image_folder, monkeypatch):
     config = recipe(image_folder(), data={'cache': 'ram'})
-    monkeypatch.setattr('hydra_vision.train.cache.free_memory', lambda: 2 * 24 * 24 * 24 * 3)
+    monkeypatch.setattr('hydra_vision.train.readable.free_memory', lambda: 2 * 24 * 24 * 24 * 3)
     loaders(config)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
     with pytest.raises(DataError, match=r'needs about 0.0 GiB decoded in each of 2 processes, 0.0 GiB are free'):
@@ -343,9 +343,9 @@ def test_an_epoch_of_which_nothing_is_left_does_not_ask_the_loader(image_folder,
     """timm 1.0.29 fails where its loader has no batch."""
     config = recipe(image_folder())
     train, _ = loaders(config)
-    assert len(list(data.epoch_batches(config, train, 0, len(train) - 1))) == 1
+    assert len(list(data.epoch_batches(train, 0, 0, len(train) - 1))) == 1
     monkeypatch.setattr(type(train), '__iter__', lambda self: pytest.fail('asked'))
-    assert list(data.epoch_batches(config, train, 0, len(train))) == []
+    assert list(data.epoch_batches(train, 0, 0, len(train))) == []
 
 
 def test_streamed_sets_are_not_held_in_memory():

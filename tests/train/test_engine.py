@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hydra_vision.eval.classification import evaluate
-from hydra_vision.train import engine
+from hydra_vision.train import engine, tasks
 from hydra_vision.train.checkpoint import LAST, load_checkpoint
 
 
@@ -45,7 +44,7 @@ def test_a_loss_that_is_nan_stops_the_run_with_the_last_good_checkpoint(
     tiny, fails, tmp_path, monkeypatch, check_every
 ):
     monkeypatch.setitem(engine._CHECK_EVERY, 'cpu', check_every)
-    build_loss = engine.build.create_loss
+    build_loss = tasks.create_loss
 
     def create_loss(config):
         loss, calls = build_loss(config), iter(range(10**6))
@@ -56,7 +55,7 @@ def test_a_loss_that_is_nan_stops_the_run_with_the_last_good_checkpoint(
 
         return Breaking()
 
-    monkeypatch.setattr(engine.build, 'create_loss', create_loss)
+    monkeypatch.setattr(tasks, 'create_loss', create_loss)
     error = fails(*tiny, '--output', 'run', code=1)
     assert 'the loss became nan at step 9 (epoch 2, batch 3)' in error
     assert f'the last good checkpoint is {Path("run") / LAST} (epoch 1)' in error
@@ -67,10 +66,10 @@ def test_a_loss_that_is_nan_stops_the_run_with_the_last_good_checkpoint(
 
 
 def test_too_little_memory_says_what_would_need_less(tiny, fails, monkeypatch):
-    def backward(*_):
+    def backward(*_, **__):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1 GiB.')
 
-    monkeypatch.setattr(engine.Trainer, '_backward', backward)
+    monkeypatch.setattr(engine.Trainer, 'forward_backward', backward)
     assert 'a smaller --batch-size with a larger --accum-steps' in fails(*tiny, code=1)
 
 
@@ -137,13 +136,13 @@ def test_accumulated_batches_give_the_update_of_one_large_batch(tiny, run, tmp_p
 def test_an_update_with_fewer_batches_weighs_them_fully(tiny, run, tmp_path, monkeypatch):
     """6 batches in groups of 4: the last group holds 2, and its gradient is their mean, not half of it."""
     seen = []
-    backward = engine.Trainer._backward
+    backward = engine.Trainer.forward_backward
 
     def spy(self, images, targets, group, last):
         seen.append((group, last))
         return backward(self, images, targets, group, last)
 
-    monkeypatch.setattr(engine.Trainer, '_backward', spy)
+    monkeypatch.setattr(engine.Trainer, 'forward_backward', spy)
     assert run(*tiny, '--accum-steps', 4, '--output', 'run')[0] == 0
     assert seen == [(4, False), (4, False), (4, False), (4, True), (2, False), (2, True)] * 3
     assert load_checkpoint(tmp_path / 'run' / LAST)['updates'] == 6
@@ -227,27 +226,16 @@ def test_validation_may_be_rarer_than_epochs(tiny, run, tmp_path):
     assert [row['val_top1'] != '' for row in summary(tmp_path / 'run')] == [False, True, True]
 
 
-def test_evaluation_counts_each_image_once_and_leaves_out_masked_ones():
-    logits = torch.eye(6)
-    batches = [(logits[:4], torch.tensor([0, 1, -1, 0])), (logits[4:], torch.tensor([5, 5]))]
-    result = evaluate({'a': torch.nn.Identity()}, batches, torch.device('cpu'))['a']
-    assert result['images'] == 5
-    assert result['top1'] == pytest.approx(100 * 3 / 5)
-    assert result['top5'] == pytest.approx(100 * 5 / 5)
-    expected = torch.nn.functional.cross_entropy(logits[[0, 1, 3, 4, 5]], torch.tensor([0, 1, 0, 5, 5]))
-    assert result['loss'] == pytest.approx(float(expected), rel=1e-6)
-
-
 @pytest.mark.parametrize('stopped', [False, True])
 def test_a_run_that_ended_leaves_no_loader_process_behind(tiny, run, monkeypatch, stopped):
     """Without waiting for Python to look for cycles: others may train next in this process."""
-    update = engine.Trainer._update
+    update = engine.Trainer._optimizer_step
 
     def note(self, *arguments):
         self.signals.received = signal.SIGTERM if stopped else 0
         update(self, *arguments)
 
-    monkeypatch.setattr(engine.Trainer, '_update', note)
+    monkeypatch.setattr(engine.Trainer, '_optimizer_step', note)
     gc.collect()
     gc.disable()
     try:

@@ -6,13 +6,14 @@ import torch
 from hydra_vision.train import measure
 from hydra_vision.train.config import Config
 from hydra_vision.train.cost import Cost
+from hydra_vision.train.distributed import World
 from hydra_vision.train.report import speed_line
 
 
 def test_a_dry_run_prints_the_cost_and_writes_nothing(tiny, run, tmp_path):
     code, out, error = run(*tiny, '--dry-run')
     assert code == 0, error
-    for text in ('2 updates of 8 images', '3 epochs, 3 validations', 'processor hours', 'nothing was written'):
+    for text in ('2 steps of 8 images', '3 epochs, 3 validations', 'processor hours', 'nothing was written'):
         assert text in ' '.join(out.replace('│', ' ').split()), out
     assert list(tmp_path.iterdir()) == []
 
@@ -28,13 +29,13 @@ def test_the_estimate_by_hand(monkeypatch, devices):
     )
     shown = []
     trainer = SimpleNamespace(
-        **{'config': config, 'device': torch.device('cpu'), 'world_size': devices, 'epochs': 11},
+        **{'config': config, 'device': torch.device('cpu'), 'world': World(size=devices), 'epochs': 11},
         **{'cost': Cost(1e9, 1e13), 'console': None, 'train_loader': [None] * 20},
         val_loader=SimpleNamespace(dataset=range(1500)),
     )
     trainer.resize = lambda epoch: setattr(trainer, 'train_size', (3, 16, 16) if epoch < 5 else (3, 32, 32))
     pace = lambda trainer: (100, 0.1 if trainer.train_size[1] == 16 else 0.4)  # noqa: E731
-    monkeypatch.setattr(measure, '_training_pace', pace)
+    monkeypatch.setattr(measure, '_training_speed', pace)
     monkeypatch.setattr(measure, '_validation_rate', lambda trainer: 500.0)
     monkeypatch.setattr(measure, 'print_table', lambda console, title, header, rows: shown.extend(rows))
     measure.dry_run(trainer)
@@ -43,14 +44,14 @@ def test_the_estimate_by_hand(monkeypatch, devices):
     seconds = (training + validating) / devices
     assert rows['whole run'] == f'11 epochs, 6 validations, {devices} process(es)'
     assert rows['estimate'] == f'0:{int(seconds) // 60:02}:{int(seconds) % 60:02} (h:mm:ss), 0.02 processor hours'
-    assert rows['of it validation'] == f'{100 * validating / (training + validating):.0f} %'
+    assert rows['validation share'] == f'{100 * validating / (training + validating):.0f} %'
     assert [row[1] for row in shown if row[0] == 'MFU'] == [f'{10 * devices:.1f} %', f'{2.5 * devices:.1f} %']
     assert {'training 5 epochs at 16x16', 'training 6 epochs at 32x32'} <= rows.keys()
 
 
 def test_a_dry_run_takes_accumulated_batches_for_one_update(tiny, run):
     _, out, _ = run(*tiny, '--dry-run', '--accum-steps', 2, '--set', 'augment.mixup=0.5')
-    assert '2 updates of 16 images' in ' '.join(out.replace('│', ' ').split())
+    assert '2 steps of 16 images' in ' '.join(out.replace('│', ' ').split())
 
 
 def test_the_data_benchmark_says_which_one_is_the_limit(tiny, run, tmp_path, monkeypatch):

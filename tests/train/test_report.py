@@ -4,19 +4,15 @@ import io
 from types import SimpleNamespace
 
 import pytest
-import torch
 from rich.console import Console
 
-from hydra_vision.train import log, report
-from hydra_vision.train.config import Config
-from hydra_vision.train.progress import Progress
+from hydra_vision.train import report
 
 
 @pytest.fixture
 def clock(monkeypatch) -> SimpleNamespace:
     clock = SimpleNamespace(now=1000.0)
-    for module in (report, log):
-        monkeypatch.setattr(module, 'time', SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(report, 'time', SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 
@@ -28,9 +24,9 @@ def slow_loader(clock: SimpleNamespace, batches: int, seconds: float):
 
 def test_pace_and_share_of_waiting(clock):
     """Half a second a batch from the loader, 1.5 of work; an earlier process did two batches in 10 s, waiting for 3."""
-    meter = report.Meter(Console(file=io.StringIO()), epochs=4, batches=10, done=0.2)
-    with meter.phase(0, 'train', 10) as phase:
-        phase.go_on(batches=2, images=16, seconds=10.0, waited=3.0)
+    meter = report.RunProgress(Console(file=io.StringIO()), epochs=4, batches=10, done=0.2)
+    with meter.start_pass(0, 'train', 10) as phase:
+        phase.resume(batches=2, images=16, seconds=10.0, waited=3.0)
         for _ in phase.read(slow_loader(clock, 4, 0.5)):
             clock.now += 1.5
             phase.advance(8)
@@ -41,25 +37,6 @@ def test_pace_and_share_of_waiting(clock):
     # 8 s for the 0.4 epochs of this process, 3.4 epochs are left
     assert meter.eta(0.6) == pytest.approx(8 / 0.4 * 3.4)
     assert meter.eta(0.2) != meter.eta(0.2)  # no pace yet
-
-
-def test_pace_in_the_rows_of_steps(clock):
-    """4 updates of 3 batches of 8 images in 6 seconds; the next row counts from there."""
-    learner = SimpleNamespace(updates=10, lr=0.1, grad_norm=1.0, skipped=0, param_norm=lambda: 2.0)
-    learner.scaler, rows = torch.amp.GradScaler('cpu', enabled=False), []
-    run = SimpleNamespace(
-        config=Config.from_dict({'data': {'batch_size': 8}, 'optim': {'accum_steps': 3}, 'log': {'mixers': False}}),
-        **{'learner': learner, 'epoch': 2, 'progress': Progress(batches=6, last_loss=0.5), 'train_loader': [None] * 24},
-        sinks=[SimpleNamespace(step=lambda updates, values, layers: rows.append(values))],
-    )
-    steps = log.StepLog(every=4)
-    steps.start(learner.updates)
-    for seconds in (6.0, 2.0):
-        clock.now, learner.updates = clock.now + seconds, learner.updates + 4
-        steps.write(run, torch.zeros(8, 3, 8, 8))
-    assert [row['images_per_second'] for row in rows] == pytest.approx([96 / 6, 96 / 2])
-    assert rows[0]['epoch'] == 2.25
-    assert rows[0]['loss_scale'] is None
 
 
 def test_the_speed_of_a_run_weighs_epochs_by_their_time():

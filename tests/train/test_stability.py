@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from hydra_vision.errors import NonFiniteError
-from hydra_vision.train import build, engine
+from hydra_vision.train import engine, tasks
 from hydra_vision.train.checkpoint import LAST, load_checkpoint
 from hydra_vision.train.config import Config
 from hydra_vision.train.distributed import World
-from hydra_vision.train.guard import Guard
+from hydra_vision.train.guard import NonFiniteGuard
 
 
 def spoil_gradients(monkeypatch, updates: set[int], value: float = math.nan) -> None:
@@ -49,9 +49,9 @@ def test_a_skipped_step_changes_neither_weights_nor_averages(tiny, run, tmp_path
     update = engine.Learner.update
 
     def spy(self, measure=False):
-        before = [tensor.clone() for tensor in (*self.model.parameters(), *self.ema.module.parameters())]
+        before = [tensor.clone() for tensor in (*self.model.parameters(), *self.ema.parameters())]
         update(self, measure)
-        after = (*self.model.parameters(), *self.ema.module.parameters())
+        after = (*self.model.parameters(), *self.ema.parameters())
         seen.append(all(torch.equal(first, second) for first, second in zip(before, after, strict=True)))
 
     monkeypatch.setattr(engine.Learner, 'update', spy)
@@ -61,7 +61,7 @@ def test_a_skipped_step_changes_neither_weights_nor_averages(tiny, run, tmp_path
 
 
 def test_a_loss_that_is_nan_is_left_out_of_the_mean_where_steps_may_be_skipped(tiny, run, tmp_path, monkeypatch):
-    create = build.create_loss
+    create = tasks.create_loss
 
     def create_loss(config):
         loss, calls = create(config), iter(range(10**6))
@@ -72,7 +72,7 @@ def test_a_loss_that_is_nan_is_left_out_of_the_mean_where_steps_may_be_skipped(t
 
         return Breaking()
 
-    monkeypatch.setattr(build, 'create_loss', create_loss)
+    monkeypatch.setattr(tasks, 'create_loss', create_loss)
     assert run(*tiny, '--set', 'optim.skip_nonfinite=1', '--output', 'run')[0] == 0
     state = load_checkpoint(tmp_path / 'run' / LAST)
     assert state['skipped'] == 1
@@ -104,9 +104,9 @@ def test_gradients_are_clipped_as_timm_does(tiny, run, tmp_path, monkeypatch, mo
 def test_z_loss_adds_the_mean_squared_logsumexp():
     config = Config.from_dict({'optim': {'z_loss': 0.5}})
     logits, targets = torch.randn(4, 7), torch.tensor([0, 6, 2, 2])
-    plain = build.create_loss(Config.from_dict({}))(logits, targets)
+    plain = tasks.create_loss(Config.from_dict({}))(logits, targets)
     expected = plain + 0.5 * logits.exp().sum(dim=1).log().square().mean()
-    torch.testing.assert_close(build.create_loss(config)(logits, targets), expected)
+    torch.testing.assert_close(tasks.create_loss(config)(logits, targets), expected)
 
 
 def test_a_vanishing_scale_of_fp16_stops_the_run():
@@ -117,7 +117,7 @@ def test_a_vanishing_scale_of_fp16_stops_the_run():
     learner.scaler = torch.amp.GradScaler('cpu', init_scale=0.5)
     learner.updates = 50
     with pytest.raises(NonFiniteError, match='the loss scale of fp16 fell below 1 at step 50'):
-        Guard(config, learner, World()).check_steps()
+        NonFiniteGuard(config.optim, learner, World()).check_steps()
 
 
 @pytest.mark.gpu

@@ -8,10 +8,10 @@ import torch
 import hydra_vision  # noqa: F401  registers the models
 from hydra_vision.mixers import Hydra
 from hydra_vision.ops.inner import unpack_zxbcdt
-from hydra_vision.train import log, stats
+from hydra_vision.train import engine, stats
 from hydra_vision.train.checkpoint import LAST, load_checkpoint
-from hydra_vision.train.log import CsvLog, across_layers
-from hydra_vision.train.stats import mixer_statistics, total_norm
+from hydra_vision.train.log import CsvLogger
+from hydra_vision.train.stats import across_layers, mixer_statistics, total_norm
 
 
 def small_model(**kwargs) -> torch.nn.Module:
@@ -95,8 +95,8 @@ def test_total_norm():
 
 def test_rows_are_written_every_few_updates_and_nothing_is_measured_in_between(tiny, run, tmp_path, monkeypatch):
     calls = []
-    measure = log.mixer_statistics
-    monkeypatch.setattr(log, 'mixer_statistics', lambda *args: calls.append(1) or measure(*args))
+    measure = engine.mixer_statistics
+    monkeypatch.setattr(engine, 'mixer_statistics', lambda *args: calls.append(1) or measure(*args))
     assert run(*tiny, '--set', 'log.every=4', '--output', 'run')[0] == 0
     rows, layers = read(tmp_path / 'run' / 'steps.csv'), read(tmp_path / 'run' / 'mixers.csv')
     assert [row['updates'] for row in rows] == ['4', '8', '12', '16']
@@ -119,14 +119,12 @@ def test_measuring_changes_nothing(tiny, run, tmp_path, assert_same_run):
 
 
 def test_rows_after_the_checkpoint_are_dropped_and_a_torn_one_as_well(tmp_path):
-    values = {'updates': 0, 'epoch': 0.5, 'lr': 1e-3, 'loss': 2.0}
-    layers = {'a': {'dt_mean': 0.1, 'dt_max': 0.2, 'decay_q05': 0.3, 'decay_q50': 0.4, 'decay_q95': 0.5}}
-    rows = CsvLog(tmp_path, 0)
+    rows = CsvLogger(tmp_path, 0)
     for updates in (5, 10, 15):
-        rows.step(updates, {**values, 'updates': updates}, layers)
+        rows.log(updates, {'step/epoch': 0.5, 'step/loss': 2.0, 'mixers/a.b/dt_mean': 0.1, 'epoch/val_top1': 50.0})
     with open(tmp_path / 'steps.csv', 'a') as file:
         file.write('20,1.0,0.0')  # killed while it was written
-    CsvLog(tmp_path, 10)
+    CsvLogger(tmp_path, 10)
     assert [row['updates'] for row in read(tmp_path / 'steps.csv')] == ['5', '10']
     assert [row['updates'] for row in read(tmp_path / 'mixers.csv')] == ['5', '10']
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 
@@ -16,9 +15,6 @@ from hydra_vision.errors import ConfigError, DataError
 from hydra_vision.train import data, sources
 from hydra_vision.train.config import Config, merge
 
-new_timm = pytest.mark.skipif(
-    tuple(map(int, timm.__version__.split('.')[:3])) < (1, 0, 30), reason='older timm cannot stream with datasets >= 4'
-)
 CPU = torch.device('cpu')
 
 
@@ -89,7 +85,7 @@ def test_webdataset_shards_are_read_whole(shards, workers):
     config = shards(workers=workers)
     train, val = loaders(config)
     assert len(train) == 6
-    assert sum(len(targets) for _, targets in data.epoch_batches(config, train, 0)) == 24
+    assert sum(len(targets) for _, targets in data.epoch_batches(train, config.run.seed, 0)) == 24
     targets = torch.cat([targets for _, targets in val])
     assert sorted(targets.tolist()) == sorted(number % 3 for number in range(100, 110))
 
@@ -100,7 +96,7 @@ def test_a_stream_is_the_same_for_one_seed_and_number_of_processes(shards, worke
 
     def epoch(number: int) -> torch.Tensor:
         train, _ = loaders(config)
-        return torch.cat([images for images, _ in data.epoch_batches(config, train, number)])
+        return torch.cat([images for images, _ in data.epoch_batches(train, config.run.seed, number)])
 
     first = epoch(0)
     assert torch.equal(first, epoch(0))
@@ -112,7 +108,7 @@ def test_unreadable_images_of_a_stream_are_counted_named_and_skipped(shards, wor
     config = shards({3: encoded(3)[:40], 20: b'', 104: b'<html>'}, workers=workers, max_unreadable=2)
     train, val = loaders(config)
     for epoch in range(2):  # an image counts once, however often it is met
-        assert sum(len(targets) for _, targets in data.epoch_batches(config, train, epoch)) == 24
+        assert sum(len(targets) for _, targets in data.epoch_batches(train, config.run.seed, epoch)) == 24
     assert sorted(name.rpartition(':')[2] for name in train.dataset.unreadable()) == ['00003', '00020']
     assert '2 unreadable images in the wds/ (train' in train.dataset.report()
     assert sum(len(targets) for _, targets in val) == 9
@@ -198,14 +194,13 @@ def test_parquet_files(tmp_path, no_hub):
     assert sorted(torch.cat([targets for _, targets in val]).tolist()) == [0] * 3 + [1] * 3 + [2] * 3
 
 
-@new_timm
 @pytest.mark.parametrize('workers', [0, 2])
 def test_hugging_face_sets_streamed(tmp_path, no_hub, workers):
     write_parquet(tmp_path / 'set', broken=(5, 104))
     options = {'train_samples': 24, 'val_samples': 9, 'workers': workers}
     config = recipe(tmp_path / 'cache', f'hfids/{tmp_path / "set"}', data=options)
     train, val = loaders(config)
-    assert sum(len(targets) for _, targets in data.epoch_batches(config, train, 0)) == 24
+    assert sum(len(targets) for _, targets in data.epoch_batches(train, config.run.seed, 0)) == 24
     assert train.dataset.unreadable() == ['5.png']
     assert sum(len(targets) for _, targets in val) == 8
     assert val.dataset.unreadable() == ['104.png']
@@ -218,7 +213,6 @@ def test_hugging_face_sets_with_random_access(tmp_path, no_hub):
     assert len(val.dataset) == 9
 
 
-@new_timm
 def test_streams_of_too_few_shards(tmp_path, no_hub):
     write_parquet(tmp_path / 'set')
     options = {'train_samples': 24, 'val_samples': 9, 'workers': 3}
@@ -257,7 +251,7 @@ def test_a_stream_goes_on_inside_an_epoch(shards):
 
     def images(start: int) -> torch.Tensor:
         train, _ = loaders(config)
-        return torch.cat([images for images, _ in data.epoch_batches(config, train, 1, start)])
+        return torch.cat([images for images, _ in data.epoch_batches(train, config.run.seed, 1, start)])
 
     assert torch.equal(images(2), images(0)[2 * 4 :])
 
