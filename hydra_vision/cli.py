@@ -148,7 +148,7 @@ def _compare_runs(argv: list[str]) -> int:
 
     parser = Parser(prog=f'{PROG} compare-runs', description=_COMMANDS['compare-runs'][1])
     runs.add_compare_arguments(parser)
-    return runs.compare(parser.parse_args(argv))
+    return runs.compare_main(parser.parse_args(argv))
 
 
 def _average_checkpoints(argv: list[str]) -> int:
@@ -156,7 +156,7 @@ def _average_checkpoints(argv: list[str]) -> int:
 
     parser = Parser(prog=f'{PROG} average-checkpoints', description=_COMMANDS['average-checkpoints'][1])
     runs.add_average_arguments(parser)
-    return runs.average_checkpoints(parser.parse_args(argv))
+    return runs.average_main(parser.parse_args(argv))
 
 
 def _export_run(argv: list[str]) -> int:
@@ -164,7 +164,7 @@ def _export_run(argv: list[str]) -> int:
 
     parser = Parser(prog=f'{PROG} export-run', description=_COMMANDS['export-run'][1])
     runs.add_export_arguments(parser)
-    return runs.export(parser.parse_args(argv))
+    return runs.export_main(parser.parse_args(argv))
 
 
 def _bench(argv: list[str]) -> int:

@@ -158,7 +158,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--output', type=path, metavar='DIR', help='also write compare.png, compare.csv and compare.md')
 
 
-def compare(arguments: argparse.Namespace) -> int:
+def compare_main(arguments: argparse.Namespace) -> int:
     """Print finished runs next to each other, and draw their curves.
 
     Args:
@@ -239,7 +239,7 @@ def add_average_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--weights', choices=('raw', 'ema', 'auto'), default='raw', help='which weights of each')
 
 
-def average_checkpoints(arguments: argparse.Namespace) -> int:
+def average_main(arguments: argparse.Namespace) -> int:
     """Average the weights of several checkpoints into one that can be validated.
 
     Args:
@@ -295,7 +295,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--weights', choices=('auto', 'raw', 'ema'), default='auto', help='auto: those that are best')
 
 
-def export(arguments: argparse.Namespace) -> int:
+def export_main(: argparse.Namespace) -> int:
     """Write a run as config.json and model.safetensors, which timm.create_model('local-dir:DIR') opens.
 
     Args:

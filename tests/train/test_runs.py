@@ -24,15 +24,15 @@ def call(add_arguments, function, *arguments: object) -> int:
 
 
 def compare(*arguments: object) -> int:
-    return call(runs.add_compare_arguments, runs.compare, *arguments)
+    return call(runs.add_compare_arguments, runs.compare_main, *arguments)
 
 
 def average(*arguments: object) -> int:
-    return call(runs.add_average_arguments, runs.average_checkpoints, *arguments)
+    return call(runs.add_average_arguments, runs.average_main, *arguments)
 
 
 def export(*arguments: object) -> int:
-    return call(runs.add_export_arguments, runs.export, *arguments)
+    return call(runs.add_export_arguments, runs.export_main, *arguments)
 
 
 @pytest.fixture(scope='module')
