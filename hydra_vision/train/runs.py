@@ -295,7 +295,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--weights', choices=('auto', 'raw', 'ema'), default='auto', help='auto: those that are best')
 
 
-def export_main(: argparse.Namespace) -> int:
+def export_main(arguments: argparse.Namespace) -> int:
     """Write a run as config.json and model.safetensors, which timm.create_model('local-dir:DIR') opens.
 
     Args:

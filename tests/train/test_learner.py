@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hydra_vision.errors import ConfigError, NonFiniteError
-from hydra_vision.train import build
+from hydra_vision.train import build, tasks
 from hydra_vision.train.config import Config
 from hydra_vision.train.distributed import World
 from hydra_vision.train.guard import EpochProgress, NonFiniteGuard
@@ -201,3 +201,19 @@ def test_gradients_travel_once_an_update(monkeypatch):
     monkeypatch.setattr(type(one.task), 'no_sync', lambda self: NoSync())
     train(one, 2, group=3)
     assert len(quiet) == 4  # of 6 batches, all but the last of each update
+
+
+def test_z_loss_adds_the_mean_squared_logsumexp():
+    config = Config.from_dict({'optim': {'z_loss': 0.5}})
+    logits, targets = torch.randn(4, 7), torch.tensor([0, 6, 2, 2])
+    plain = tasks.create_loss(Config.from_dict({}))(logits, targets)
+    expected = plain + 0.5 * logits.exp().sum(dim=1).log().square().mean()
+    torch.testing.assert_close(tasks.create_loss(config)(logits, targets), expected)
+
+
+def test_a_vanishing_scale_of_fp16_stops_the_run():
+    """What the guard looks at: the scale, when it has been halved again and again."""
+    one = learner()
+    one.scaler, one.updates = torch.amp.GradScaler('cpu', init_scale=0.5), 50
+    with pytest.raises(NonFiniteError, match='the loss scale of fp16 fell below 1 at step 50'):
+        NonFiniteGuard(one.config.optim, one, World()).check_steps()

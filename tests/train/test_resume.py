@@ -294,8 +294,11 @@ def test_what_is_left_of_a_run_without_a_checkpoint_is_used_again(tiny, run, tmp
 @pytest.mark.parametrize('epochs', [2, 3])
 def test_a_run_with_all_its_epochs_done_says_so(tiny, run, tmp_path, epochs):
     assert run(*tiny, '--output', 'run')[0] == 0
+    before = (tmp_path / 'run' / LAST).read_bytes()
     code, out, _ = run('--resume', 'run', '--epochs', epochs)
     assert code == 0
+    assert (tmp_path / 'run' / LAST).read_bytes() == before
+    assert 'best: ' in out
     assert f'run     {epochs} epochs: nothing to train, the checkpoint has 3 epochs already' in out
 
 
