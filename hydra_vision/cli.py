@@ -44,20 +44,23 @@ _RUNS = {
     'compare': Command(
         'Put finished training runs next to each other: table and curves.',
         'runs compare output/first output/second --output comparison',
-        'train.compare',
-        None,
+        'train.runs',
+        'add_compare_arguments',
+        'compare',
     ),
     'average': Command(
         'Average the weights of several checkpoints.',
         'runs average output/run/checkpoints/*.pt --output averaged.pt',
-        'train.average',
-        None,
+        'train.runs',
+        'add_average_arguments',
+        'average_checkpoints',
     ),
     'export': Command(
         'Write a finished run as a folder that timm and transformers open.',
         'runs export output/run --output model',
-        'train.export',
-        None,
+        'train.runs',
+        'add_export_arguments',
+        'export',
     ),
 }
 _PROBE = {

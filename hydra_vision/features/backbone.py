@@ -241,7 +241,7 @@ def _from_run(state: dict[str, Any], name: str | None, path: str, model_kwargs: 
     """The model of a checkpoint that this package's trainer wrote."""
     from ..train.build import create_model
     from ..train.data import image_rules, resolve_input
-    from ..train.export import trained_model
+    from ..train.runs import trained_model
 
     if name is not None and name != state['arch']:
         raise FeatureError(f'model={name!r}, but {path} holds a {state["arch"]}')

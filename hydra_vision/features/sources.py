@@ -67,7 +67,7 @@ def open_images(source: str | os.PathLike | Images | Any) -> Images:
     if not isinstance(source, (str, os.PathLike)):
         return _from_dataset(source)
     if str(source) in DIGITS:
-        from ..train.digits import Digits
+        from ..train.sources import Digits
 
         return _from_dataset(Digits(train=DIGITS[str(source)]), str(source))
     if str(source) == PHOTOS:

@@ -19,8 +19,7 @@ from hydra_vision.bench.ablation.main import main
 from hydra_vision.bench.ablation.report import COLUMNS, markdown, plot, table_rows
 from hydra_vision.bench.timing import Timing
 from hydra_vision.errors import UserError
-from hydra_vision.train.config import Config, merge
-from hydra_vision.train.recipes import read_recipe
+from hydra_vision.train.config import Config, merge, read_recipe
 
 DIGITS = """
 model: {name: hydra_vit_nano, num_classes: 10, in_chans: 1, kwargs: {patch_size: 2, embed_dim: 32, depth: 1}}

@@ -85,7 +85,7 @@ def test_aoti(tmp_path):
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    from hydra_vision.train.digits import Digits
+    from hydra_vision.train.sources import Digits
 
     held_out = Digits(train=False)
     x = torch.from_numpy(np.stack([np.asarray(image) for image, _ in held_out])).float() / 255

@@ -10,7 +10,7 @@ import pytest
 
 from hydra_vision.errors import UserError
 from hydra_vision.features import FeatureError, open_images
-from hydra_vision.train.digits import Digits
+from hydra_vision.train.sources import Digits
 
 
 def pixels(images) -> list[np.ndarray]:

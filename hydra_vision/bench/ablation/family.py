@@ -12,8 +12,7 @@ from torch import nn
 
 import hydra_vision  # noqa: F401  registers the models
 from hydra_vision.errors import UserError
-from hydra_vision.train.config import Config, merge
-from hydra_vision.train.recipes import recipe_folder
+from hydra_vision.train.config import Config, merge, recipe_folder
 
 __all__ = ['Family', 'FittedRow', 'Row', 'fit_rows', 'parameters', 'read_family']
 

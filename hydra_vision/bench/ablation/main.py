@@ -19,8 +19,7 @@ from hydra_vision.environment import device_name
 from hydra_vision.errors import ConfigError, TrainError, UserError
 from hydra_vision.io import make_output
 from hydra_vision.train.build import amp_dtype, pick_device
-from hydra_vision.train.config import Config, merge, parse_override
-from hydra_vision.train.recipes import read_recipe
+from hydra_vision.train.config import Config, merge, parse_override, read_recipe
 
 __all__ = ['main']
 
