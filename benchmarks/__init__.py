@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from hydra_vision.errors import UserError
+from hydra_vision.errors import UserError, user_text
 
 GOALS = Path(__file__).with_name('goals.yaml')
 
@@ -25,7 +25,7 @@ def run(main: Callable[[], int], name: str) -> None:
     try:
         sys.exit(main())
     except UserError as error:
-        print(f'{name}: error: {error}', file=sys.stderr)
+        print(f'{name}: error: {user_text(error)}', file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)

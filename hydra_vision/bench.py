@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.table import Table
 
 from .console import (
-    Parser,
     check_model_name,
     comma_list,
     image_sizes,
@@ -45,6 +44,7 @@ from .timing import MIN_ROUNDS, Measurement, Roofline, Step, Timing, measure, me
 __all__ = [
     'Case',
     'Run',
+    'add_arguments',
     'add_timing_arguments',
     'build_step',
     'check_backends',
@@ -504,8 +504,11 @@ def _plot(results: Results, file: Path, title: str) -> None:
 # The command
 
 
-def main(argv: Sequence[str] | None = None, prog: str = 'hydra-vision bench') -> int:
+def main(arguments: argparse.Namespace) -> int:
     """Run the benchmark.
+
+    Args:
+        arguments: Of a parser with ``add_arguments``.
 
     Returns:
         Exit code: 0; 1 where a model failed (the others are measured; out of memory is a result).
@@ -513,7 +516,6 @@ def main(argv: Sequence[str] | None = None, prog: str = 'hydra-vision bench') ->
     Raises:
         UserError: Arguments that do not fit, before any work is done.
     """
-    arguments = _parser(prog).parse_args(argv)
     device, dtype = timing_device(arguments)
     arguments.threads = arguments.threads or _DEFAULTS[device.type]['threads']
     cases = _cases(arguments, device, dtype)
@@ -628,19 +630,13 @@ def _batch_sizes(given: list[int] | None, sizes: Sequence[tuple[int, int]], devi
     return given * len(sizes) if len(given) == 1 else given
 
 
-def _parser(prog: str) -> Parser:
-    parser = Parser(
-        prog=prog,
-        description='Time models next to each other in one process, in interleaved rounds.',
-        epilog='Without options: on CUDA hydra_vit_base and vit_base (bf16 autocast, compiled), on the CPU '
-        'hydra_vit_tiny and deit_tiny (float32, 2 threads).',
-        example=f'{prog} --models hydra_vit_tiny,vim_tiny_patch16_224 --img-sizes 224,512x256 --mode infer,train',
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `hydra-vision bench`."""
     add = parser.add_argument
-    add('--models', type=comma_list, metavar='LIST', help='timm model names')
-    add('--img-sizes', type=image_sizes, metavar='LIST', help='in px, each N or HxW')
+    add('--models', type=comma_list, metavar='LIST', help='timm model names; default: hydra_vit_base (CPU: _tiny)')
+    add('--img-sizes', type=image_sizes, metavar='LIST', help='px, each N or HxW; default 224,512,1024 (CPU: 224,448)')
     add('--batch-sizes', type=positive_list, metavar='LIST', help='one per image size, or one for all')
-    add('--mode', type=choices(MODES), metavar='LIST', help=f'of {",".join(MODES)}')
+    add('--mode', type=choices(MODES), metavar='LIST', help='infer,train; default both (CPU: infer)')
     add(
         '--execution',
         type=choices(EXECUTIONS),
@@ -659,7 +655,6 @@ def _parser(prog: str) -> Parser:
         help="add timm's ViT of the same width for each Hydra model (the default)",
     )
     add_timing_arguments(parser)
-    return parser
 
 
 def choices(allowed: Iterable[str]) -> Callable[[str], list[str]]:

@@ -69,7 +69,7 @@ def test_wheel_works_outside_the_checkout(tmp_path):
     run(sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', str(site), str(wheel))
     environment = {**os.environ, 'PYTHONPATH': str(site)}
     code = (
-        'import hydra_vision, timm, pathlib; from hydra_vision.train.recipes import recipe_folder, recipe_names;'
+        'import hydra_vision, timm, pathlib; from hydra_vision.train.config import recipe_folder, recipe_names;'
         'print(pathlib.Path(hydra_vision.__file__).parent); print(recipe_folder()); print(len(recipe_names()));'
         'timm.create_model("hydra_vit_nano", device="meta")'
     )

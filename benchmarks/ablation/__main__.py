@@ -25,8 +25,7 @@ from hydra_vision.io import make_output, read_csv, write_csv, write_text
 from hydra_vision.sdpa import attention_that_ran
 from hydra_vision.timing import Step, measure
 from hydra_vision.train.build import create_model
-from hydra_vision.train.config import Config, merge, parse_override
-from hydra_vision.train.recipes import read_recipe
+from hydra_vision.train.config import Config, merge, parse_override, read_recipe
 
 from .. import run as run_command
 from ..record import Record, failed, number

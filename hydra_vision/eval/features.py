@@ -7,7 +7,8 @@ from typing import Any, Optional
 import numpy as np
 from timm.utils.misc import natural_key
 
-from ..features import FeatureError, Features
+from ..errors import FeatureError
+from ..features import Features
 from ..features.files import brief_values
 
 __all__ = ['Split', 'check_same', 'class_names', 'paired_splits', 'top_accuracy']

@@ -12,7 +12,7 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 
-from ..features import FeatureError
+from ..errors import FeatureError
 from .features import Split, top_accuracy
 
 __all__ = ['PROTOCOL', 'knn_probe', 'knn_scores']

@@ -16,7 +16,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from ..features import FeatureError
+from ..errors import FeatureError
 from .features import Split, top_accuracy
 
 __all__ = ['CS', 'HEADS', 'LRS', 'linear_probe', 'logistic_probe', 'protocol']

@@ -6,7 +6,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor, nn
 
-from .errors import FeatureError
+from ..errors import FeatureError
 
 __all__ = ['POOLS', 'check_layers', 'image_features']
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..features import FeatureError
+from ..errors import FeatureError
 from .figures import frame_patch, new_figure, show
 
 if TYPE_CHECKING:

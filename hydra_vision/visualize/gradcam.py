@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Optional
 import torch
 from torch import Tensor, nn
 
-from ..errors import require
-from ..features import FeatureError
+from ..errors import FeatureError, require
 from .figures import new_figure, show
 
 if TYPE_CHECKING:

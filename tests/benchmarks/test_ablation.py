@@ -16,8 +16,7 @@ from benchmarks.ablation.__main__ import Speed, main, plot, table_rows
 from benchmarks.ablation.rows import FOLDER, Family, Row, fit_rows, read_family
 from hydra_vision import mixers
 from hydra_vision.errors import UserError
-from hydra_vision.train.config import merge
-from hydra_vision.train.recipes import read_recipe
+from hydra_vision.train.config import merge, read_recipe
 
 DIGITS = """
 model: {name: hydra_vit_nano, num_classes: 10, in_chans: 1, kwargs: {patch_size: 2, embed_dim: 32, depth: 1}}

@@ -13,7 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from hydra_vision.train import data, sources
 from hydra_vision.train.checkpoint import LAST, load_checkpoint
+from hydra_vision.train.config import Config
 from hydra_vision.train.main import main
 
 COLORS = {'blue': (30, 30, 200), 'green': (30, 200, 30), 'red': (200, 30, 30)}
@@ -67,6 +69,18 @@ def image_folder(tmp_path) -> Callable[..., Path]:
             for label, color in COLORS.items():
                 save_images(tmp_path / name / split / label, count, color, suffix=suffix)
         return tmp_path / name
+
+    return build
+
+
+@pytest.fixture
+def loaders() -> Callable[..., tuple]:
+    """Opens the data of a recipe; gives its training and its validation loader on the CPU."""
+
+    def build(config: Config) -> tuple:
+        train, val = sources.open_splits(config)
+        arguments = (sources.count_classes(config, train), torch.nn.Identity(), torch.device('cpu'))
+        return data.train_loader(config, train, *arguments), data.val_loader(config, val, *arguments)
 
     return build
 

@@ -13,7 +13,7 @@ import yaml
 
 import hydra_vision
 from hydra_vision.train.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
-from hydra_vision.train.recipes import recipe_names
+from hydra_vision.train.config import recipe_names
 
 ROOT = Path(hydra_vision.__file__).parents[1]
 FILES = {'best.pt', 'checkpoints', 'config.yaml', 'curve.png', 'last.pt', 'results.md', 'run.json', 'summary.csv'}
@@ -152,11 +152,11 @@ def test_resume_auto_leaves_recipes_of_similar_names_alone(tiny, run, tmp_path):
         (['--epoch', '3'], 2, "unknown flag --epoch; the nearest valid name is '--epochs'"),
         (['--optim.lr', '3'], 2, 'unknown flag --optim.lr: write --set optim.lr=VALUE'),
         (['--epochs'], 2, 'argument --epochs: expected one argument'),
-        (['--epochs', 'few'], 2, "--epochs: schedule.epochs='few' is not valid; allowed: a whole number"),
+        (['--epochs', 'few'], 2, "--epochs: schedule.epochs='few' is not valid; allowed: an integer"),
         (['--set', 'optim.lrr=1'], 2, "--set: unknown key 'optim.lrr'; the nearest valid name is 'optim.lr'"),
         (['digits'], 2, "unexpected argument 'digits'"),
         (['--config', 'hydra_vit_nano_digit'], 2, "the nearest valid name is 'hydra_vit_nano_digits'"),
-        (['--json'], 2, '--json goes with --validate'),
+        (['--json'], 2, '--json needs --validate'),
         (['--validate', 'a.pt', '--output', 'b'], 2, 'leave out --resume and --output'),
         (['--model', 'hydra_vit_nan'], 2, "the nearest valid name is 'hydra_vit_nano'"),
         (['--device', 'gpu'], 2, "run.device='gpu' is not available"),

@@ -1,4 +1,7 @@
+"""Which files are images, and what they become."""
+
 import io
+import os
 import struct
 import zlib
 
@@ -6,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hydra_vision.train.images import ImageRules
+from hydra_vision.errors import DataError
+from hydra_vision.images import FolderReader, ImageRules, find_images, open_image
 
 GREY = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
 COLOR = np.stack([GREY, GREY.T, 255 - GREY], axis=-1)
@@ -99,3 +103,70 @@ def test_pixels_without_a_defined_range_are_unreadable():
         ImageRules().apply(Image.fromarray(GREY.astype(np.float32)))
     with pytest.raises(ValueError, match=r'more than 16 bits'):
         ImageRules().apply(Image.fromarray(GREY.astype(np.int32) << 16))
+
+
+def test_every_image_is_found_whatever_it_is_called(tmp_path):
+    image = Image.fromarray(COLOR)
+    (tmp_path / 'b').mkdir()
+    for name, kind in (('b/9.jpg', 'JPEG'), ('b/10.JPG', 'JPEG'), ('a.jfif', 'JPEG'), ('c.gif', 'GIF'), ('d', 'PNG')):
+        image.save(tmp_path / name, format=kind)
+    image.save(tmp_path / 'e.0001', format='WEBP')
+    (tmp_path / 'empty.png').touch()
+    os.symlink('gone.png', tmp_path / 'broken.png')
+    os.symlink('self.png', tmp_path / 'self.png')
+    for name in ('notes.txt', 'readme', 'data.csv'):
+        (tmp_path / name).write_text('no image')
+    os.mkfifo(tmp_path / 'pipe.png')
+    names = ['a.jfif', 'b/9.jpg', 'b/10.JPG', 'broken.png', 'c.gif', 'd', 'e.0001', 'empty.png', 'self.png']
+    assert find_images(tmp_path) == names
+    assert find_images(tmp_path, ['.gif']) == ['c.gif']
+    with pytest.raises(OSError, match='not a regular file'):
+        open_image(tmp_path / 'pipe.png')
+
+
+def test_links_are_followed_once(tmp_path):
+    for name in 'ab':
+        (tmp_path / 'data' / name).mkdir(parents=True)
+        Image.fromarray(COLOR).save(tmp_path / 'data' / name / '0.png')
+    os.symlink('..', tmp_path / 'data' / 'a' / 'up')
+    os.symlink('.', tmp_path / 'data' / 'b' / 'self')
+    os.symlink('.', tmp_path / 'data' / 'b' / 'again')
+    assert find_images(tmp_path / 'data') == ['a/0.png', 'b/0.png']
+    (tmp_path / 'elsewhere').mkdir()
+    Image.fromarray(COLOR).save(tmp_path / 'elsewhere' / '1.png')
+    os.symlink('../elsewhere', tmp_path / 'data' / 'c')
+    assert find_images(tmp_path / 'data') == ['a/0.png', 'b/0.png', 'c/1.png']
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / 'a').mkdir()
+    Image.fromarray(COLOR).save(tmp_path / '0.png')
+    scandir = os.scandir
+
+    def denied(path):
+        if str(path).endswith('a'):
+            raise PermissionError(13, 'Permission denied', path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', denied)
+    with pytest.raises(DataError, match=r'a cannot be listed: Permission denied'):
+        find_images(tmp_path)
+
+
+def test_folder_reader_numbers_classes_as_timm(tmp_path):
+    from timm.data import ImageDataset
+    from timm.data.readers.reader_image_folder import ReaderImageFolder
+
+    for name in ('10', '9', 'x'):
+        (tmp_path / 'all' / name).mkdir(parents=True)
+        for number in range(11):
+            Image.fromarray(COLOR).save(tmp_path / 'all' / name / f'{number}.png')
+    ours, theirs = FolderReader(tmp_path / 'all'), ReaderImageFolder(str(tmp_path / 'all'))
+    assert ours.samples == theirs.samples
+    assert ours.class_to_idx == theirs.class_to_idx == {'9': 0, '10': 1, 'x': 2}
+    assert ImageDataset(str(tmp_path), reader=ours)[12][1] == 1
+    (tmp_path / 'map.txt').write_text('x\n9\n')
+    mapped = FolderReader(tmp_path / 'all', class_map=str(tmp_path / 'map.txt'))
+    assert mapped.samples == ReaderImageFolder(str(tmp_path / 'all'), class_map=str(tmp_path / 'map.txt')).samples
+    with pytest.raises(DataError, match='holds no image'):
+        FolderReader(tmp_path / 'all', suffixes=['.gif'])

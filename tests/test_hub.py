@@ -140,7 +140,7 @@ def test_config_names_what_rebuilds_the_model(tmp_path):
     assert config['architecture'] == 'test_hydra_vit'
     assert config['num_classes'] == 5
     assert 'num_classes' not in config['model_args']
-    assert (config['model_args']['depth'], config['model_args']['patch_size']) == (2, [8, 8])
+    assert (config['model_args']['depth'], config['model_args']['patch_size']) == (2, 8)
     assert config['pretrained_cfg']['mean'] == [0, 0, 0]
 
 
@@ -186,17 +186,17 @@ def test_bad_input(tmp_path):
         ),
         (ValueError, 'label_names has 2', lambda: save_pretrained(model, tmp_path / 'x', label_names=['a', 'b'])),
         (ValueError, 'data_config', lambda: save_pretrained(model, tmp_path / 'x', data_config=dict(size=3))),
-        (ValueError, 'takes 3 channels', lambda: save_pretrained(model, tmp_path / 'x', data_config=dict(std=(1.0,)))),
+        (ValueError, '3 values', lambda: save_pretrained(model, tmp_path / 'x', data_config=dict(std=(1.0, 1.0)))),
         (
             ValueError,
-            'takes 3 channels',
+            'accepts 3',
             lambda: save_pretrained(model, tmp_path / 'x', data_config=dict(input_size=(1, 160, 160))),
         ),
         (ValueError, 'another model', lambda: save_pretrained(lost, tmp_path / 'x')),
         (ValueError, 'do not build', lambda: save_pretrained(model, tmp_path / 'x', model_args=dict(depht=3))),
         (NotADirectoryError, 'is a file', lambda: save_pretrained(model, tmp_path / 'file')),
-        (OSError, "folder = '/proc/x' cannot be made", lambda: save_pretrained(model, '/proc/x')),
-        (PermissionError, "folder = '/proc' cannot be written", lambda: save_pretrained(model, '/proc')),
+        (OSError, "folder='/proc/x' cannot be made", lambda: save_pretrained(model, '/proc/x')),
+        (PermissionError, "folder='/proc' cannot be written", lambda: save_pretrained(model, '/proc')),
     ]:
         with pytest.raises(error, match=match):
             call()

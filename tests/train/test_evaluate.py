@@ -4,7 +4,7 @@ import pytest
 import torch
 from timm.data.loader import PrefetchLoader
 
-from hydra_vision.eval.classification import evaluate
+from hydra_vision.train.evaluate import evaluate
 
 
 class Brightness(torch.nn.Module):

@@ -1,17 +1,26 @@
+"""Metrics: statistics of layers, loggers, speed and remaining time."""
+
 import csv
+import importlib.util
+import io
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from rich.console import Console
 
 import hydra_vision  # noqa: F401  registers the models
+from hydra_vision.errors import ConfigError
 from hydra_vision.mixers import Hydra
 from hydra_vision.ops.inner import unpack_zxbcdt
-from hydra_vision.train import log, stats
+from hydra_vision.train import engine, log, report, stats
 from hydra_vision.train.checkpoint import LAST, load_checkpoint
-from hydra_vision.train.log import CsvLog, across_layers
-from hydra_vision.train.stats import mixer_statistics, total_norm
+from hydra_vision.train.config import Config
+from hydra_vision.train.log import CsvLogger
+from hydra_vision.train.stats import across_layers, mixer_statistics, total_norm
 
 
 def small_model(**kwargs) -> torch.nn.Module:
@@ -95,8 +104,8 @@ def test_total_norm():
 
 def test_rows_are_written_every_few_updates_and_nothing_is_measured_in_between(tiny, run, tmp_path, monkeypatch):
     calls = []
-    measure = log.mixer_statistics
-    monkeypatch.setattr(log, 'mixer_statistics', lambda *args: calls.append(1) or measure(*args))
+    measure = engine.mixer_statistics
+    monkeypatch.setattr(engine, 'mixer_statistics', lambda *args: calls.append(1) or measure(*args))
     assert run(*tiny, '--set', 'log.every=4', '--output', 'run')[0] == 0
     rows, layers = read(tmp_path / 'run' / 'steps.csv'), read(tmp_path / 'run' / 'mixers.csv')
     assert [row['updates'] for row in rows] == ['4', '8', '12', '16']
@@ -119,14 +128,12 @@ def test_measuring_changes_nothing(tiny, run, tmp_path, assert_same_run):
 
 
 def test_rows_after_the_checkpoint_are_dropped_and_a_torn_one_as_well(tmp_path):
-    values = {'updates': 0, 'epoch': 0.5, 'lr': 1e-3, 'loss': 2.0}
-    layers = {'a': {'dt_mean': 0.1, 'dt_max': 0.2, 'decay_q05': 0.3, 'decay_q50': 0.4, 'decay_q95': 0.5}}
-    rows = CsvLog(tmp_path, 0)
+    rows = CsvLogger(tmp_path, 0)
     for updates in (5, 10, 15):
-        rows.step(updates, {**values, 'updates': updates}, layers)
+        rows.log(updates, {'step/epoch': 0.5, 'step/loss': 2.0, 'mixers/a.b/dt_mean': 0.1, 'epoch/val_top1': 50.0})
     with open(tmp_path / 'steps.csv', 'a') as file:
         file.write('20,1.0,0.0')  # killed while it was written
-    CsvLog(tmp_path, 10)
+    CsvLogger(tmp_path, 10)
     assert [row['updates'] for row in read(tmp_path / 'steps.csv')] == ['5', '10']
     assert [row['updates'] for row in read(tmp_path / 'mixers.csv')] == ['5', '10']
 
@@ -140,3 +147,92 @@ def test_a_compiled_run_is_measured_and_saved_as_a_plain_one(tiny, run, tmp_path
     for first, second in zip(*(read(tmp_path / name / 'mixers.csv') for name in ('plain', 'compiled')), strict=True):
         for key in ('dt_mean', 'dt_max', 'decay_q50'):
             assert float(first[key]) == pytest.approx(float(second[key]), rel=1e-2)
+
+
+def read_events(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()['scalars']}
+
+
+def test_tensorboard_holds_the_rows_and_goes_on_after_a_resume(tiny, run, tmp_path):
+    pytest.importorskip('tensorboard')
+    options = ('--set', 'log.tensorboard=true', '--set', 'log.every=2')
+    assert run(*tiny, *options, '--epochs', 2, '--output', 'run')[0] == 0
+    assert run('--resume', 'run', '--epochs', 3)[0] == 0
+    events = read_events(tmp_path / 'run' / 'tensorboard')
+    rows = [line.split(',') for line in (tmp_path / 'run' / 'summary.csv').read_text().splitlines()]
+    column = rows[0].index('val_top1')
+    logged = dict(events['epoch/val_top1'])
+    assert logged == pytest.approx({int(row[1]): float(row[column]) for row in rows[1:]}, rel=1e-4)
+    assert [step for step, _ in events['step/loss']] == [2, 4, 6, 8, 10, 12, 14, 16, 18]
+    assert any(tag.startswith('mixers/') and tag.endswith('/dt_max') for tag in events)
+
+
+def test_weights_and_biases_offline(tiny, run, tmp_path, monkeypatch):
+    pytest.importorskip('wandb')
+    monkeypatch.setenv('WANDB_DIR', str(tmp_path))
+    options = ('--set', 'log.wandb=offline', '--set', 'log.wandb_project=tests')
+    code, _, error = run(*tiny, *options, '--epochs', 2, '--output', 'run')
+    assert code == 0, error
+    first = (tmp_path / 'run' / 'wandb_id').read_text()
+    assert list((tmp_path / 'run' / 'wandb').glob('offline-run-*/*.wandb'))
+    assert run('--resume', 'run', '--epochs', 3)[0] == 0
+    assert (tmp_path / 'run' / 'wandb_id').read_text() == first
+
+
+@pytest.mark.parametrize(('key', 'value'), [('tensorboard', 'true'), ('wandb', 'offline')])
+def test_a_missing_package_is_told_before_any_work(tiny, fails, tmp_path, monkeypatch, key, value):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == key else find(name))
+    error = fails(*tiny, '--set', f'log.{key}={value}', '--output', 'run', code=2)
+    assert f"log.{key} needs the package {key}: pip install 'hydra-vision[log]'" in error
+    assert not (tmp_path / 'run').exists()
+
+
+def test_nothing_is_imported_where_nothing_is_asked_for(tmp_path):
+    before = set(sys.modules)
+    assert log.create_loggers(Config.from_dict({'log': {'every': 0}}), tmp_path, 0, {}) == []
+    assert not {'wandb', 'tensorboard'} & (set(sys.modules) - before)
+    with pytest.raises(ConfigError):
+        Config.from_dict({'log': {'wandb': 'sometimes'}})
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(report, 'time', SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def slow_loader(clock: SimpleNamespace, batches: int, seconds: float):
+    for batch in range(batches):
+        clock.now += seconds
+        yield batch
+
+
+def test_pace_and_share_of_waiting(clock):
+    """Half a second a batch from the loader, 1.5 of work; an earlier process did two batches in 10 s, waiting for 3."""
+    meter = report.RunProgress(Console(file=io.StringIO()), epochs=4, batches=10, done=0.2)
+    with meter.start_pass(0, 'train', 10) as phase:
+        phase.resume(batches=2, images=16, seconds=10.0, waited=3.0)
+        for _ in phase.read(slow_loader(clock, 4, 0.5)):
+            clock.now += 1.5
+            phase.advance(8)
+        assert phase.seconds() == 18.0
+        assert phase.rate() == pytest.approx((16 + 4 * 8) / 18)
+        assert phase.waiting() == pytest.approx((3 + 4 * 0.5) / 18)
+        assert (phase.batches, phase.images) == (6, 48)
+    # 8 s for the 0.4 epochs of this process, 3.4 epochs are left
+    assert meter.eta(0.6) == pytest.approx(8 / 0.4 * 3.4)
+    assert meter.eta(0.2) != meter.eta(0.2)  # no pace yet
+
+
+def test_the_speed_of_a_run_weighs_epochs_by_their_time():
+    rows = [
+        {'seconds': 10.0, 'images_per_second': 100.0, 'data_wait': 0.5},
+        {'seconds': 30.0, 'images_per_second': 20.0, 'data_wait': 0.1},
+    ]
+    assert report.speed_line(rows).startswith('training 0:00:40, 40 img/s, waiting for data 20 % of it')
