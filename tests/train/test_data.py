@@ -137,7 +137,7 @@ def with_another_class(folder: Path) -> None:
         (shutil.rmtree, r"data.dir='.*images' is not a folder"),
         (without_validation, r'has no validation split; looked for validation, .*val\.tar'),
         (with_an_empty_class, r'1 class folder of .* without an image: yellow'),
-        (without_images, r'Found 0 images'),
+        (without_images, r'holds no image'),
         (with_an_image_outside, r'1 images of .* are in no class folder, e\.g\. loose\.png'),
         (with_another_class, r'differ: red only in .*train; rouge only in .*val'),
     ],
