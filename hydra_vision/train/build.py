@@ -100,7 +100,7 @@ def avoid_faulty_attention(
     if device.type != 'cuda' or amp is None:
         return None
     faulty = _CUDNN_NAN_TOKENS.get(torch.cuda.get_device_capability(device)[0], set())
-    found = sorted(faulty & attention_lengths(model, input_size, device)) if faulty else []
+    found = sorted(faulty & attention_lengths(model, input_size, device, amp)) if faulty else []
     torch.backends.cuda.enable_cudnn_sdp(not found)
     if not found:
         return None
@@ -111,13 +111,16 @@ def avoid_faulty_attention(
 
 
 @torch.no_grad()
-def attention_lengths(model: nn.Module, input_size: tuple[int, int, int], device: torch.device) -> set[int]:
+def attention_lengths(
+    model: nn.Module, input_size: tuple[int, int, int], device: torch.device, amp: torch.dtype | None = None
+) -> set[int]:
     """Numbers of tokens in the calls of `scaled_dot_product_attention` in a forward pass of one image.
 
     Args:
         model: On its device; runs in evaluation mode.
         input_size: Channels, height, width.
         device: Where the model is.
+        amp: Autocast type, None for none.
     """
     lengths = set()
 
@@ -131,7 +134,7 @@ def attention_lengths(model: nn.Module, input_size: tuple[int, int, int], device
     training = model.training
     model.eval()
     try:
-        with Recorder():
+        with Recorder(), torch.autocast(device.type, dtype=amp, enabled=amp is not None):
             model(torch.zeros(1, *input_size, device=device))
     finally:
         model.train(training)

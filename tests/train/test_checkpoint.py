@@ -143,6 +143,8 @@ def test_checkpoints_of_others(tmp_path):
     torch.save({'state_dict': {}}, tmp_path / 'weights.pt')
     with pytest.raises(CheckpointError, match=r'was not written by this trainer'):
         load_checkpoint(tmp_path / 'weights.pt')
+    torch.save({'format': 2, 'checksum': '', 'epoch': 1}, tmp_path / 'earlier.pt')
+    assert load_checkpoint(tmp_path / 'earlier.pt')['epoch'] == 1
     torch.save({'format': 99}, tmp_path / 'future.pt')
     with pytest.raises(CheckpointError, match=r'has format 99'):
         load_checkpoint(tmp_path / 'future.pt')

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-__all__ = ['hooked', 'launch', 'recorded']
+__all__ = ['hooked', 'is_descriptor', 'launch', 'recorded']
 
 LIMIT = 8192  # launches that are remembered; far more than one program of fixed sizes has
 _known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
@@ -32,12 +32,23 @@ def recorded() -> Iterator[list[tuple[Any, ...]]]:
         _recording.launches = before
 
 
+def is_descriptor(a: Any) -> bool:
+    """Whether an argument is a tensor map: a tensor that the kernel reads or writes in boxes."""
+    return hasattr(a, 'block_shape')
+
+
+def _base(a: Any) -> Tensor:
+    return a.base if is_descriptor(a) else a
+
+
 def _key(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
     """Everything that a compiled kernel depends on, and the values of the integers, which say more than that."""
-    key = [id(kernel), args[0].get_device()]
+    key = [id(kernel), _base(args[0]).get_device()]
     for a in args:
         if isinstance(a, Tensor):
             key.append((a.dtype, a.data_ptr() % 16 == 0))
+        elif is_descriptor(a):
+            key.append((a.base.dtype, *a.block_shape, id(a.layout)))
         else:
             key.append(float if isinstance(a, float) else a)
     key.extend(constants.items())
@@ -56,14 +67,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     Args:
         kernel: A ``triton.jit`` function, kept for the life of the process.
         grid: Programs along up to three axes.
-        args: Runtime arguments in order, a tensor first: tensors, integers, floats.
+        args: Runtime arguments in order, a tensor or a tensor map first: tensors, tensor maps, integers, floats.
         constants: The compile-time arguments and the launch options, by name.
     """
-    if not args[0].is_cuda:  # the interpreter, and compilation without a device
+    first = _base(args[0])
+    if not first.is_cuda:  # the interpreter, and compilation without a device
         kernel[grid](*args, **constants)
         return
-    if args[0].get_device() != torch.cuda.current_device():
-        with torch.cuda.device(args[0].device):
+    if first.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
             launch(kernel, grid, *args, **constants)
         return
     key = _key(kernel, args, constants)

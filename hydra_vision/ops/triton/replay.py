@@ -8,13 +8,15 @@ one piece of memory for all that is temporary, and starts the kernels with these
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from .launch import hooked, recorded
+from .launch import hooked, is_descriptor, recorded
 
 __all__ = ['replayed']
 
@@ -71,9 +73,10 @@ class Replay:
         self.launches = []
         self.kernels = {kernel for (kernel, *_), _, _ in launches}  # Triton unloads what nothing refers to
         for (_, run, function, metadata), grid, args in launches:
-            template = [0 if isinstance(a, Tensor) else a for a in args]
+            template = [_forgotten(a) for a in args]
             addresses = [(position, *place(a)) for position, a in enumerate(args) if isinstance(a, Tensor)]
-            self.launches.append((run, grid, function, metadata, template, addresses))
+            maps = [(position, *place(a.base)) for position, a in enumerate(args) if is_descriptor(a)]
+            self.launches.append((run, grid, function, metadata, template, addresses, maps))
         if written != set(slots):
             raise RuntimeError('a result was given to no kernel')
 
@@ -88,12 +91,34 @@ class Replay:
             workspace = torch.empty(self.workspace, dtype=torch.uint8, device=self.device)
             base.append(workspace.data_ptr())
         stream = torch._C._cuda_getCurrentRawStream(self.device.index)
-        for run, grid, function, metadata, template, places in self.launches:
+        for run, grid, function, metadata, template, places, maps in self.launches:
             args = template.copy()
             for position, slot, offset in places:
                 args[position] = base[slot] + offset
+            for position, slot, offset in maps:
+                args[position] = described = copy(args[position])
+                described.base = Address(base[slot] + offset)
             run(*grid, stream, function, metadata, None, None, None, *args)
         return results
+
+
+@dataclass
+class Address:
+    """What a tensor map needs of a tensor."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        """Of the first element."""
+        return self.address
+
+
+def _forgotten(a: Any) -> Any:
+    """An argument without the memory that it refers to."""
+    if is_descriptor(a):
+        a = copy(a)
+        a.base = None
+    return 0 if isinstance(a, Tensor) else a
 
 
 def _span(t: Tensor) -> tuple[int, int]:

@@ -1,0 +1,983 @@
+"""O = M V over whole chunks of a sequence, on Hopper (Gluon): what the portable kernels do in tiles with states between.
+
+One program is one chunk of an image and every G-th head of it. A chunk has NP x 64 rows; its scores S stay in shared
+memory for all heads, V comes by TMA, each warpgroup owns 64 rows and builds its rows of M in registers:
+
+    M[i, j] = S[i, j] * 2^(left[i] - left_col[j])    for j < i
+              delta[i]                               for j = i
+              S[i, j] * 2^(right[i] - right_col[j])  for j > i
+
+For 16 x 16 blocks beside the diagonal the factor is a row factor times a column factor, both in bfloat16; exponentials of
+pairs are only formed inside the 16 x 16 blocks on the diagonal. ``TABLES`` (decay.py) holds the four exponents of a head,
+(4, rows) float32; the transposed problem dX = M^T dY is the same kernel on S^T and the transposed table.
+
+Layout of the buffers: rows r of chunk c of image b belong to token c * NP * 64 + r; (B, nC, ...) arrays are chunk-major.
+"""
+
+from typing import Any, Optional
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .launch import launch
+
+__all__ = ['conv_diagonal_kernel', 'convolve', 'mix_chunk_kernel', 'mix_chunks']
+
+# Triton 3.8 has renamed it
+_barrier = gl.barrier if hasattr(gl, 'barrier') else gl.thread_barrier
+
+
+@gluon.jit
+def _mul2(a, b):
+    """bfloat16 product, two a register."""
+    return gl.inline_asm_elementwise(
+        'mul.bf16x2 $0, $1, $2;', '=r,r,r', [a, b], dtype=gl.bfloat16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def _mul2_packed(a, r):
+    """bfloat16 a times r, int32 that hold the same bfloat16 twice."""
+    return gl.inline_asm_elementwise(
+        'mul.bf16x2 $0, $1, $2;', '=r,r,r,r', [a, r], dtype=gl.bfloat16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def _tanh(x):
+    return gl.inline_asm_elementwise('tanh.approx.f32 $0, $1;', '=f,f', [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _exp2(x):
+    return gl.inline_asm_elementwise('ex2.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _combine(s, t, r, d, m):
+    """bfloat16 pairs: s * t * r where not m, d where m; r and m are int32, r packed as by ``_pack``."""
+    return gl.inline_asm_elementwise(
+        '{ .reg .b32 a; mul.bf16x2 a, $1, $2; mul.bf16x2 a, a, $3; lop3.b32 $0, $7, $5, a, 0xCA; }',
+        '=r,r,r,r,r,r,r,r',
+        [s, t, r, d, m],
+        dtype=gl.bfloat16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def _pack(r):
+    """float32 -> int32 that holds it twice as bfloat16."""
+    i = r.to(gl.bfloat16).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
+    return i | (i << 16)
+
+
+@gluon.constexpr_function
+def _blocks(Q, NW):
+    """The registers of a left operand (16 NW, 16 Q) of a product, seen as (NW, 16, Q, 16): blocks of 16 x 16."""
+    reg = [[0, 0, 0, 1], [0, 8, 0, 0], [0, 0, 0, 8]] + ([[0, 0, 1, 0], [0, 0, 2, 0]] if Q == 4 else [])
+    lane = [[0, 0, 0, 2], [0, 0, 0, 4], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]]
+    warp = [[1 << i, 0, 0, 0] for i in range(NW.bit_length() - 1)]
+    return gl.DistributedLinearLayout(reg, lane, warp, [], [NW, 16, Q, 16])
+
+
+@gluon.jit
+def _spread(r, Q: gl.constexpr, operand: gl.constexpr):
+    """(4, 16) values of rows -> (64, 16 Q) in the layout of a left operand."""
+    P4: gl.constexpr = _blocks(Q, 4)
+    r = gl.expand_dims(gl.convert_layout(r, gl.SliceLayout(2, gl.SliceLayout(3, P4)), assert_trivial=True), 2)
+    r = gl.reshape(gl.expand_dims(r, 3).broadcast_to([4, 16, Q, 16]), (64, 16 * Q))
+    return gl.convert_layout(r, operand, assert_trivial=True)
+
+
+@gluon.jit
+def _matrix_tile(s, t_tile, rl, rr, d, J: gl.constexpr, Q: gl.constexpr, W0: gl.constexpr, operand: gl.constexpr):
+    """(64, 16 Q) of M, columns from 64 J on.
+
+    Args:
+        s: shared memory (64, 16 Q), scores.
+        t_tile: shared memory (4, Q, 16), column factors towards each row block.
+        rl: (4, 16) int32, packed row factors for columns on the left; rr: on the right.
+        d: (4, 16, 16) bfloat16, the blocks on the diagonal.
+        W0: First row block of the warpgroup.
+    """
+    P4: gl.constexpr = _blocks(Q, 4)
+    K: gl.constexpr = 16 * Q
+    t = gl.reshape(
+        gl.expand_dims(t_tile.load(gl.SliceLayout(1, P4)), 1).broadcast_to([4, 16, Q, 16]), (64, K)
+    )
+    r_layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, P4))
+    w_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, P4)))
+    q_layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, P4)))
+    block = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, layout=w_layout) + W0, 1), 2)  # (4, 1, 1)
+    column = gl.expand_dims(gl.expand_dims(gl.arange(0, Q, layout=q_layout), 0), 1) + 4 * J  # (1, 1, Q)
+    rl = gl.expand_dims(gl.convert_layout(rl, r_layout, assert_trivial=True), 2)
+    rr = gl.expand_dims(gl.convert_layout(rr, r_layout, assert_trivial=True), 2)
+    r = gl.where(block > column, rl, rr)  # (4, 16, Q)
+    r = gl.reshape(gl.expand_dims(r, 3).broadcast_to([4, 16, Q, 16]), (64, K))
+    m = gl.reshape(gl.expand_dims(gl.where(block == column, -1, 0), 3).broadcast_to([4, 16, Q, 16]), (64, K))
+    d = gl.expand_dims(gl.convert_layout(d, gl.SliceLayout(2, P4), assert_trivial=True), 2)
+    d = gl.reshape(d.broadcast_to([4, 16, Q, 16]), (64, K))
+    return _combine(
+        s.load(operand),
+        gl.convert_layout(t, operand, assert_trivial=True),
+        gl.convert_layout(r, operand, assert_trivial=True),
+        gl.convert_layout(d, operand, assert_trivial=True),
+        gl.convert_layout(m, operand, assert_trivial=True),
+    )
+
+
+@gluon.jit
+def _fetch_v(
+    v_desc, table_desc, state_desc, ring, tables, states, bar, slot, s, b, row0, chunk, c, nC, h, H,
+    BYTES: gl.constexpr, NP: gl.constexpr, LEFT: gl.constexpr, HAS_STATE: gl.constexpr,
+):  # fmt: skip
+    """V and the exponents of head h into ring slot ``slot`` and side buffers ``s``, and both states."""
+    mbarrier.expect(bar, BYTES)
+    for i in gl.static_range(NP):
+        tma.async_copy_global_to_shared(v_desc, [b, row0 + 64 * i, h * 64], bar, ring.index(slot * NP + i))
+    tma.async_copy_global_to_shared(table_desc, [(chunk * H + h) * 4, 0], bar, tables.index(s))
+    if HAS_STATE:
+        at = ((b * H + h) * 2 * nC + c) * 64
+        tma.async_copy_global_to_shared(state_desc, [at + LEFT * nC * 64, 0], bar, states.index(2 * s))
+        tma.async_copy_global_to_shared(state_desc, [at + (1 - LEFT) * nC * 64, 0], bar, states.index(2 * s + 1))
+
+
+@gluon.jit
+def _fetch_second(
+    z_desc, fc_desc, ring, bar, slot, b, row0, h, NP: gl.constexpr, GATE: gl.constexpr, FC: gl.constexpr
+):  # fmt: skip
+    """What head h needs second, into the place where its output will be: z, or for each warpgroup fc_D's columns."""
+    mbarrier.expect(bar, NP * 8192 if GATE else NP * FC * 128)
+    for i in gl.static_range(NP):
+        place = ring.index(slot * NP + i)
+        if GATE:
+            tma.async_copy_global_to_shared(z_desc, [b, row0 + 64 * i, h * 64], bar, place)
+        else:
+            tma.async_copy_global_to_shared(
+                fc_desc, [0, h * 64], bar, place._reinterpret(gl.bfloat16, [64 // FC, FC, 64], fc_desc.layout).index(0)
+            )
+
+
+@gluon.jit
+def _warpgroup(
+    v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc,
+    table, diag, weight, squares, left_rows, right_rows, ddiag,
+    S, S_tail, S_diagonal, ring, tables, factors, states, bars,
+    b, c, chunk, row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
+    PI: gl.constexpr, NP: gl.constexpr, JT: gl.constexpr, TAIL: gl.constexpr, GATE: gl.constexpr,
+    HAS_STATE: gl.constexpr, LEFT: gl.constexpr, SHIFT: gl.constexpr, FC: gl.constexpr, DIAGONAL: gl.constexpr,
+):  # fmt: skip
+    """Rows 64 PI .. 64 PI + 63 of the chunk for every head of the program. Warpgroup 0 also fetches."""
+    W0: gl.constexpr = 4 * PI
+    R0: gl.constexpr = 64 * PI
+    bf: gl.constexpr = gl.bfloat16
+    V_BYTES: gl.constexpr = 8192 * NP + 4096 + (16384 if HAS_STATE else 0)
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    P4: gl.constexpr = _blocks(4, 4)
+    dl: gl.constexpr = gl.SliceLayout(2, P4)  # (block, row, column) of the blocks on the diagonal
+    wr: gl.constexpr = gl.SliceLayout(2, dl)  # (block, row)
+    wc: gl.constexpr = gl.SliceLayout(1, dl)  # (block, column)
+    w1: gl.constexpr = gl.SliceLayout(1, wr)  # (block,)
+    BL: gl.constexpr = gl.BlockedLayout([1, 1, 8], [4, 1, 8], [1, 4, 1], [2, 1, 0])  # (4, 4, 64) of the factors
+    tw: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, BL))
+    tj: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, BL))
+    tc: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, BL))
+    flat2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    flat3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    own = factors.index(PI)
+    rows = R0 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
+    cols = gl.arange(0, 64, layout=gl.SliceLayout(0, mma))
+    blocks = gl.arange(0, 4, layout=w1) + W0
+    row16 = gl.arange(0, 16, layout=gl.SliceLayout(0, wr))
+    rwr = gl.expand_dims(blocks * 16, 1) + gl.expand_dims(row16, 0)  # (4, 16)
+    first_t = (gl.arange(0, 4, layout=tw) + W0) * 16
+    first = blocks * 16
+    if HAS_STATE:
+        # C (or B) of the rows, read once: left operands of the products with the states
+        ri = row0 + R0 + gl.arange(0, 64, layout=gl.SliceLayout(1, operand))
+        ni = gl.arange(0, 64, layout=gl.SliceLayout(0, operand))
+        li = ri - SHIFT
+        base = b.to(gl.int64) * stride_rb
+        to = gl.expand_dims(li * stride_rl, 1) + gl.expand_dims(ni, 0)
+        c_left = gl.load(left_rows + base + to, mask=gl.expand_dims((li >= 0) & (li < L), 1), other=0.0)
+        li = ri + SHIFT
+        to = gl.expand_dims(li * stride_rl, 1) + gl.expand_dims(ni, 0)
+        c_right = gl.load(right_rows + base + to, mask=gl.expand_dims((li >= 0) & (li < L), 1), other=0.0)
+    if FC > 0:
+        ri = row0 + R0 + gl.arange(0, 64, layout=gl.SliceLayout(1, operand))
+        hi = gl.arange(0, FC, layout=gl.SliceLayout(0, operand))
+        to = gl.expand_dims((b * L + ri).to(gl.int64) * H, 1) + gl.expand_dims(hi, 0)
+        keep = gl.expand_dims(ri < L, 1) & gl.expand_dims(hi < H, 0)
+        dd = gl.load(ddiag + to, mask=keep, other=0.0).to(bf)  # (64, FC)
+    side = table + (chunk * H + h0).to(gl.int64) * 1024
+    lt_next = gl.load(side + first_t)
+    rt_next = gl.load(side + 512 + 15 + first_t)
+    l1_next = gl.load(side + first)
+    r1_next = gl.load(side + 512 + 15 + first)
+    seen = row0 + rwr < L
+    delta_next = gl.zeros([4, 16], gl.float32, wr)
+    if DIAGONAL == 1:
+        delta_next += gl.load(diag + h0)
+    if DIAGONAL == 2:
+        delta_next = gl.load(diag + (b * H + h0).to(gl.int64) * L + row0 + rwr, mask=seen, other=0.0)
+    mbarrier.wait(bars.index(8), 0)
+    for k in range(turns):
+        h = h0 + k * groups
+        s = k % 2
+        lt = lt_next
+        rt = rt_next
+        l1 = l1_next
+        r1 = r1_next
+        delta = delta_next
+        hn = gl.minimum(h + groups, H - 1)
+        side = table + (chunk * H + hn).to(gl.int64) * 1024
+        lt_next = gl.load(side + first_t)
+        rt_next = gl.load(side + 512 + 15 + first_t)
+        l1_next = gl.load(side + first)
+        r1_next = gl.load(side + 512 + 15 + first)
+        if DIAGONAL == 1:
+            delta_next = gl.zeros([4, 16], gl.float32, wr) + gl.load(diag + hn)
+        if DIAGONAL == 2:
+            delta_next = gl.load(diag + (b * H + hn).to(gl.int64) * L + row0 + rwr, mask=seen, other=0.0)
+        mbarrier.wait(bars.index(s), (k // 2) & 1)
+        # column factors towards each row block, (4 column tiles, 4 row blocks, 64); zero inside the row block itself
+        t3 = tables.index(s)._reinterpret(gl.float32, [4, 4, 64], flat2)
+        cl = gl.expand_dims(t3.index(1).load(gl.SliceLayout(1, BL)), 1)
+        cr = gl.expand_dims(t3.index(3).load(gl.SliceLayout(1, BL)), 1)
+        jb = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, layout=tj) * 4, 1), 2) + gl.expand_dims(
+            gl.expand_dims(gl.arange(0, 64, layout=tc) // 16, 0), 1
+        )
+        ib = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, layout=tw) + W0, 0), 2)
+        lt = gl.expand_dims(gl.expand_dims(lt, 0), 2)
+        rt = gl.expand_dims(gl.expand_dims(rt, 0), 2)
+        e = gl.where(jb < ib, lt - cl, rt - cr)
+        own.store(_exp2(gl.where(jb == ib, -1e30, e)).to(bf))
+        # blocks on the diagonal
+        t2 = tables.index(s)._reinterpret(gl.float32, [4, 16, 16], flat2)
+        row_l = t2.index(0).slice(W0, 4, dim=0).load(wr)
+        row_r = t2.index(2).slice(W0, 4, dim=0).load(wr)
+        col_l = t2.index(1).slice(W0, 4, dim=0).load(wc)
+        col_r = t2.index(3).slice(W0, 4, dim=0).load(wc)
+        ri3 = gl.expand_dims(gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(0, wr)), 0), 2)
+        ci3 = gl.expand_dims(gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(0, wc)), 0), 1)
+        e = gl.where(
+            ri3 > ci3,
+            gl.expand_dims(row_l, 2) - gl.expand_dims(col_l, 1),
+            gl.expand_dims(row_r, 2) - gl.expand_dims(col_r, 1),
+        )
+        sd = gl.reshape(S_diagonal.index(PI).load(operand), (4, 16, 16))
+        sd = gl.convert_layout(sd, dl, assert_trivial=True).to(gl.float32)
+        d = gl.where(ri3 == ci3, gl.expand_dims(delta, 2), sd * _exp2(e)).to(bf)
+        fl = _pack(_exp2(row_l - gl.expand_dims(l1, 1)))
+        fr = _pack(_exp2(row_r - gl.expand_dims(r1, 1)))
+        if k > 0:
+            tma.store_wait(0)
+            if PI > 0:
+                mbarrier.arrive(bars.index(6), count=1)
+            elif k + 1 < turns:
+                if NP > 1:
+                    mbarrier.wait(bars.index(6), (k - 1) & 1)
+                _fetch_v(
+                    v_desc, table_desc, state_desc, ring, tables, states, bars.index(1 - s),
+                    (2 * k + 2) % 3, 1 - s, b, row0, chunk, c, nC, h + groups, H, V_BYTES, NP, LEFT, HAS_STATE,
+                )  # fmt: skip
+        acc = gl.zeros((64, 64), gl.float32, mma)
+        slot = (2 * k) % 3 * NP
+        for J in gl.static_range(JT):
+            t_tile = own._reinterpret(bf, [4, 4, 4, 16], flat3).index(J)
+            m = _matrix_tile(S.index(PI * JT + J), t_tile, fl, fr, d, J, 4, W0, operand)
+            acc = warpgroup_mma(m, ring.index(slot + J)._reinterpret(bf, [64, 64], score_desc.layout), acc, is_async=True)
+        if TAIL > 0:
+            t_tile = own._reinterpret(bf, [4, 4, 4, 16], flat3).index(JT).slice(0, 1, dim=1)
+            m = _matrix_tile(S_tail.index(PI), t_tile, fl, fr, d, JT, 1, W0, operand)
+            v_tail = ring.index(slot + JT)._reinterpret(bf, [64, 64], score_desc.layout).slice(0, 16, dim=0)
+            acc = warpgroup_mma(m, v_tail, acc, is_async=True)
+        if HAS_STATE:
+            m = _mul2_packed(c_left, _spread(_pack(_exp2(row_l)), 4, operand))
+            acc = warpgroup_mma(m, states.index(2 * s), acc, is_async=True)
+            m = _mul2_packed(c_right, _spread(_pack(_exp2(row_r)), 4, operand))
+            acc = warpgroup_mma(m, states.index(2 * s + 1), acc, is_async=True)
+        out = ring.index((1 + 2 * k) % 3 * NP + PI)
+        if FC > 0:
+            mbarrier.wait(bars.index(2 + s), (k // 2) & 1)
+            acc = warpgroup_mma(dd, out._reinterpret(bf, [64 // FC, FC, 64], fc_desc.layout).index(0), acc, is_async=True)
+        if GATE:
+            wv = gl.load(weight + h * 64 + cols).to(gl.float32)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        if PI > 0:
+            _barrier()
+            mbarrier.arrive(bars.index(4 + s), count=1)
+        flat = out._reinterpret(bf, [64, 64], score_desc.layout)
+        if GATE:
+            at = (b * H + h).to(gl.int64) * L + row0 + rows
+            gl.store(squares + at, gl.sum(acc * acc, axis=1), mask=row0 + rows < L)
+            mbarrier.wait(bars.index(2 + s), (k // 2) & 1)
+            half = _mul2(flat.load(mma), gl.full([64, 64], 0.5, bf, mma)).to(gl.float32)
+            acc = acc * gl.expand_dims(wv, 0) * (half + half * _tanh(half))
+        flat.store(acc.to(bf))
+        fence_async_shared()
+        _barrier()
+        tma.async_copy_shared_to_global(out_desc, [b, row0 + R0, h * 64], out)
+        if PI == 0:
+            if k + 1 < turns:
+                if NP > 1:
+                    mbarrier.wait(bars.index(4 + s), (k // 2) & 1)
+                if GATE or FC > 0:
+                    _fetch_second(
+                        z_desc, fc_desc, ring, bars.index(3 - s), (2 * k) % 3, b, row0, h + groups, NP, GATE, FC
+                    )
+    tma.store_wait(0)
+
+
+@gluon.jit
+def mix_chunk_kernel(
+    v_desc,  # (B, L, >= H * 64): boxes (1, 64, 64)
+    z_desc,  # (B, L, >= H * 64), where GATE
+    out_desc,  # (B, L, H * 64) out: boxes (1, 64, 64)
+    score_desc,  # (B * nC * rows, 256 or rows): boxes (64, 64)
+    tail_desc,  # the same, boxes (64, 16), where TAIL
+    block_desc,  # (B * nC * rows, 16): the blocks of the scores on the diagonal
+    table_desc,  # (B * nC * H * 4, 256) float32
+    state_desc,  # (B * H * 2 * nC * 64, 64), where HAS_STATE
+    fc_desc,  # (H, H * 64), where FC: boxes (FC, 64)
+    table,  # as table_desc
+    diag,  # (B, H, L) or (H,) float32
+    weight,  # (H * 64,), where GATE
+    squares,  # (B, H, L) float32 out, where GATE: sum over a head of y^2
+    left_rows,  # (B, L, 64), rows of stride_rl, where HAS_STATE: what multiplies the state on the left
+    right_rows,
+    ddiag,  # (B, L, H) float32, where FC
+    L,
+    H,
+    turns,  # heads a program
+    nC,
+    stride_rb,
+    stride_rl,
+    NP: gl.constexpr,  # warpgroups
+    JT: gl.constexpr,  # column tiles of 64
+    TAIL: gl.constexpr,  # columns beyond them: 0 or 16
+    GATE: gl.constexpr,
+    HAS_STATE: gl.constexpr,
+    LEFT: gl.constexpr,  # the direction (0 forward, 1 backward) whose state is on the left
+    SHIFT: gl.constexpr,  # rows between a token and the one whose C it reads: 1, or 0 for B
+    FC: gl.constexpr,  # heads, padded, where the diagonal's gradient goes through fc_D; 0
+    DIAGONAL: gl.constexpr,  # 0 none, 1 (H,), 2 (B, H, L)
+):
+    bf: gl.constexpr = gl.bfloat16
+    ROWS: gl.constexpr = 64 * NP
+    V_BYTES: gl.constexpr = 8192 * NP + 4096 + (16384 if HAS_STATE else 0)
+    S = gl.allocate_shared_memory(bf, [JT * NP, 64, 64], score_desc.layout)
+    S_tail = gl.allocate_shared_memory(bf, [NP if TAIL > 0 else 1, 64 if TAIL > 0 else 8, 16], tail_desc.layout)
+    S_diagonal = gl.allocate_shared_memory(bf, [NP, 64, 16], block_desc.layout)
+    ring = gl.allocate_shared_memory(bf, [3 * NP, 1, 64, 64], v_desc.layout)
+    tables = gl.allocate_shared_memory(gl.float32, [2, 4, 256], table_desc.layout)
+    states = gl.allocate_shared_memory(bf, [4 if HAS_STATE else 1, 64 if HAS_STATE else 8, 64], state_desc.layout)
+    factors = gl.allocate_shared_memory(bf, [NP, 4, 4, 64], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    # V full 0 1, z or fc_D full 2 3, V read 4 5, output left 6, scores 8
+    bars = gl.allocate_shared_memory(gl.int64, [9, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(9):
+        if i == 4 or i == 5 or i == 6:
+            mbarrier.init(bars.index(i), count=max(1, NP - 1))
+        else:
+            mbarrier.init(bars.index(i), count=1)
+    groups = H // turns
+    pid = gl.program_id(0)
+    h0 = pid % groups
+    chunk = pid // groups
+    b = chunk // nC
+    c = chunk % nC
+    row0 = c * ROWS
+    _fetch_v(
+        v_desc, table_desc, state_desc, ring, tables, states, bars.index(0), 0, 0, b, row0, chunk, c, nC,
+        h0, H, V_BYTES, NP, LEFT, HAS_STATE,
+    )  # fmt: skip
+    if GATE or FC > 0:
+        _fetch_second(z_desc, fc_desc, ring, bars.index(2), 1, b, row0, h0, NP, GATE, FC)
+    if turns > 1:
+        _fetch_v(
+            v_desc, table_desc, state_desc, ring, tables, states, bars.index(1), 2, 1, b, row0, chunk, c,
+            nC, h0 + groups, H, V_BYTES, NP, LEFT, HAS_STATE,
+        )  # fmt: skip
+    full = bars.index(8)
+    mbarrier.expect(full, NP * (JT * 8192 + 2048 + (2048 if TAIL > 0 else 0)))
+    for i in gl.static_range(NP):
+        for J in gl.static_range(JT):
+            tma.async_copy_global_to_shared(score_desc, [chunk * ROWS + i * 64, J * 64], full, S.index(i * JT + J))
+        if TAIL > 0:
+            tma.async_copy_global_to_shared(tail_desc, [chunk * ROWS + i * 64, JT * 64], full, S_tail.index(i))
+        tma.async_copy_global_to_shared(block_desc, [chunk * ROWS + i * 64, 0], full, S_diagonal.index(i))
+    if NP == 1:
+        _warpgroup(
+                v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
+                left_rows, right_rows, ddiag, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
+                row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
+                0, NP, JT, TAIL, GATE, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
+        )  # fmt: skip
+    elif NP == 2:
+        gl.warp_specialize([
+            (_warpgroup, (
+                v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
+                left_rows, right_rows, ddiag, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
+                row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
+                0, NP, JT, TAIL, GATE, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
+            )),
+            (_warpgroup, (
+                v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
+                left_rows, right_rows, ddiag, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
+                row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
+                1, NP, JT, TAIL, GATE, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
+            )),
+        ], [4], [240])  # fmt: skip
+    elif NP == 3:
+        gl.warp_specialize([
+            (_warpgroup, (
+                v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
+                left_rows, right_rows, ddiag, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
+                row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
+                0, NP, JT, TAIL, GATE, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
+            )),
+            (_warpgroup, (
+                v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
+                left_rows, right_rows, ddiag, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
+                row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
+                1, NP, JT, TAIL, GATE, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
+            )),
+            (_warpgroup, (
+                v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
+                left_rows, right_rows, ddiag, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
+                row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
+                2, NP, JT, TAIL, GATE, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
+            )),
+        ], [4, 4], [168, 168])  # fmt: skip
+    elif NP == 4:
+        gl.warp_specialize([
+            (_warpgroup, (
+                v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
+                left_rows, right_rows, ddiag, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
+                row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
+                0, NP, JT, TAIL, GATE, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
+            )),
+            (_warpgroup, (
+                v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
+                left_rows, right_rows, ddiag, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
+                row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
+                1, NP, JT, TAIL, GATE, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
+            )),
+            (_warpgroup, (
+                v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
+                left_rows, right_rows, ddiag, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
+                row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
+                2, NP, JT, TAIL, GATE, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
+            )),
+            (_warpgroup, (
+                v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
+                left_rows, right_rows, ddiag, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
+                row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
+                3, NP, JT, TAIL, GATE, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
+            )),
+        ], [4, 4, 4], [128, 128, 128])  # fmt: skip
+
+
+@gluon.jit
+def _conv_tile(
+    x, taps, fc_at, some, out, a_buffer, f_buffer, acc, t0, L, SL: gl.constexpr, C: gl.constexpr, D: gl.constexpr,
+    CH: gl.constexpr, layout: gl.constexpr, MASK: gl.constexpr, DIAGONAL: gl.constexpr,
+):  # fmt: skip
+    """64 tokens, all channels in steps of CH: a thread owns CH / 32 channels of 8 consecutive tokens."""
+    rl: gl.constexpr = gl.SliceLayout(1, layout)
+    cl: gl.constexpr = gl.SliceLayout(0, layout)
+    g = gl.arange(0, 8, layout=rl) * 8 + t0
+    ch = gl.arange(0, CH, layout=cl)
+    every = gl.expand_dims(ch >= 0, 0)
+    px = x + gl.expand_dims(g * SL, 1) + gl.expand_dims(ch, 0)
+    po = out + gl.expand_dims(g * C, 1) + gl.expand_dims(ch, 0)
+    for c in range(0, C, CH):
+        window = ()
+        for r in gl.static_range(14):
+            if MASK:
+                keep = gl.expand_dims((g + (r - 3) >= 0) & (g + (r - 3) < L), 1) & every
+                window = window + (gl.load(px + (r - 3) * SL, mask=keep, other=0.0),)
+            elif r < 3:
+                window = window + (gl.load(px + (r - 3) * SL, mask=gl.expand_dims(g + (r - 3) >= 0, 1) & every, other=0.0),)
+            else:
+                window = window + (gl.load(px + (r - 3) * SL),)
+        w = ()
+        for k in gl.static_range(8):
+            w = w + (gl.expand_dims(gl.load(taps + k * C + c + ch), 0),)
+        if DIAGONAL:
+            if c < D:
+                f_buffer.index((c // CH) % 2).store(gl.load(fc_at + c, mask=some, other=0.0))
+        kept = ()
+        for r in gl.static_range(8):
+            p = window[r].to(gl.float32) * w[0] + w[7]
+            for k in gl.static_range(1, 7):
+                p += window[r + k].to(gl.float32) * w[k]
+            half = 0.5 * p
+            o = (half + half * _tanh(half)).to(gl.bfloat16)  # SiLU
+            if MASK:
+                gl.store(po + r * C, o, mask=gl.expand_dims(g + r < L, 1) & every)
+            else:
+                gl.store(po + r * C, o)
+            kept = kept + (o,)
+        if DIAGONAL:
+            if c < D:
+                a = gl.join(
+                    gl.join(gl.join(kept[0], kept[4]), gl.join(kept[2], kept[6])),
+                    gl.join(gl.join(kept[1], kept[5]), gl.join(kept[3], kept[7])),
+                )
+                buffer = a_buffer.index((c // CH) % 2)
+                buffer.store(gl.reshape(gl.permute(a, (0, 2, 3, 4, 1)), (64, CH)))
+                fence_async_shared()
+                _barrier()
+                acc = warpgroup_mma(buffer, f_buffer.index((c // CH) % 2).permute((1, 0)), acc)
+        px += CH
+        po += CH
+    return acc
+
+
+@gluon.jit
+def conv_diagonal_kernel(
+    x,  # (B, L, C), rows of SL elements: x, B, C before the convolution
+    taps,  # (8, C) float32: the seven weights and the bias
+    fc,  # (H, D) bfloat16, where DIAGONAL
+    Dv,  # (H,)
+    out,  # (B, L, C) contiguous
+    diag,  # (B, H, L) float32 out, where DIAGONAL: fc x + Dv of the result
+    stride_b,
+    L,
+    H,
+    tiles,
+    SL: gl.constexpr,
+    C: gl.constexpr,
+    D: gl.constexpr,
+    HP: gl.constexpr,  # heads, padded
+    CH: gl.constexpr,
+    DIAGONAL: gl.constexpr,
+):
+    """SiLU(conv(x)) and the diagonal in one pass: the product with fc takes a tile of channels from its registers."""
+    layout: gl.constexpr = gl.BlockedLayout([1, CH // 32], [1, 32], [8, 1], [1, 0])
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, HP // 2, 16])
+    fl: gl.constexpr = gl.BlockedLayout([1, 8], [256 // CH, CH // 8], [8, 1], [1, 0])
+    b = gl.program_id(0) // tiles
+    tile = gl.program_id(0) % tiles
+    t0 = tile * 64
+    a_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, CH], gl.bfloat16)
+    f_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HP, CH], gl.bfloat16)
+    a_buffer = gl.allocate_shared_memory(gl.bfloat16, [2, 64, CH], a_shared)
+    f_buffer = gl.allocate_shared_memory(gl.bfloat16, [2, HP, CH], f_shared)
+    x_b = x + b.to(gl.int64) * stride_b
+    out_b = out + b.to(gl.int64) * (L * C)
+    hh = gl.arange(0, HP, layout=gl.SliceLayout(1, fl))
+    cc = gl.arange(0, CH, layout=gl.SliceLayout(0, fl))
+    fc_at = fc + gl.expand_dims(hh * D, 1) + gl.expand_dims(cc, 0)
+    some = gl.expand_dims(hh < H, 1) & gl.expand_dims(cc >= 0, 0)
+    acc = gl.zeros((64, HP), gl.float32, mma)
+    if t0 + 67 > L:
+        acc = _conv_tile(x_b, taps, fc_at, some, out_b, a_buffer, f_buffer, acc, t0, L, SL, C, D, CH, layout, True, DIAGONAL)
+    else:
+        acc = _conv_tile(x_b, taps, fc_at, some, out_b, a_buffer, f_buffer, acc, t0, L, SL, C, D, CH, layout, False, DIAGONAL)
+    if DIAGONAL:
+        rm = t0 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
+        hm = gl.arange(0, HP, layout=gl.SliceLayout(0, mma))
+        acc += gl.expand_dims(gl.load(Dv + hm, mask=hm < H, other=0.0).to(gl.float32), 0)
+        at = gl.expand_dims((b * H + hm).to(gl.int64) * L, 0) + gl.expand_dims(rm, 1)
+        gl.store(diag + at, acc, mask=gl.expand_dims(hm < H, 0) & gl.expand_dims(rm < L, 1))
+
+
+@gluon.jit
+def _fetch_pair(
+    x_desc, y_desc, table_desc, X, Y, tables, bar, s, b, row0, chunk, h, H, I0, NT: gl.constexpr, W: gl.constexpr
+):  # fmt: skip
+    """X of the chunk, dY of the program's row tiles and the exponents of head h."""
+    mbarrier.expect(bar, (NT + W) * 8192 + 4096)
+    for j in gl.static_range(NT):
+        tma.async_copy_global_to_shared(x_desc, [b, row0 + 64 * j, h * 64], bar, X.index(s * NT + j))
+    for w in gl.static_range(W):
+        tma.async_copy_global_to_shared(y_desc, [b, row0 + 64 * (I0 + w), h * 64], bar, Y.index(s * W + w))
+    tma.async_copy_global_to_shared(table_desc, [(chunk * H + h) * 4, 0], bar, tables.index(s))
+
+
+@gluon.jit
+def _pair(
+    a, x, s_tile, col_l, col_r, row_l, row_r, ref, acc, acc_rows, rows_one, rows_two, below, above,
+    I: gl.constexpr, J: gl.constexpr, K: gl.constexpr,
+):  # fmt: skip
+    """One head's share of a pair of tiles: adds dM o decay * dt to acc (64, K), and the sums of G over columns to acc_rows.
+
+    Sums over columns and over rows add the same bfloat16 values: their differences do not feel the rounding.
+
+    Args:
+        a: Left operand (64, 64): dY, for pairs beside the diagonal times its row factors.
+        x: shared memory (K, 64).
+        col_l: shared memory (K,), exponents of the columns for M's lower triangle; col_r: for the upper one.
+        ref: Exponent that the row factors leave to the columns.
+        rows_one: shared memory (8, K), ones in the row that is acc_rows' column; rows_two: of the upper triangle.
+        below: shared memory (64, K) for G, out; above: for its upper triangle, on the diagonal.
+        I: Row tile; J: column tile, of K columns.
+    """
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, K, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    bf: gl.constexpr = gl.bfloat16
+    column: gl.constexpr = gl.SliceLayout(0, mma)
+    p = warpgroup_mma(a, x.permute((1, 0)), gl.zeros((64, K), gl.float32, mma), use_acc=False, is_async=True)
+    s = gl.convert_layout(s_tile.load(operand), mma).to(gl.float32)
+    i = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, mma)), 1)
+    j = gl.expand_dims(gl.arange(0, K, layout=column), 0)
+    if I == J:
+        row_l = gl.expand_dims(gl.convert_layout(row_l, gl.SliceLayout(1, mma)), 1)
+        row_r = gl.expand_dims(gl.convert_layout(row_r, gl.SliceLayout(1, mma)), 1)
+        e_l = row_l - gl.expand_dims(col_l.load(column), 0)
+        e = gl.where(i > j, e_l, row_r - gl.expand_dims(col_r.load(column), 0))
+        factor = _exp2(gl.minimum(e, 64.0))  # the diagonal alone is not <= 0; it is dropped at the end
+    elif J < I:
+        factor = gl.expand_dims(_exp2(ref - col_l.load(column)), 0)
+    else:
+        factor = gl.expand_dims(_exp2(ref - col_r.load(column)), 0)
+    p, acc_rows = warpgroup_mma_wait(0, deps=(p, acc_rows))
+    grad = p * factor
+    acc += grad
+    g = grad * s
+    if I == J:
+        lower = gl.where(i > j, g, 0.0).to(bf)
+        upper = gl.where(i < j, g, 0.0).to(bf)
+        below.store(lower)
+        above.store(upper)
+        acc_rows = warpgroup_mma(gl.convert_layout(lower, operand), rows_one.permute((1, 0)), acc_rows, is_async=True)
+        acc_rows = warpgroup_mma(gl.convert_layout(upper, operand), rows_two.permute((1, 0)), acc_rows, is_async=True)
+    else:
+        small = g.to(bf)
+        below.store(small)
+        acc_rows = warpgroup_mma(gl.convert_layout(small, operand), rows_one.permute((1, 0)), acc_rows, is_async=True)
+    return acc, acc_rows
+
+
+@gluon.jit
+def _column_sums(tile, line, sums, at, K: gl.constexpr):
+    """Sums over the rows of a tile (64, K) in shared memory -> sums[at : at + K]."""
+    narrow: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 8, 16])
+    wide: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 16, 16])
+    if K == 64:
+        acc = gl.zeros((64, 8), gl.float32, narrow)
+        acc = warpgroup_mma(tile.permute((1, 0)), line.permute((1, 0)), acc, use_acc=False, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        j = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, narrow)), 1)
+        n = gl.expand_dims(gl.arange(0, 8, layout=gl.SliceLayout(0, narrow)), 0)
+        gl.store(sums + at + j + n * 0, acc, mask=(n == 0) & (j >= 0))
+    else:
+        acc = gl.zeros((64, K), gl.float32, wide)
+        one = gl.full((64, 64), 1.0, gl.bfloat16, gl.DotOperandLayout(0, wide, 2))
+        acc = warpgroup_mma(one, tile, acc, use_acc=False, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        i = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, wide)), 1)
+        j = gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, wide)), 0)
+        gl.store(sums + at + j + i * 0, acc, mask=(i == 0) & (j >= 0))
+
+
+@gluon.jit
+def _put_scores_grad(dS, dST, acc, block, I: gl.constexpr, J: gl.constexpr, NT: gl.constexpr, K: gl.constexpr):
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, K, 16])
+    i = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, mma)), 1)
+    j = gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, mma)), 0)
+    if I == J:
+        acc = gl.where(i == j, 0.0, acc)
+    v = acc.to(gl.bfloat16)
+    gl.store(dS + ((block + I) * NT + J) * 4096 + i * 64 + j, v)
+    gl.store(dST + ((block + J) * NT + I) * 4096 + j * 64 + i, v)
+
+
+@gluon.jit
+def _score_grads_rows(
+    x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, ones, ones_tail,
+    bars, b, chunk, row0, L, H, I0,
+    I: gl.constexpr, PI: gl.constexpr, W: gl.constexpr, NT: gl.constexpr, TAIL: gl.constexpr,
+):  # fmt: skip
+    """Row tile I of the chunk against all column tiles, for every head. Warpgroup 0 also fetches."""
+    bf: gl.constexpr = gl.bfloat16
+    FULL: gl.constexpr = NT if TAIL == 0 else NT - 1
+    K_LAST: gl.constexpr = 16 if TAIL > 0 else 64
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 8, 16])
+    last: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, K_LAST, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    operand_last: gl.constexpr = gl.DotOperandLayout(0, last, 2)
+    blocks: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(2, _blocks(4, 4)))  # (4, 16) of the rows
+    flat2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    flat1: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    row: gl.constexpr = gl.SliceLayout(1, mma)
+    acc = ()
+    for J in gl.static_range(FULL):
+        acc = acc + (gl.zeros((64, 64), gl.float32, mma),)
+    if TAIL > 0:
+        acc = acc + (gl.zeros((64, 16), gl.float32, last),)
+    i8 = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, narrow)), 1)
+    n8 = gl.expand_dims(gl.arange(0, 8, layout=gl.SliceLayout(0, narrow)), 0)
+    side = table + (chunk * H).to(gl.int64) * 1024
+    l_next = gl.load(side + 64 * I)
+    r_next = gl.load(side + 512 + 64 * I + 63)
+    mbarrier.wait(bars.index(4), 0)
+    for h in range(H):
+        s = h % 2
+        ref_l = l_next
+        ref_r = r_next
+        side = table + (chunk * H + gl.minimum(h + 1, H - 1)).to(gl.int64) * 1024
+        l_next = gl.load(side + 64 * I)
+        r_next = gl.load(side + 512 + 64 * I + 63)
+        mbarrier.wait(bars.index(s), (h // 2) & 1)
+        t16 = tables.index(s)._reinterpret(gl.float32, [4, 16, 16], flat2)
+        t64 = tables.index(s)._reinterpret(gl.float32, [16, 64], flat1)
+        few = tables.index(s)._reinterpret(gl.float32, [64, 16], flat1)
+        dy = Y.index(s * W + PI)._reinterpret(bf, [64, 64], S.layout).load(operand)
+        row_l = t64.index(I).load(row)
+        row_r = t64.index(8 + I).load(row)
+        acc_rows = gl.zeros((64, 8), gl.float32, narrow)
+        head = (chunk * H + h).to(gl.int64) * ((NT + 1) * 256)
+        next_acc = ()
+        for J in gl.static_range(NT):
+            x = X.index(s * NT + J)._reinterpret(bf, [64, 64], S.layout)
+            if J < I:
+                f = t16.index(0).slice(4 * I, 4, dim=0).load(blocks) - ref_l
+                a = _mul2_packed(dy, _spread(_pack(_exp2(f)), 4, operand))
+                ref = ref_l
+            elif J > I:
+                f = t16.index(2).slice(4 * I, 4, dim=0).load(blocks) - ref_r
+                a = _mul2_packed(dy, _spread(_pack(_exp2(f)), 4, operand))
+                ref = ref_r
+            else:
+                a = dy
+                ref = ref_l
+            if TAIL > 0 and J == NT - 1:
+                one, acc_rows = _pair(
+                    gl.convert_layout(a, operand_last), x.slice(0, 16, dim=0), S_tail.index(PI), few.index(16 + 4 * J),
+                    few.index(48 + 4 * J), row_l, row_r, ref, acc[J], acc_rows, ones_tail.index(0), ones_tail.index(1),
+                    G_tail.index(2 * PI), G_tail.index(2 * PI + 1), I, J, 16,
+                )  # fmt: skip
+            else:
+                one, acc_rows = _pair(
+                    a, x, S.index(PI * FULL + J), t64.index(4 + J), t64.index(12 + J), row_l, row_r, ref, acc[J],
+                    acc_rows, ones.index(J), ones.index(NT), G.index(2 * PI), G.index(2 * PI + 1), I, J, 64,
+                )  # fmt: skip
+            next_acc = next_acc + (one,)
+            fence_async_shared()
+            _barrier()
+            # of the tile on the diagonal: below it in plane I, above it in plane NT
+            if TAIL > 0 and J == NT - 1:
+                _column_sums(G_tail.index(2 * PI), ones.index(0), col_sums, head + I * 256 + J * 64, 16)
+                if J == I:
+                    _column_sums(G_tail.index(2 * PI + 1), ones.index(0), col_sums, head + NT * 256 + J * 64, 16)
+            else:
+                _column_sums(G.index(2 * PI), ones.index(0), col_sums, head + I * 256 + J * 64, 64)
+                if J == I:
+                    _column_sums(G.index(2 * PI + 1), ones.index(0), col_sums, head + NT * 256 + J * 64, 64)
+            if PI == 0 and J == 0:
+                if (h > 0) & (h + 1 < H):
+                    if W > 1:
+                        mbarrier.wait(bars.index(3 - s), ((h - 1) // 2) & 1)
+                    _fetch_pair(
+                        x_desc, y_desc, table_desc, X, Y, tables, bars.index(1 - s), 1 - s, b, row0, chunk, h + 1, H, I0,
+                        NT, W,
+                    )  # fmt: skip
+        acc = next_acc
+        acc_rows = warpgroup_mma_wait(0, deps=(acc_rows,))
+        gl.store(row_sums + head + I * 64 + n8 * 256 + i8, acc_rows, mask=(n8 < NT + 1) & (i8 >= 0))
+        _barrier()
+        if PI > 0:
+            mbarrier.arrive(bars.index(2 + s), count=1)
+    block = chunk.to(gl.int64) * NT
+    for J in gl.static_range(NT):
+        _put_scores_grad(dS, dST, acc[J], block, I, J, NT, K_LAST if J == NT - 1 else 64)
+
+
+@gluon.jit
+def _score_grads_group(
+    x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, ones, ones_tail,
+    bars, b, chunk, row0, L, H, pair,
+    PI: gl.constexpr, W: gl.constexpr, NT: gl.constexpr, TAIL: gl.constexpr,
+):  # fmt: skip
+    """The row tile of warpgroup PI: PI of the first pair of tiles, 2 + PI of the second."""
+    # of three tiles the last is done by both warpgroups, with equal results
+    SECOND: gl.constexpr = min(2 + PI, NT - 1)
+    if pair == 0:
+        _score_grads_rows(
+            x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, ones,
+            ones_tail, bars, b, chunk, row0, L, H, pair * W, PI, PI, W, NT, TAIL,
+        )  # fmt: skip
+    else:
+        if NT > 2:
+            _score_grads_rows(
+                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, ones,
+                ones_tail, bars, b, chunk, row0, L, H, pair * W, SECOND, PI, W, NT, TAIL,
+            )  # fmt: skip
+
+
+@gluon.jit
+def score_grads_kernel(
+    x_desc,  # (B, L, >= H * 64): boxes (1, 64, 64)
+    y_desc,  # (B, L, >= H * 64)
+    score_desc,  # (B * nC * rows, rows): boxes (64, 64)
+    tail_desc,  # the same, boxes (64, 16)
+    table_desc,  # (B * nC * H * 4, 256) float32
+    table,  # as table_desc
+    row_sums,  # (B * nC, H, NT + 1, 256) float32 out: sums of G = dM o M over columns, [J] of column tile J; of the tile
+    # on the diagonal [I] below and [NT] above it
+    col_sums,  # the same over rows: [I] of row tile I
+    dS,  # (B * nC, NT, NT, 64, 64) out: [I][J]
+    dST,  # (B * nC, NT, NT, 64, 64) out: [J][I], each tile transposed
+    L,
+    H,
+    nC,
+    NT: gl.constexpr,
+    TAIL: gl.constexpr,  # columns of the last tile, 16, or 0: all
+    W: gl.constexpr,  # warpgroups, a row tile each
+):
+    """dS[i, j] = sum over heads of (dY_i . X_j) * decay * dt_j: two row tiles of a chunk a program, heads in turn."""
+    bf: gl.constexpr = gl.bfloat16
+    FULL: gl.constexpr = NT if TAIL == 0 else NT - 1
+    PAIRS: gl.constexpr = (NT + W - 1) // W
+    S = gl.allocate_shared_memory(bf, [W * FULL, 64, 64], score_desc.layout)
+    S_tail = gl.allocate_shared_memory(bf, [W, 64, 16], tail_desc.layout)
+    X = gl.allocate_shared_memory(bf, [2 * NT, 1, 64, 64], x_desc.layout)
+    Y = gl.allocate_shared_memory(bf, [2 * W, 1, 64, 64], y_desc.layout)
+    tables = gl.allocate_shared_memory(gl.float32, [2, 4, 256], table_desc.layout)
+    G = gl.allocate_shared_memory(bf, [2 * W, 64, 64], score_desc.layout)
+    G_tail = gl.allocate_shared_memory(bf, [2 * W, 64, 16], tail_desc.layout)
+    ones = gl.allocate_shared_memory(bf, [NT + 1, 8, 64], score_desc.layout)
+    ones_tail = gl.allocate_shared_memory(bf, [2, 8, 16], tail_desc.layout)
+    bars = gl.allocate_shared_memory(gl.int64, [5, 1], mbarrier.MBarrierLayout())  # full 0 1, read 2 3, scores 4
+    for i in gl.static_range(5):
+        mbarrier.init(bars.index(i), count=1)
+    pid = gl.program_id(0)
+    pair = pid % PAIRS
+    chunk = pid // PAIRS
+    b = chunk // nC
+    row0 = (chunk % nC) * (64 * NT)
+    I0 = pair * W
+    wide: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    r = gl.expand_dims(gl.arange(0, 8, layout=gl.SliceLayout(1, wide)), 1)
+    k = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(0, wide)), 0)
+    for plane in gl.static_range(NT + 1):
+        ones.index(plane).store(gl.where((r == plane) & (k >= 0), 1.0, 0.0).to(bf))
+    few: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [4, 1], [1, 0])
+    r = gl.expand_dims(gl.arange(0, 8, layout=gl.SliceLayout(1, few)), 1)
+    k = gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(0, few)), 0)
+    ones_tail.index(0).store(gl.where((r == NT - 1) & (k >= 0), 1.0, 0.0).to(bf))
+    ones_tail.index(1).store(gl.where((r == NT) & (k >= 0), 1.0, 0.0).to(bf))
+    fence_async_shared()
+    _barrier()
+    _fetch_pair(x_desc, y_desc, table_desc, X, Y, tables, bars.index(0), 0, b, row0, chunk, 0, H, I0, NT, W)
+    if H > 1:
+        _fetch_pair(x_desc, y_desc, table_desc, X, Y, tables, bars.index(1), 1, b, row0, chunk, 1, H, I0, NT, W)
+    full = bars.index(4)
+    mbarrier.expect(full, W * (FULL * 8192 + (2048 if TAIL > 0 else 0)))
+    for w in gl.static_range(W):
+        to = chunk * (64 * NT) + gl.minimum(I0 + w, NT - 1) * 64
+        for J in gl.static_range(FULL):
+            tma.async_copy_global_to_shared(score_desc, [to, J * 64], full, S.index(w * FULL + J))
+        if TAIL > 0:
+            tma.async_copy_global_to_shared(tail_desc, [to, FULL * 64], full, S_tail.index(w))
+    if W == 1:
+        _score_grads_group(
+            x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, ones,
+            ones_tail, bars, b, chunk, row0, L, H, pair, 0, W, NT, TAIL,
+        )  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_score_grads_group, (
+                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, ones,
+                ones_tail, bars, b, chunk, row0, L, H, pair, 0, W, NT, TAIL,
+            )),
+            (_score_grads_group, (
+                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, ones,
+                ones_tail, bars, b, chunk, row0, L, H, pair, 1, W, NT, TAIL,
+            )),
+        ], [4], [240])  # fmt: skip
+
+
+SIXTEEN = gl.NVMMASharedLayout(32, 16, 2)
+WHOLE = gl.NVMMASharedLayout(128, 16, 2)
+BATCHED = gl.NVMMASharedLayout(128, 16, 3)
+PLAIN = gl.NVMMASharedLayout(0, 32, 2)
+REGISTERS = {1: 255, 2: 240, 3: 168, 4: 128}  # a thread, by warpgroups
+
+
+def _rows_of(t: Tensor, width: int) -> TensorDescriptor:
+    """(B, L, width) of a tensor with longer rows, in boxes of 64 rows and columns."""
+    B, L = t.shape[:2]
+    return TensorDescriptor(t, [B, L, width], [t.stride(0), t.stride(1), 1], [1, 64, 64], BATCHED)
+
+
+def _flat(t: Tensor, rows: int, columns: int, layout: gl.NVMMASharedLayout) -> TensorDescriptor:
+    width = t.shape[-1]
+    return TensorDescriptor(t, [t.numel() // width, width], [width, 1], [rows, columns], layout)
+
+
+def mix_chunks(
+    c: Any, v: Tensor, out: Tensor, S: Tensor, blocks: Tensor, table: Tensor, diag: Optional[Tensor],
+    states: Optional[Tensor], rows: tuple[Tensor, Tensor], transposed: bool = False,
+    gate: Optional[tuple[Tensor, Tensor, Tensor]] = None, diagonal: Optional[tuple[Tensor, Tensor]] = None,
+) -> None:  # fmt: skip
+    """Writes M v into ``out``; sizes ``c`` and the other arguments as in chunks.py."""
+    width = c.H * 64
+    v_desc = _rows_of(v, width)
+    scores = _flat(S, 64, 64, WHOLE)
+    z, weight, squares = (v, table, table) if gate is None else gate
+    fc, ddiag = (S, table) if diagonal is None else diagonal
+    FC = 0 if diagonal is None else max(16, 1 << (c.H - 1).bit_length())
+    launch(mix_chunk_kernel, (c.B * c.nC * (c.H // c.turns),),
+        v_desc, v_desc if gate is None else _rows_of(z, width), _rows_of(out, width), scores,
+        _flat(S, 64, 16, SIXTEEN), _flat(blocks, 64, 16, SIXTEEN), _flat(table, 4, 256, PLAIN),
+        scores if states is None else _flat(states, 64, 64, WHOLE),
+        scores if diagonal is None else _flat(fc, FC, 64, WHOLE),
+        table, table if diag is None else diag, weight, squares, *rows, ddiag,
+        c.L, c.H, c.turns, c.nC, rows[0].stride(0), rows[0].stride(1),
+        NP=c.NT, JT=3 if c.NT == 4 else c.NT, TAIL=16 if c.NT == 4 else 0, GATE=gate is not None,
+        HAS_STATE=states is not None, LEFT=int(transposed), SHIFT=0 if transposed else 1, FC=FC,
+        DIAGONAL=0 if diag is None else min(diag.ndim, 2), num_warps=4, maxnreg=REGISTERS[c.NT],
+    )  # fmt: skip
+
+
+CHANNELS = 128
+
+
+def convolve(
+    x: Tensor, taps: Tensor, fc: Optional[Tensor], D: Tensor, out: Tensor, diag: Optional[Tensor], width: int
+) -> None:
+    """out (B, L, C) = SiLU(conv(x)); with fc (H, width) bfloat16 also diag (B, H, L) = fc out + D.
+
+    Args:
+        x: (B, L, C), rows of any stride.
+        taps: (8, C) float32, weights and bias.
+        width: Channels that fc multiplies.
+    """
+    B, L, C = x.shape
+    H = D.shape[0]
+    tiles = -(-L // 64)
+    launch(conv_diagonal_kernel, (B * tiles,),
+        x, taps, taps if fc is None else fc, D, out, taps if diag is None else diag, x.stride(0), L, H, tiles,
+        SL=x.stride(1), C=C, D=width, HP=32 if H <= 32 else 64, CH=CHANNELS, DIAGONAL=fc is not None,
+        num_warps=8, maxnreg=128,
+    )  # fmt: skip
+
+
+def score_grads(
+    c: Any, x: Tensor, dy: Tensor, S: Tensor, table: Tensor, row_sums: Tensor, col_sums: Tensor, dS: Tensor, dST: Tensor
+) -> None:
+    """The scores' gradient and the sums of G; arguments as in chunks.py."""
+    width = c.H * 64
+    W = min(2, c.NT)
+    launch(score_grads_kernel, (c.B * c.nC * -(-c.NT // W),),
+        _rows_of(x, width), _rows_of(dy, width), _flat(S, 64, 64, WHOLE), _flat(S, 64, 16, SIXTEEN),
+        _flat(table, 4, 256, PLAIN), table, row_sums, col_sums, dS, dST, c.L, c.H, c.nC,
+        NT=c.NT, TAIL=16 if c.NT == 4 else 0, W=W, num_warps=4, maxnreg=REGISTERS[W],
+    )  # fmt: skip
