@@ -373,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     measured_with = {'tokens': tokens, 'rounds': arguments.rounds, 'attention': arguments.attention}
     settings = {**shared, **measured_with, 'mixers': sorted(names), 'versions': versions()}
-    record = Record(output / 'points.csv', ('passes', 'L', 'mixer'), settings)
+    record = Record(output / 'points.csv', ('passes', 'L', 'mixer'), settings, arguments.overwrite)
 
     console = stdout_console()
     groups = [(mode, length) for mode in arguments.mode for length in lengths]

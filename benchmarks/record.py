@@ -17,15 +17,18 @@ class Record:
         path: Of the CSV file; its folder is made where it is missing.
         key: Columns that tell one row from another.
         settings: Of this command, JSON values; those of the rows that are there must be the same.
+        overwrite: Begin anew, whatever is there.
 
     Raises:
         UserError: The folder holds rows of other settings, or files that cannot be read; nothing is changed.
     """
 
-    def __init__(self, path: Path, key: Sequence[str], settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, key: Sequence[str], settings: Mapping[str, Any], overwrite: bool = False) -> None:
         self.path, self._key = path, tuple(key)
         facts = path.with_name('environment.json')
-        if facts.is_file():
+        if overwrite:
+            path.unlink(missing_ok=True)
+        elif facts.is_file():
             try:
                 there = json.loads(facts.read_text())['run']
                 changed = [name for name in settings if there.get(name) != settings[name]]
@@ -35,7 +38,7 @@ class Record:
                 name = changed[0]
                 raise UserError(
                     f'{path.parent} was measured with {name}={there.get(name)!r}, this command has {settings[name]!r}; '
-                    'choose another --output'
+                    'choose another --output, or --overwrite'
                 )
         elif path.exists():
             raise UserError(f'{path.parent} has {path.name} but no environment.json; choose another --output')

@@ -102,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError('--epochs: the first one warms up, so at least 2')
     check_model_name(arguments.model)
     file = make_output(arguments.output) / f'{arguments.what}.csv'
-    if file.exists():
-        raise UserError(f'--output {str(arguments.output)!r} holds {file.name} of another run; choose another folder')
+    if file.exists() and not arguments.overwrite:
+        raise UserError(f'--output {str(arguments.output)!r} holds {file.name} of another run; --overwrite replaces it')
     console = stdout_console()
     with tempfile.TemporaryDirectory() as scratch:
         folders = {count: Path(scratch) / str(count) for count in sorted(arguments.processes)}
@@ -164,6 +164,7 @@ def _parser() -> Parser:
     add('--steps', type=positive, default=50, metavar='N', help='speed: steps per epoch; default 50')
     add('--epochs', type=positive, default=3, metavar='N', help='speed: the first one is not counted; default 3')
     add('--output', type=path, required=True, metavar='FOLDER', help='for the tables')
+    add('--overwrite', action='store_true', help='replace the table of another run')
     return parser
 
 

@@ -326,6 +326,7 @@ def add_timing_arguments(parser: argparse.ArgumentParser, *, rounds: int = 20, t
         help=f'seconds of measuring per group of variants, after {MIN_ROUNDS} rounds; default {time_limit:g}',
     )
     add('--output', type=path, metavar='FOLDER', help='for CSV, PNG and JSON; default: output/NAME-DEVICE-TIME')
+    add('--overwrite', action='store_true', help='replace the results of another run')
 
 
 def start_run(arguments: argparse.Namespace, name: str, **facts: Any) -> Run:
@@ -345,8 +346,8 @@ def start_run(arguments: argparse.Namespace, name: str, **facts: Any) -> Run:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     folder = arguments.output or Path('output') / f'{name}-{device.type}-{time.strftime("%Y%m%d-%H%M%S")}'
-    if (folder / 'environment.json').exists():
-        raise UserError(f'--output {str(folder)!r} holds the results of another run; choose another folder')
+    if (folder / 'environment.json').exists() and not arguments.overwrite:
+        raise UserError(f'--output {str(folder)!r} holds the results of another run; --overwrite replaces them')
     seen, output = environment(), make_output(folder)
     columns = {
         'dtype': 'float32' if dtype is None else str(dtype).removeprefix('torch.'),

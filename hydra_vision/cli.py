@@ -46,21 +46,21 @@ _RUNS = {
         'runs compare output/first output/second --output comparison',
         'train.runs',
         'add_compare_arguments',
-        'compare',
+        'compare_main',
     ),
     'average': Command(
         'Average the weights of several checkpoints.',
         'runs average output/run/checkpoints/*.pt --output averaged.pt',
         'train.runs',
         'add_average_arguments',
-        'average_checkpoints',
+        'average_main',
     ),
     'export': Command(
         'Write a finished run as a folder that timm and transformers open.',
         'runs export output/run --output model',
         'train.runs',
         'add_export_arguments',
-        'export',
+        'export_main',
     ),
 }
 _PROBE = {

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from .errors import CheckpointError, UserError, first_line
 
-__all__ = ['brief_mismatch', 'read_file', 'read_weights', 'state_dict_of', 'write_tensors']
+__all__ = ['brief_mismatch', 'explain', 'read_file', 'read_weights', 'state_dict_of', 'write_tensors']
 
 _EXPECTED = 'expected weights: a .safetensors file, or a state dict that torch.save wrote'
 _WRAPPERS = ('module.', 'model.', 'timm_model.')  # DDP, Lightning, transformers and other classes around a model
@@ -45,11 +45,11 @@ def read_file(path: Path) -> Any:
             warnings.simplefilter('ignore')  # about pickle protocols of files that are none
             return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # what unpicklers raise for arbitrary bytes is not a closed list
-        raise CheckpointError(f'{path} {_explain(path, error)}; {_EXPECTED}') from error
+        raise CheckpointError(f'{path} {explain(path, error)}; {_EXPECTED}') from error
 
 
-def _explain(path: Path, error: Exception) -> str:
-    """What is the matter with a file that cannot be read."""
+def explain(path: Path, error: Exception) -> str:
+    """What is the matter with a file that cannot be read: 'is empty (0 bytes)', 'is a text file', ..."""
     if isinstance(error, OSError) and error.errno not in (None, 22):  # 22: a seek before the start of a cut-off file
         return f'cannot be read: {error.strerror}'
     with open(path, 'rb') as file:

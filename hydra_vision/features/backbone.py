@@ -223,7 +223,7 @@ def _check_data(data: Mapping[str, Any] | None) -> None:
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     """What a checkpoint holds: a run with its recipe (key 'config'), or weights alone."""
-    from ..train.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint
+    from ..train.checkpoint import BEST, LAST, find_checkpoint, load_run
 
     if path.is_dir():
         if (path / 'config.json').is_file():
@@ -233,7 +233,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         raise FeatureError(f'checkpoint={str(path)!r} is no file; allowed: a run folder or a file of weights')
     held = read_file(path)
     if isinstance(held, dict) and {'format', 'config', 'state_dict'} <= held.keys():
-        return load_checkpoint(path)
+        return load_run(path)
     return state_dict_of(held, path)
 
 

@@ -1,14 +1,12 @@
 """Builds what a recipe describes around a model: device, initial weights, optimizer, schedule."""
 
 import math
-import pickle
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models import get_pretrained_cfg, load_state_dict
+from timm.models import get_pretrained_cfg
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -18,8 +16,10 @@ from torch.overrides import TorchFunctionMode
 from .. import Hydra  # importing the package registers the Hydra-ViT family with timm
 from .. import device as devices
 from ..errors import CheckpointError, ConfigError, UserError, first_line, nearest
+from ..io import to_path
 from ..mixers import Semiseparable
 from ..ops.dispatch import choose_backend
+from ..weights import read_weights
 from .config import Config, RunConfig
 from .distributed import World
 
@@ -100,7 +100,7 @@ def avoid_faulty_attention(
     if device.type != 'cuda' or amp is None:
         return None
     faulty = _CUDNN_NAN_TOKENS.get(torch.cuda.get_device_capability(device)[0], set())
-    found = sorted(faulty & attention_lengths(model, input_size, device)) if faulty else []
+    found = sorted(faulty & attention_lengths(model, input_size, device, amp)) if faulty else []
     torch.backends.cuda.enable_cudnn_sdp(not found)
     if not found:
         return None
@@ -111,13 +111,16 @@ def avoid_faulty_attention(
 
 
 @torch.no_grad()
-def attention_lengths(model: nn.Module, input_size: tuple[int, int, int], device: torch.device) -> set[int]:
+def attention_lengths(
+    model: nn.Module, input_size: tuple[int, int, int], device: torch.device, amp: torch.dtype | None = None
+) -> set[int]:
     """Numbers of tokens in the calls of `scaled_dot_product_attention` in a forward pass of one image.
 
     Args:
         model: On its device; runs in evaluation mode.
         input_size: Channels, height, width.
         device: Where the model is.
+        amp: Autocast type, None for none.
     """
     lengths = set()
 
@@ -131,7 +134,7 @@ def attention_lengths(model: nn.Module, input_size: tuple[int, int, int], device
     training = model.training
     model.eval()
     try:
-        with Recorder():
+        with Recorder(), torch.autocast(device.type, dtype=amp, enabled=amp is not None):
             model(torch.zeros(1, *input_size, device=device))
     finally:
         model.train(training)
@@ -296,12 +299,10 @@ def _check_size(config: Config, model: nn.Module) -> None:
 
 def _read_weights(path: str, classifier: str) -> tuple[dict[str, Any], int]:
     """The weights in a file, averaged ones before raw ones, and the number of classes of their head (0: no head)."""
-    if not Path(path).expanduser().is_file():
+    file = to_path(path, 'model.checkpoint')
+    if not file.is_file():
         raise CheckpointError(f'model.checkpoint={path!r} is not a file')
-    try:
-        weights = load_state_dict(str(Path(path).expanduser()))
-    except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f'model.checkpoint={path!r} cannot be read: {first_line(error)}') from error
+    weights = read_weights(file)
     head = weights.get(f'{classifier}.weight')
     return weights, 0 if head is None else head.shape[0]
 

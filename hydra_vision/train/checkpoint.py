@@ -8,7 +8,6 @@ the newest and the best of them under fixed names (hard links where the file sys
 """
 
 import os
-import pickle
 import re
 import shutil
 import time
@@ -20,7 +19,8 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, ConfigError, TrainError, WriteError, first_line
-from ..io import write_atomically
+from ..io import to_path, write_atomically
+from ..weights import brief_mismatch, explain
 
 FORMAT = 3
 _READABLE = (2, FORMAT)  # 2 has a checksum of its own, which the CRC-32 of the records makes superfluous
@@ -28,10 +28,6 @@ LAST, BEST = 'last.pt', 'best.pt'
 KEPT = 'checkpoints'
 OUTPUT = Path('output')
 _RUN_FILES = (LAST, BEST, KEPT, 'summary.csv', 'curve.png', 'results.md')
-_READ_ERRORS = (
-    *(OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError),
-    *(pickle.UnpicklingError, zipfile.BadZipFile),
-)
 
 Found = tuple[Path | None, dict[str, Any] | None, list[str]]
 
@@ -67,14 +63,27 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if damaged is not None:
             raise CheckpointError(f'checkpoint {path} is damaged: the checksum of {damaged} does not match')
         state = torch.load(path, map_location='cpu', weights_only=True)
-    except _READ_ERRORS as error:
-        # The unpickler's own message advises reading the file with fewer checks.
-        why = first_line(error) if isinstance(error, OSError) else 'damaged, or not a checkpoint of this trainer'
-        raise CheckpointError(f'cannot read checkpoint {path}: {why}') from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # what unpicklers raise for arbitrary bytes is not a closed list
+        raise CheckpointError(f'{path} {explain(path, error)}; expected a checkpoint of this trainer') from error
     if not isinstance(state, dict) or 'format' not in state:
         raise CheckpointError(f'{path} was not written by this trainer (weights alone cannot be resumed or validated)')
     if state['format'] not in _READABLE:
         raise CheckpointError(f'{path} has format {state["format"]}; this version reads {_READABLE}')
+    return state
+
+
+def load_run(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of a training run, from which its model can be built.
+
+    Raises:
+        CheckpointError: As `load_checkpoint`; a checkpoint of something else.
+    """
+    state = load_checkpoint(path)
+    missing = [key for key in ('arch', 'config', 'num_classes', 'state_dict') if key not in state]
+    if missing:
+        raise CheckpointError(f'{path} is not the checkpoint of a training run: it has no {missing[0]}')
     return state
 
 
@@ -92,12 +101,12 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], na
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(f'the checkpoint does not fit {name}: {error}') from error
+        raise CheckpointError(f'the checkpoint does not fit {name}\n{brief_mismatch(error)}') from error
 
 
 def find_checkpoint(text: str, name: str) -> Path:
     """The checkpoint that a path means: that file, or the one called `name` in that run folder."""
-    path = Path(text).expanduser()
+    path = to_path(text, 'checkpoint')
     return path / name if path.is_dir() else path
 
 
@@ -256,13 +265,13 @@ def checkpoint_to_resume(resume: str | None, output: str | None, name: str) -> F
     if resume is None:
         return None, None, []
     if resume != 'auto':
-        path = Path(resume).expanduser()
+        path = to_path(resume, '--resume')
         if path.is_dir():
             found = newest_checkpoint(path)
             if found[0] is None:
                 raise CheckpointError(f'no checkpoint {str(find_checkpoint(resume, LAST))!r}')
             return found
-        state = load_checkpoint(path)
+        state = load_run(path)
         if 'averaged' in state:
             raise CheckpointError(
                 f'{path} is a mean of checkpoints, which cannot be resumed; start from it with model.checkpoint'

@@ -90,7 +90,8 @@ def train_loader(
     batch_size = local_batch(config.data.batch_size, world.size, augment.mixes)
     inputs = resolve_input(config, model)
     if config.data.name == SYNTHETIC:
-        return _synthetic_loader(config, split, num_classes, inputs['input_size'], batch_size, device, world)
+        size, seed = inputs['input_size'], config.run.seed
+        return SyntheticLoader(split.dataset, batch_size, size, num_classes, device, world, seed)
     dataset = _readable(config, split, num_classes, is_training=True)
     sampler = None
     if isinstance(dataset, IterableDataset):
@@ -146,7 +147,8 @@ def val_loader(
     batch_size = config.data.val_batch_size
     batch_size = batch_size or local_batch(config.data.batch_size, world.size, config.augment.mixes)
     if config.data.name == SYNTHETIC:
-        return _synthetic_loader(config, split, num_classes, inputs['input_size'], batch_size, device, world)
+        size, seed = inputs['input_size'], config.run.seed
+        return SyntheticLoader(split.dataset, batch_size, size, num_classes, device, world, seed)
     dataset = _readable(config, split, num_classes, is_training=False)
     streamed = isinstance(dataset, IterableDataset)
     sampler = None if streamed else EvalSampler(len(dataset), rank=world.rank, world=world.size)
@@ -235,11 +237,11 @@ class SyntheticLoader:
     Args:
         dataset: Sets the number of images.
         batch_size: Images per batch of one process.
-        world: Number of processes.
         input_size: Channels, height, width.
         num_classes: Classes are drawn below it.
         device: Where the batch lies.
-        seed: Seed of the batch.
+        world: The processes.
+        seed: Of the run.
     """
 
     sampler = None
@@ -247,17 +249,16 @@ class SyntheticLoader:
     def __init__(
         self,
         dataset: SyntheticImages,
-        *,
         batch_size: int,
-        world: int,
         input_size: tuple[int, int, int],
         num_classes: int,
         device: torch.device,
+        world: World,
         seed: int,
     ):
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed_from(seed, world.rank))
         self.dataset = dataset
-        self.batches = max(1, len(dataset) // (batch_size * world))
+        self.batches = max(1, len(dataset) // (batch_size * world.size))
         self.images = torch.randn(batch_size, *input_size, generator=generator).to(device)
         self.targets = torch.randint(num_classes, (batch_size,), generator=generator).to(device)
 
@@ -267,26 +268,6 @@ class SyntheticLoader:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for _ in range(self.batches):
             yield self.images.clone(), self.targets.clone()  # mixup works in place
-
-
-def _synthetic_loader(
-    config: Config,
-    split: Split,
-    num_classes: int,
-    input_size: tuple[int, int, int],
-    batch_size: int,
-    device: torch.device,
-    world: World,
-) -> SyntheticLoader:
-    return SyntheticLoader(
-        split.dataset,
-        batch_size=batch_size,
-        world=world.size,
-        input_size=input_size,
-        num_classes=num_classes,
-        device=device,
-        seed=seed_from(config.run.seed, world.rank),
-    )
 
 
 # Reading them

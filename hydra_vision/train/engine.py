@@ -202,7 +202,7 @@ class Trainer:
             batches = data.epoch_batches(loader, config.run.seed, self.epoch, progress.batches)
             for batch, (images, targets) in enumerate(shown.read(batches), start=progress.batches):
                 # Forward and backward. The last optimizer step of an epoch accumulates the batches that are left; a
-                # streamed set may hold more of them than its length says.
+                # streamed set may hold more of them, or fewer, than its length says.
                 left = total - batch // accum * accum
                 group = left if 0 < left < accum else accum
                 pending = (batch + 1) % accum != 0 and batch + 1 != total
@@ -214,7 +214,7 @@ class Trainer:
                     self._optimizer_step(shown, images)
                 elif len(progress.losses) >= check_every:
                     self._sync_losses()
-            if pending:  # ... or fewer
+            if pending:  # it held fewer batches
                 self._optimizer_step(shown, images)
             self._sync_losses()
             rate, seconds, waiting = shown.rate(), shown.seconds(), shown.waiting()

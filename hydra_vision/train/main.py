@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
-from ..errors import CheckpointError, ConfigError, TrainError, UserError, nearest
+from ..errors import CheckpointError, ConfigError, TrainError, UserError, nearest, user_text
 from ..io import write_text
 from .checkpoint import (
     BEST,
     checkpoint_to_resume,
     find_checkpoint,
-    load_checkpoint,
+    load_run,
     prepare_to_resume,
     remove_leftovers,
     run_folder,
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'train_imagenet.py') -> 
     except UserError as error:
         if world.primary or not getattr(error, 'shared', False):
             rank = '' if world.primary else f' (rank {world.rank})'
-            errors.print(f'error: {_one_line(error)}{rank}', soft_wrap=True)
+            errors.print(f'error: {user_text(error)}{rank}', soft_wrap=True)
         return error.exit_code
     except Stopped as stopped:
         if world.primary:
@@ -242,7 +242,7 @@ def _resumed(
     path = world.broadcast(path)
     with world.together():
         if path is not None and state is None:
-            state = load_checkpoint(path)
+            state = load_run(path)
     return path, state
 
 
@@ -317,7 +317,7 @@ def _validate(arguments: argparse.Namespace, overrides: dict[str, Any], console:
         state = initial_state(config, world)
     else:
         path = find_checkpoint(arguments.validate, BEST)
-        state = load_checkpoint(path)
+        state = load_run(path)
         values = merge(state['config'], read_recipe(arguments.config)) if arguments.config else state['config']
         config = Config.from_dict(merge(values, overrides), source=str(path))
     quiet = Console(stderr=True, quiet=not world.primary)
@@ -340,11 +340,3 @@ def _print_changes(before: dict[str, Any], after: dict[str, Any], console: Conso
             old = before.get(section, {}).get(key)
             if old != value:
                 console.print(f'resuming with {section}.{key}: {old} -> {value}', soft_wrap=True)
-
-
-def _one_line(error: UserError) -> str:
-    """The message of an error; one that comes out of a loader process carries its traceback in front."""
-    text = str(error)
-    if 'Original Traceback' not in text:
-        return text
-    return text.rstrip().splitlines()[-1].partition('Error: ')[2]

@@ -20,7 +20,7 @@ from ..console import make_table, markdown_table, path, stdout_console
 from ..errors import CheckpointError, UserError
 from ..io import make_output, write_atomically, write_csv, write_text
 from . import build, data
-from .checkpoint import BEST, find_checkpoint, load_checkpoint, load_weights, write_checkpoint
+from .checkpoint import BEST, find_checkpoint, load_run, load_weights, write_checkpoint
 from .config import Config
 from .report import RUN, duration
 
@@ -255,7 +255,7 @@ def average_main(arguments: argparse.Namespace) -> int:
     if not arguments.output.parent.is_dir():
         raise UserError(f'--output {arguments.output}: {arguments.output.parent} is not a folder')
     names = [str(find_checkpoint(text, BEST)) for text in arguments.checkpoints]
-    states = [load_checkpoint(Path(name)) for name in names]
+    states = [load_run(Path(name)) for name in names]
     picked = [pick_weights(state, arguments.weights, name) for state, name in zip(states, names)]
     keys = ('arch', 'config', 'num_classes', 'classes', 'epoch', 'history', 'versions')
     # `updates` and the optimizer are left out on purpose: there is no run that could be resumed.
@@ -311,7 +311,7 @@ def export_main(arguments: argparse.Namespace) -> int:
     from ..hub import save_pretrained
 
     checkpoint = find_checkpoint(arguments.run, BEST)
-    state = load_checkpoint(checkpoint)
+    state = load_run(checkpoint)
     model, config = trained_model(state, arguments.weights, str(checkpoint))
     inputs = data.resolve_input(config, model)
     keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')

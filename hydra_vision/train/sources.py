@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from timm.data import create_dataset
+from timm.data import ImageDataset, create_dataset
 from timm.data.readers import add_img_extensions
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..errors import DataError
+from ..images import SUFFIXES, FolderReader
+from ..io import to_path
 from .config import DIGITS, PARQUET, SYNTHETIC, Config
 from .distributed import World
 from .sampling import local_batch
@@ -159,7 +160,7 @@ def _open(config: Config, split: str, is_training: bool, world: World) -> Split:
     if data.name == '':
         root = _split_root(data.dir, split)
         name = str(root)
-        add_img_extensions((*IMG_EXTENSIONS, '.gif'))  # timm alone looks for .jpg, .jpeg and .png only
+        add_img_extensions(SUFFIXES)  # in a .tar; timm alone looks for .jpg, .jpeg and .png only
     else:
         root, name = data.dir, f'{data.name} ({split})'
     if data.class_map is not None:
@@ -176,6 +177,12 @@ def _open(config: Config, split: str, is_training: bool, world: World) -> Split:
         kwargs['seed'] = config.run.seed
         batch_size = None if is_training else data.val_batch_size
         kwargs['batch_size'] = batch_size or local_batch(data.batch_size, world.size, config.augment.mixes)
+    if data.name == '' and root.is_dir():
+        suffixes = data.input_key.split(';') if data.input_key else SUFFIXES
+        folder = FolderReader(root, data.class_map or '', suffixes)
+        dataset = ImageDataset(str(root), reader=folder, input_img_mode=kwargs['input_img_mode'])
+        _check_folder(root, folder.samples, None if data.class_map is None else _class_names(dataset))
+        return Split(dataset, name, _class_names(dataset))
     try:
         dataset = create_dataset(
             reader,
@@ -193,10 +200,7 @@ def _open(config: Config, split: str, is_training: bool, world: World) -> Split:
         raise DataError(f'cannot open {name}: {type(error).__name__}: {error}') from error
     if data.streamed and not is_training:  # see val_loader
         dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
-    classes = _class_names(dataset)
-    if data.name == '' and root.is_dir():
-        _check_folder(root, dataset.reader.samples, None if data.class_map is None else classes)
-    return Split(dataset, name, classes)
+    return Split(dataset, name, _class_names(dataset))
 
 
 def _check_package(name: str, reader: str) -> None:
@@ -208,8 +212,8 @@ def _check_package(name: str, reader: str) -> None:
 
 def _parquet_folder(folder: str | None) -> Path:
     """The folder of parquet files, absolute, so that it is never taken for a name on the Hugging Face Hub."""
-    root = Path('' if folder is None else folder).expanduser().resolve()
-    if folder is None or not root.is_dir() or not any(root.rglob('*.parquet')):
+    root = None if folder is None else to_path(folder, 'data.dir').resolve()
+    if root is None or not root.is_dir() or not any(root.rglob('*.parquet')):
         raise DataError(f'data.dir={folder!r} is not a folder with .parquet files')
     return root
 
@@ -218,7 +222,7 @@ def _split_root(folder: str | None, split: str) -> Path:
     """Path of a split of an image folder: a subfolder or a .tar of that name or a synonym of it."""
     if folder is None:
         raise DataError('no data: give --data-dir PATH (a folder with train/ and val/), or data.name')
-    root = Path(folder).expanduser()
+    root = to_path(folder, 'data.dir')
     if not root.is_dir():
         raise DataError(f'data.dir={folder!r} is not a folder')
     names = next((group for group in _SYNONYMS if split in group), ())

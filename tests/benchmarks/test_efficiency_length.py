@@ -231,6 +231,8 @@ def test_other_settings_are_rejected(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="this command has 'another processor'"):
             main(argv)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert main([*argv, '--tokens', '64', '--overwrite']) == 0
+    assert main([*argv, '--overwrite']) == 0
     (tmp_path / 'points.csv').write_text('mixer,L\nlow_rank,16\n')
     with pytest.raises(UserError, match='cannot be read'):
         main(argv)

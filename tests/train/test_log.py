@@ -228,11 +228,3 @@ def test_pace_and_share_of_waiting(clock):
     # 8 s for the 0.4 epochs of this process, 3.4 epochs are left
     assert meter.eta(0.6) == pytest.approx(8 / 0.4 * 3.4)
     assert meter.eta(0.2) != meter.eta(0.2)  # no pace yet
-
-
-def test_the_speed_of_a_run_weighs_epochs_by_their_time():
-    rows = [
-        {'seconds': 10.0, 'images_per_second': 100.0, 'data_wait': 0.5},
-        {'seconds': 30.0, 'images_per_second': 20.0, 'data_wait': 0.1},
-    ]
-    assert report.speed_line(rows).startswith('training 0:00:40, 40 img/s, waiting for data 20 % of it')
