@@ -174,13 +174,13 @@ def test_the_test_set_does_not_choose():
 @pytest.mark.parametrize(
     ('run', 'match'),
     [
-        (lambda a, b: knn_probe(a, b, num_classes=4, k=(301,)), 'k = 301; allowed: 1 to 300'),
-        (lambda a, b: knn_probe(a, b, num_classes=4, temperature=0), 'temperature = 0'),
-        (lambda a, b: knn_probe(a, b, num_classes=4, temperature=float('nan')), 'temperature = nan'),
-        (lambda a, b: probe.logistic_probe(a, b, num_classes=4, values=()), r'C = \[\]'),
+        (lambda a, b: knn_probe(a, b, num_classes=4, k=(301,)), 'k=301; allowed: 1 to 300'),
+        (lambda a, b: knn_probe(a, b, num_classes=4, temperature=0), 'temperature=0'),
+        (lambda a, b: knn_probe(a, b, num_classes=4, temperature=float('nan')), 'temperature=nan'),
+        (lambda a, b: probe.logistic_probe(a, b, num_classes=4, values=()), r'C=\[\]'),
         (lambda a, b: probe.linear_probe(a, b, num_classes=4, values=(0.1, -1)), 'all positive'),
-        (lambda a, b: probe.linear_probe(a, b, num_classes=4, epochs=0), 'epochs = 0'),
-        (lambda a, b: probe.logistic_probe(a, b, num_classes=4, holdout=0.001), r'holdout = 0.001 of 300'),
+        (lambda a, b: probe.linear_probe(a, b, num_classes=4, epochs=0), 'epochs=0'),
+        (lambda a, b: probe.logistic_probe(a, b, num_classes=4, holdout=0.001), r'holdout=0.001 of 300'),
     ],
 )
 def test_bad_arguments(run, match):
