@@ -73,6 +73,10 @@ PEERS = {
     'hydra_vit_small': 'deit_small_patch16_224',
     'hydra_vit_base': 'vit_base_patch16_224',
     'hydra_vit_large': 'vit_large_patch16_224',
+    'm2_vit_base': 'vit_base_patch16_224',
+    'vim_tiny_patch16_224': 'deit_tiny_patch16_224',
+    'vim_small_patch16_224': 'deit_small_patch16_224',
+    'vim_base_patch16_224': 'vit_base_patch16_224',
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
     'cpu': {
@@ -103,7 +107,7 @@ class Case:
         mode: 'infer' or 'train'.
         execution: 'eager', 'compiled', or 'graphs': compiled with CUDA graphs (mode='reduce-overhead').
         dtype: Of autocast, None without; weights are float32 in any case.
-        backend: Of the Hydra operator, 'auto' for the default; None for a model that has none.
+        backend: Of the mixers' operator, 'auto' for the default; None for a model that has none.
         attention: Backend of ``scaled_dot_product_attention``, 'auto' for PyTorch's choice. In results, what ran: ''
             where the model has no such attention.
         kwargs: More arguments of the model, as JSON.
@@ -153,7 +157,7 @@ Results = Mapping[Case, Measurement]
 def build_step(case: Case, device: torch.device) -> tuple[torch.nn.Module, Step]:
     """The model and the call that is timed, on random images that stay on the device."""
     kwargs = json.loads(case.kwargs)
-    if case.backend is not None:
+    if case.backend not in (None, 'auto'):
         kwargs['backend'] = case.backend
     with torch.device(device):
         model = create_model(case.model, case.img_size, **kwargs)
@@ -579,8 +583,9 @@ def _cases(arguments: argparse.Namespace, device: torch.device, dtype: torch.dty
     executions = arguments.execution or defaults['execution']
     if 'graphs' in executions and device.type == 'cpu':
         raise UserError('--execution graphs needs a CUDA device')
-    if arguments.backend and not any(name in family for name in names):
-        raise UserError(f'--backend chooses how a Hydra model computes; none is in {",".join(names)}')
+    choosable = {name for name in names if name in family and _has_backend(name)}
+    if arguments.backend and not choosable:
+        raise UserError(f'--backend chooses how a mixer computes; no model with a choice is in {",".join(names)}')
     check_backends(arguments.backend or ['auto'], device)
     sizes = arguments.img_sizes or defaults['img_sizes']
     for name in names:
@@ -595,8 +600,13 @@ def _cases(arguments: argparse.Namespace, device: torch.device, dtype: torch.dty
         for size, batch in zip(sizes, _batch_sizes(arguments.batch_sizes, sizes, device))
         for execution in executions
         for name in names
-        for backend in ((arguments.backend or ['auto']) if name in family else [None])
+        for backend in ((arguments.backend or ['auto']) if name in choosable else [None])
     ]
+
+
+def _has_backend(name: str) -> bool:
+    with torch.device('meta'):
+        return any(hasattr(module, 'backend') for module in create_model(name).modules())
 
 
 def check_backends(names: Sequence[str], device: torch.device) -> None:
@@ -645,7 +655,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of eager,compiled,graphs; graphs: torch.compile(mode='reduce-overhead'). Default: compiled on CUDA, "
         'eager on the CPU',
     )
-    add('--backend', type=comma_list, metavar='LIST', help=f'of the Hydra operator: auto, {", ".join(BACKENDS)}')
+    add('--backend', type=comma_list, metavar='LIST', help=f'of our mixers: auto, {", ".join(BACKENDS)}')
     add(
         '--attention', choices=ATTENTION, default='auto', help="of scaled_dot_product_attention; auto: PyTorch's choice"
     )

@@ -1,5 +1,6 @@
 """Model families; importing this package registers them with timm."""
 
 from .hydra_vit import HydraViT
+from .vim import VisionMamba
 
-__all__ = ['HydraViT']
+__all__ = ['HydraViT', 'VisionMamba']
