@@ -131,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f'no goal for {device.type} is about these models, sizes, modes and executions: {GOALS}')
     cases = list(dict.fromkeys(case for _, _, pair in pairs for case in pair))
     bench.check_backends(['auto'], device)
+    if arguments.profile and device.type != 'cuda':
+        raise UserError('--profile needs a CUDA device')
     arguments.threads = arguments.threads or (
         2 if device.type == 'cpu' else None
     )  # what the CPU's goals are stated for

@@ -49,6 +49,7 @@ __all__ = [
     'build_step',
     'check_backends',
     'choices',
+    'fresh_compiler',
     'main',
     'measure_models',
     'model_step',
@@ -255,7 +256,7 @@ def time_models(
             return step
 
         limit = time_limit * len({case.img_size for case in group})
-        with _fresh_compiler():
+        with fresh_compiler():
             found = measure(
                 {case: lambda case=case, build=build: build(case) for case in group},
                 device,
@@ -276,7 +277,7 @@ def time_models(
 
 
 @contextlib.contextmanager
-def _fresh_compiler() -> Iterator[None]:
+def fresh_compiler() -> Iterator[None]:
     """Compiled code of one group only; many models may share a class, and none may fall back to eager unnoticed."""
     import torch._dynamo  # costs seconds
 
@@ -423,14 +424,12 @@ def result_table(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping
         cells.append([number(row.get(key)) for key in columns])
         if row.get('median_ms', '') is None:
             cells[-1][list(columns).index('median_ms')] = row['status']
-    numeric = [
-        i for i, key in enumerate(columns) if any(isinstance(row.get(key), int | float) for row in rows)
-    ]  # fmt: skip
+    numeric = [i for i, key in enumerate(columns) if any(isinstance(row.get(key), int | float) for row in rows)]
     return make_table(title, list(columns.values()), cells, right=numeric)
 
 
 def number(value: Any) -> str:
-    """A cell: four digits of a float, never an exponent; nothing for None."""
+    """A cell: four digits of a float; nothing for None."""
     if not isinstance(value, float):
         return '' if value is None else str(value)
     return f'{value:.0f}' if abs(value) >= 1000 else f'{value:.4g}'
