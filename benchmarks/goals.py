@@ -133,9 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.check_backends(['auto'], device)
     if arguments.profile and device.type != 'cuda':
         raise UserError('--profile needs a CUDA device')
-    arguments.threads = arguments.threads or (
-        2 if device.type == 'cpu' else None
-    )  # what the CPU's goals are stated for
+    if device.type == 'cpu' and arguments.threads is None:
+        arguments.threads = 2  # what the goals are stated for
     session = bench.start_run(arguments, 'goals', attention=arguments.attention)
 
     attention = _peer_attention(cases, arguments.attention, session)
