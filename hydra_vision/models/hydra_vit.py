@@ -162,8 +162,8 @@ class HydraViT(nn.Module):
             embed_dim: Width of the tokens (d_model of the mixer).
             depth: Number of blocks.
             mlp_ratio: Ratio of mlp hidden dim to embedding dim; 0 (the paper) for blocks without MLP.
-            d_state: State size of the mixer. This and the following options, down to backend, are the mixer's; None is
-                the mixer's own default, in brackets for 'hydra' (64).
+            d_state: State size of the mixer (64). None for this and the following options, down to backend, is the
+                mixer's own default, in brackets for 'hydra'.
             d_conv: Width of the mixer's depthwise convolution (7).
             expand: Inner width of the mixer over embed_dim; need not be whole (2).
             headdim: Head width of the mixer (64).
@@ -275,11 +275,9 @@ class HydraViT(nn.Module):
         self.reg_token = None
         self.pos_embed = nn.Parameter(torch.empty(1, num_patches, embed_dim, **dd)) if pos_embed == 'learn' else None
         self.pos_drop = nn.Dropout(p=pos_drop_rate)
-        if patch_drop_rate > 0:
-            # ordered: a scan over shuffled tokens is a different model
-            self.patch_drop = PatchDropout(patch_drop_rate, num_prefix_tokens=0, ordered=True)
-        else:
-            self.patch_drop = nn.Identity()
+        # ordered: a scan over shuffled tokens is a different model
+        patch_drop = partial(PatchDropout, patch_drop_rate, num_prefix_tokens=0, ordered=True)
+        self.patch_drop = patch_drop() if patch_drop_rate > 0 else nn.Identity()
         self.norm_pre = nn.Identity()
 
         dpr = calculate_drop_path_rates(drop_path_rate, depth)  # stochastic depth decay rule
@@ -631,9 +629,7 @@ class HydraViT(nn.Module):
 
         # For dictionary output, handle prefix tokens separately
         if output_dict:
-            result_dict = {}
-            # Intermediates are always included
-            result_dict['image_intermediates'] = intermediates
+            result_dict = {'image_intermediates': intermediates}
             if prefix_tokens is not None and return_prefix_tokens:
                 result_dict['image_intermediates_prefix'] = prefix_tokens
             # Only include features if not intermediates_only
@@ -746,15 +742,12 @@ class HydraViT(nn.Module):
         Returns:
             Output tensor.
         """
-        x = self.pool(x)
-        x = self.head_drop(x)
+        x = self.head_drop(self.pool(x))
         return x if pre_logits else self.head(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Forward pass: images (B, in_chans, H, W) to logits (B, num_classes)."""
-        x = self.forward_features(x)
-        x = self.forward_head(x)
-        return x
+        return self.forward_head(self.forward_features(x))
 
 
 def _check_choice(name: str, value: str, allowed: Tuple[str, ...]) -> None:
@@ -860,7 +853,6 @@ default_cfgs = generate_default_cfgs(
         'hydra_vit_small.untrained': _cfg(),
         'hydra_vit_base.untrained': _cfg(),
         'hydra_vit_large.untrained': _cfg(),
-        'm2_vit_base.untrained': _cfg(),
     }
 )
 
@@ -905,22 +897,3 @@ def hydra_vit_large(pretrained: bool = False, **kwargs) -> HydraViT:
     """Hydra-ViT-Large. 323.8 M parameters."""
     model_args = dict(patch_size=16, embed_dim=1024, depth=48)
     return _create_hydra_vit('hydra_vit_large', pretrained=pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def m2_vit_base(pretrained: bool = False, **kwargs) -> HydraViT:
-    """M2-ViT-Base: long convolutions and block-diagonal MLPs in a ViT-B. 47.2 M parameters; the paper says 45 M.
-
-    Monarch Mixer (NeurIPS 2023, https://arxiv.org/abs/2310.12109) has no released vision code; this has the wrapper and
-    filters of its released language models, without their second long convolution.
-    """
-    model_args = dict(
-        patch_size=16,
-        embed_dim=768,
-        depth=12,
-        mixer='m2',
-        mixer_kwargs=dict(wrapper='m2', residual_conv=False),
-        mlp='blockdiag',
-        mlp_ratio=4.0,
-    )
-    return _create_hydra_vit('m2_vit_base', pretrained=pretrained, **dict(model_args, **kwargs))

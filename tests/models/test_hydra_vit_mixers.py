@@ -226,21 +226,14 @@ def test_vit_attention_is_timms_block():
 
 def test_wrong_arguments_are_named():
     for kwargs, error, message in (
-        (dict(mixer='toplitz'), ValueError, "mixer='toplitz'; the nearest valid name is 'toeplitz'"),
         (dict(mixer='toeplitz', d_state=16), ValueError, "d_state=16: no d_state in mixer='toeplitz'"),
         (dict(mixer='toeplitz', backend='chunked'), ValueError, 'no backend in mixer='),
-        (
-            dict(mixer='toeplitz', mixer_kwargs=dict(data_dependant=True)),
-            TypeError,
-            "the nearest valid name is 'data_dependent'",
-        ),
+        (dict(mixer='toeplitz', mixer_kwargs=dict(data_dependant=True)), TypeError, "is 'data_dependent'"),
         (
             dict(mixer='toeplitz', headdim=32, mixer_kwargs=dict(headdim=16)),
             ValueError,
             'headdim=32, but mixer_kwargs',
         ),
-        (dict(mixer_kwargs=dict(d_stat=16)), TypeError, "the nearest valid name is 'd_state'"),
-        (dict(mixer_kwargs='d_state=16'), TypeError, "mixer_kwargs='d_state=16'; it must be a dict"),
         (
             dict(mixer='low_rank', mixer_kwargs=dict(grid_size=4)),
             ValueError,
