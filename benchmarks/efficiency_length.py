@@ -59,7 +59,7 @@ Curve = dict[int, float | None]  # length -> cost; None where it ran out of memo
 def variants() -> dict[str, tuple[str, dict[str, Any]]]:
     """Every mixer of the family by the name in tables: its registered name and arguments."""
     found: dict[str, tuple[str, dict[str, Any]]] = {}
-    for name in mixers.list():
+    for name in mixers.list_mixers():
         if name == 'vit_attention':  # it is what the others are compared with
             continue
         found['attention, family' if name == 'attention' else name] = (name, {})

@@ -131,9 +131,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f'no goal for {device.type} is about these models, sizes, modes and executions: {GOALS}')
     cases = list(dict.fromkeys(case for _, _, pair in pairs for case in pair))
     bench.check_backends(['auto'], device)
-    arguments.threads = arguments.threads or (
-        2 if device.type == 'cpu' else None
-    )  # what the CPU's goals are stated for
+    if arguments.profile and device.type != 'cuda':
+        raise UserError('--profile needs a CUDA device')
+    if device.type == 'cpu' and arguments.threads is None:
+        arguments.threads = 2  # what the goals are stated for
     session = bench.start_run(arguments, 'goals', attention=arguments.attention)
 
     attention = _peer_attention(cases, arguments.attention, session)

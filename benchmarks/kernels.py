@@ -44,13 +44,16 @@ def kernel_times(step: Call, repeats: int = 4) -> list[dict[str, object]]:
 
 
 def profile_case(case: bench.Case, session: bench.Run, shown: int = 25) -> None:
-    """Print the kernels of one call of a model and write all of them to kernels_*.csv; nothing without CUDA."""
-    if session.device.type != 'cuda':
-        raise UserError('kernels are profiled on a CUDA device')
-    _, step = bench.build_step(case, session.device)
-    rows = kernel_times(step)
+    """Print the kernels of one call of a model and write all of them to kernels_*.csv."""
+    with bench.fresh_compiler():
+        _, step = bench.build_step(case, session.device)
+        rows = kernel_times(step)
     side = case.columns()['img_size']
-    write_csv(session.output / f'kernels_{case.model}_{side}_{case.mode}_{case.execution}.csv', rows)
+    write_csv(
+        session.output / f'kernels_{case.model}_{side}_{case.mode}_{case.execution}.csv',
+        rows,
+        ['ms', 'count', 'kernel'],
+    )
     total = sum(row['ms'] for row in rows)
     title = f'{case.label}, {side} px, batch {case.batch}, {case.mode}, {case.execution}: {total:.2f} ms of kernels'
     lines = [{**row, 'kernel': row['kernel'][:100]} for row in rows[:shown]]

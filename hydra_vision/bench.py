@@ -49,6 +49,7 @@ __all__ = [
     'build_step',
     'check_backends',
     'choices',
+    'fresh_compiler',
     'main',
     'measure_models',
     'model_step',
@@ -73,6 +74,10 @@ PEERS = {
     'hydra_vit_small': 'deit_small_patch16_224',
     'hydra_vit_base': 'vit_base_patch16_224',
     'hydra_vit_large': 'vit_large_patch16_224',
+    'm2_vit_base': 'vit_base_patch16_224',
+    'vim_tiny_patch16_224': 'deit_tiny_patch16_224',
+    'vim_small_patch16_224': 'deit_small_patch16_224',
+    'vim_base_patch16_224': 'vit_base_patch16_224',
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
     'cpu': {
@@ -103,7 +108,7 @@ class Case:
         mode: 'infer' or 'train'.
         execution: 'eager', 'compiled', or 'graphs': compiled with CUDA graphs (mode='reduce-overhead').
         dtype: Of autocast, None without; weights are float32 in any case.
-        backend: Of the Hydra operator, 'auto' for the default; None for a model that has none.
+        backend: Of the mixers' operator, 'auto' for the default; None for a model that has none.
         attention: Backend of ``scaled_dot_product_attention``, 'auto' for PyTorch's choice. In results, what ran: ''
             where the model has no such attention.
         kwargs: More arguments of the model, as JSON.
@@ -153,7 +158,7 @@ Results = Mapping[Case, Measurement]
 def build_step(case: Case, device: torch.device) -> tuple[torch.nn.Module, Step]:
     """The model and the call that is timed, on random images that stay on the device."""
     kwargs = json.loads(case.kwargs)
-    if case.backend is not None:
+    if case.backend not in (None, 'auto'):
         kwargs['backend'] = case.backend
     with torch.device(device):
         model = create_model(case.model, case.img_size, **kwargs)
@@ -251,7 +256,7 @@ def time_models(
             return step
 
         limit = time_limit * len({case.img_size for case in group})
-        with _fresh_compiler():
+        with fresh_compiler():
             found = measure(
                 {case: lambda case=case, build=build: build(case) for case in group},
                 device,
@@ -272,7 +277,7 @@ def time_models(
 
 
 @contextlib.contextmanager
-def _fresh_compiler() -> Iterator[None]:
+def fresh_compiler() -> Iterator[None]:
     """Compiled code of one group only; many models may share a class, and none may fall back to eager unnoticed."""
     import torch._dynamo  # costs seconds
 
@@ -419,14 +424,12 @@ def result_table(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping
         cells.append([number(row.get(key)) for key in columns])
         if row.get('median_ms', '') is None:
             cells[-1][list(columns).index('median_ms')] = row['status']
-    numeric = [
-        i for i, key in enumerate(columns) if any(isinstance(row.get(key), int | float) for row in rows)
-    ]  # fmt: skip
+    numeric = [i for i, key in enumerate(columns) if any(isinstance(row.get(key), int | float) for row in rows)]
     return make_table(title, list(columns.values()), cells, right=numeric)
 
 
 def number(value: Any) -> str:
-    """A cell: four digits of a float, never an exponent; nothing for None."""
+    """A cell: four digits of a float; nothing for None."""
     if not isinstance(value, float):
         return '' if value is None else str(value)
     return f'{value:.0f}' if abs(value) >= 1000 else f'{value:.4g}'
@@ -579,8 +582,9 @@ def _cases(arguments: argparse.Namespace, device: torch.device, dtype: torch.dty
     executions = arguments.execution or defaults['execution']
     if 'graphs' in executions and device.type == 'cpu':
         raise UserError('--execution graphs needs a CUDA device')
-    if arguments.backend and not any(name in family for name in names):
-        raise UserError(f'--backend chooses how a Hydra model computes; none is in {",".join(names)}')
+    choosable = {name for name in names if name in family and _has_backend(name)}
+    if arguments.backend and not choosable:
+        raise UserError(f'--backend chooses how a mixer computes; no model with a choice is in {",".join(names)}')
     check_backends(arguments.backend or ['auto'], device)
     sizes = arguments.img_sizes or defaults['img_sizes']
     for name in names:
@@ -595,8 +599,13 @@ def _cases(arguments: argparse.Namespace, device: torch.device, dtype: torch.dty
         for size, batch in zip(sizes, _batch_sizes(arguments.batch_sizes, sizes, device))
         for execution in executions
         for name in names
-        for backend in ((arguments.backend or ['auto']) if name in family else [None])
+        for backend in ((arguments.backend or ['auto']) if name in choosable else [None])
     ]
+
+
+def _has_backend(name: str) -> bool:
+    with torch.device('meta'):
+        return any(hasattr(module, 'backend') for module in create_model(name).modules())
 
 
 def check_backends(names: Sequence[str], device: torch.device) -> None:
@@ -645,7 +654,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of eager,compiled,graphs; graphs: torch.compile(mode='reduce-overhead'). Default: compiled on CUDA, "
         'eager on the CPU',
     )
-    add('--backend', type=comma_list, metavar='LIST', help=f'of the Hydra operator: auto, {", ".join(BACKENDS)}')
+    add('--backend', type=comma_list, metavar='LIST', help=f'of our mixers: auto, {", ".join(BACKENDS)}')
     add(
         '--attention', choices=ATTENTION, default='auto', help="of scaled_dot_product_attention; auto: PyTorch's choice"
     )

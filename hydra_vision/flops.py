@@ -95,12 +95,11 @@ def count_model(name: str, img_size: Size | None = None) -> Counts:
     """Count one image of a model.
 
     Args:
-        name: A timm model. One of ours is counted in its chunked form, whatever runs later.
+        name: A timm model. Mixers that have backends are counted in their chunked form, whatever runs later.
         img_size: Side, or height and width, of the image; None for the model's default.
     """
     with torch.device('meta'):
-        ours = name.partition('.')[0] in family_models()
-        model = create_model(name, img_size, **({'backend': 'chunked'} if ours else {})).eval()
+        model = create_model(name, img_size).eval()
         channels, height, width = model.default_cfg['input_size']
         if img_size is not None:
             height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -108,12 +107,15 @@ def count_model(name: str, img_size: Size | None = None) -> Counts:
 
 
 def count_flops(model: nn.Module, input_size: tuple[int, int, int]) -> Counts:
-    """Count one image of a model that was built on the meta device, Hydra mixers with the backend 'chunked'.
+    """Count one image.
 
     Args:
-        model: In evaluation mode.
+        model: In evaluation mode, on the meta device; mixers that have a backend are set to 'chunked'.
         input_size: Channels, height, width.
     """
+    for module in model.modules():
+        if hasattr(module, 'backend'):
+            module.backend = 'chunked'
     images = torch.empty(1, *input_size, device='meta')
     sizes: dict[nn.Module, tuple[int, int]] = {}  # elements read and written
 

@@ -146,7 +146,7 @@ def test_batches_on_cuda_follow_the_tokens():
         ('--rounds 2', 'at least 3'),
         ('--time-limit soon', "'soon'"),
         ('--backend tritn --models test_hydra_vit', "'triton'"),
-        ('--backend chunked --models test_vit', 'none is in test_vit'),
+        ('--backend chunked --models test_vit', 'no model with a choice is in test_vit'),
         ('--device tpu', "'tpu'"),
         ('--device meta', "'meta'"),
         ('--models test_hydra_vit --img-sizes 32 --output /dev/null/here', '--output'),

@@ -5,7 +5,6 @@ import re
 
 import torch
 
-from .. import Hydra
 from ..environment import device_name
 from ..flops import count_flops
 from . import build
@@ -52,9 +51,6 @@ def training_flops(config: Config, num_classes: int, input_size: tuple[int, int,
     try:
         with torch.device('meta'):
             model = build.create_model(config, num_classes, load_weights=False).eval()
-        for module in model.modules():
-            if isinstance(module, Hydra):
-                module.backend = 'chunked'
         counts = count_flops(model, input_size)
     except (RuntimeError, NotImplementedError, TypeError):  # something in it needs values
         return None

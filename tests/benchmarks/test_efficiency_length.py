@@ -72,7 +72,7 @@ def test_fits():
 
 
 def test_every_mixer_of_the_family_is_there():
-    assert {name for name, _ in variants().values()} == set(mixers.list()) - {'vit_attention'}
+    assert {name for name, _ in variants().values()} == set(mixers.list_mixers()) - {'vit_attention'}
     assert (grid_of(128), grid_of(7)) == ((8, 16), (1, 7))
 
 

@@ -98,6 +98,7 @@ def test_the_command(tiny, capsys):
     [
         ('--models base', "no goal is about 'base'; allowed here: test_hydra_vit"),
         ('--img-sizes 64', 'no goal for cpu'),
+        ('--profile', 'needs a CUDA device'),
         ('--execution compiled', "no goal is about 'compiled'"),
     ],
 )

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import signal
@@ -5,7 +6,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,15 +75,20 @@ def image_folder(tmp_path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def loaders() -> Callable[..., tuple]:
+def loaders() -> Iterator[Callable[..., tuple]]:
     """Opens the data of a recipe; gives its training and its validation loader on the CPU."""
+
+    built = []
 
     def build(config: Config) -> tuple:
         train, val = sources.open_splits(config)
         arguments = (sources.count_classes(config, train), torch.nn.Identity(), torch.device('cpu'))
-        return data.train_loader(config, train, *arguments), data.val_loader(config, val, *arguments)
+        built.append((data.train_loader(config, train, *arguments), data.val_loader(config, val, *arguments)))
+        return built[-1]
 
-    return build
+    yield build
+    for loader in itertools.chain(*built):
+        data.end_processes(loader)
 
 
 @pytest.fixture

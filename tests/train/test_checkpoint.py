@@ -1,16 +1,16 @@
 import errno
+import multiprocessing
 import os
 import random
+import resource
 import shutil
-import subprocess
-import sys
-import textwrap
+import signal
 
 import numpy as np
 import pytest
 import torch
 
-from hydra_vision.errors import CheckpointError
+from hydra_vision.errors import CheckpointError, WriteError
 from hydra_vision.train.checkpoint import (
     BEST,
     KEPT,
@@ -27,26 +27,27 @@ def listing(folder) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file())
 
 
+def save_beyond_the_limit(folder, messages) -> None:
+    """In a process that may not write files of more than 100 kB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        save_checkpoint(folder, {'updates': 2, 'weights': torch.zeros(1_000_000)}, is_best=True)
+    except WriteError as error:
+        messages.send(str(error))
+
+
 def test_a_full_disk_keeps_both_checkpoints(tmp_path):
-    """A real write error: the process may not write files beyond a size."""
+    """A real write error."""
     save_checkpoint(tmp_path, {'epoch': 1, 'updates': 1, 'weights': torch.zeros(10)}, is_best=True)
-    script = """
-        import resource, signal, sys, torch
-        from pathlib import Path
-        from hydra_vision.train.checkpoint import save_checkpoint
-        from hydra_vision.errors import WriteError
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        try:
-            save_checkpoint(Path(sys.argv[1]), {"updates": 2, "weights": torch.zeros(1_000_000)}, is_best=True)
-        except WriteError as error:
-            print("rejected:", error)
-    """
-    pytest.importorskip('resource')
-    command = [sys.executable, '-c', textwrap.dedent(script), str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert 'rejected: could not write' in result.stdout
-    assert 'the previous last.pt is intact' in result.stdout
+    fork = multiprocessing.get_context('fork')
+    received, sent = fork.Pipe(duplex=False)
+    process = fork.Process(target=save_beyond_the_limit, args=(tmp_path, sent))
+    process.start()
+    process.join(60)
+    message = received.recv()
+    assert message.startswith('could not write')
+    assert 'the previous last.pt is intact' in message
     assert listing(tmp_path) == [BEST, 'checkpoints/step-000000001.pt', LAST]
     assert load_checkpoint(tmp_path / LAST)['epoch'] == load_checkpoint(tmp_path / BEST)['epoch'] == 1
 

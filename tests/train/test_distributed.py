@@ -72,7 +72,7 @@ def test_gradients_in_bfloat16_are_close_to_those_in_float32(tiny, processes, tm
 def test_processes_that_are_killed_go_on_bit_by_bit(tiny, processes, tmp_path, assert_same_run, strategy):
     random = ('--set', 'model.drop_path_rate=0.3', '--set', 'augment.mixup=0.2', '--set', 'augment.erase_prob=0.5')
     command = (*tiny, *random, '--set', f'distributed.strategy={strategy}', '--set', 'checkpoint.every_steps=1')
-    command = (*command, '--set', 'log.every=1')
+    command = (*command, '--set', 'log.every=1', '--epochs', 2)
     whole = processes(*command, '--output', 'whole', world=2)
     assert whole.wait() == [0, 0], whole.output()
     killed = processes(*command, '--output', 'parts', world=2)
