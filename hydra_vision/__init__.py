@@ -1,7 +1,7 @@
 """hydra_vision: Hydra-ViT vision backbones for timm. ``import hydra_vision`` registers the models."""
 
 from .convert import swap_mixers
-from .downstream.sharing import push_to_hub, save_pretrained
+from .hub import push_to_hub, save_pretrained
 from .mixers import Hydra
 from .models import HydraViT
 from .version import __version__

@@ -22,10 +22,12 @@ __all__ = [
     'comma_list',
     'image_size',
     'image_sizes',
+    'integer_list',
     'make_table',
     'markdown_table',
     'non_empty',
     'non_negative',
+    'number_list',
     'path',
     'positive',
     'positive_list',
@@ -33,7 +35,7 @@ __all__ = [
     'stdout_console',
 ]
 
-_LARGEST_SIDE = 65536  # pixels: a square of more would not fit into any memory, and PyTorch's own error is a traceback
+_LARGEST_SIDE = 32768  # pixels: a square of more would not fit into any memory, and PyTorch's own error is a traceback
 _LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 
@@ -123,6 +125,22 @@ def positive_list(text: str) -> list[int]:
     return [positive(part) for part in comma_list(text)]
 
 
+def integer_list(text: str) -> list[int]:
+    """'3,-1' -> [3, -1]; an argparse type."""
+    try:
+        return [int(part) for part in comma_list(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r}: write whole numbers with commas between them') from None
+
+
+def number_list(text: str) -> list[float]:
+    """'0.1,1' -> [0.1, 1.0]; an argparse type."""
+    try:
+        return [float(part) for part in comma_list(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r}: write numbers with commas between them') from None
+
+
 def image_size(text: str) -> tuple[int, int]:
     """'224' -> (224, 224), '224x448' -> (224, 448), height first; an argparse type.
 
@@ -157,10 +175,15 @@ def check_model_name(name: str) -> None:
         raise UserError(f'unknown model {name!r}{nearest(architecture, timm.list_models())}')
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise
+
+
 def stdout_console() -> Console:
     """A console on today's stdout, without markup: file names may hold brackets."""
     # A pipe or a file has no width of its own: rich would cut the tables at 80 columns.
-    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
+    return _Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
 
 
 def make_table(

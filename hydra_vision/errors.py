@@ -1,7 +1,7 @@
 """Errors that end a command with one line for its user, and what goes into such a line.
 
-Every class is a `UserError`: its text is the whole message, without a traceback. Exit code 2 means that the command was
-not started as asked (bad input, nothing was done), 1 that work which had begun failed.
+Every class is a `UserError`: its text is the whole message, without a traceback. Exit code 2 says that the arguments or
+the recipe are wrong, 1 that what they name failed: data, a checkpoint, the disk, the loss.
 """
 
 import difflib
@@ -13,6 +13,7 @@ __all__ = [
     'CheckpointError',
     'ConfigError',
     'DataError',
+    'FeatureError',
     'MissingExtraError',
     'NonFiniteError',
     'TrainError',
@@ -21,6 +22,7 @@ __all__ = [
     'first_line',
     'nearest',
     'require',
+    'user_text',
 ]
 
 
@@ -34,8 +36,12 @@ class MissingExtraError(UserError, ImportError):
     """An optional package that is not installed, or does not work."""
 
 
+class FeatureError(UserError, ValueError):
+    """Features, or a model, an argument or a file for them, that do not fit."""
+
+
 class TrainError(UserError):
-    """Work that had begun and failed."""
+    """Data, a checkpoint, the disk or the loss failed."""
 
     exit_code = 1
     shared = False  # whether every process of the run ends with it: then one of them reports it
@@ -72,6 +78,12 @@ def first_line(error: BaseException) -> str:
     """The first line of an exception's text; the name of its class where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def user_text(error: UserError) -> str:
+    """The message of an error; one that comes out of a loader process carries its traceback in front."""
+    text = str(error)
+    return text.rstrip().splitlines()[-1].partition('Error: ')[2] if 'Original Traceback' in text else text
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from .errors import UserError, WriteError, first_line
 
 __all__ = [
+    'check_output',
     'make_output',
     'read_csv',
     'to_path',
@@ -137,6 +138,31 @@ def to_path(text: str | os.PathLike, name: str = 'path') -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:  # ~nobody
         raise UserError(f'{name}={os.fspath(text)!r}: {first_line(error)}') from error
+
+
+def check_output(
+    path: str | os.PathLike, suffixes: Sequence[str], *, overwrite: bool = False, name: str = 'output'
+) -> Path:
+    """A path that a file can be written to.
+
+    Args:
+        path: Of the user.
+        suffixes: That its name may end in.
+        overwrite: Whether a file that is there may be replaced.
+        name: Of the argument, for errors.
+
+    Raises:
+        UserError: The empty string, another suffix, a folder that cannot be written to, a file that is there already.
+    """
+    path = to_path(path, name)
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f'{name}={str(path)!r}: its name must end in {", ".join(suffixes)}')
+    reason = 'it is a folder' if path.is_dir() else why_unwritable(path.parent)
+    if reason:
+        raise UserError(f'{name}={str(path)!r} cannot be written: {reason}')
+    if path.exists() and not overwrite:
+        raise UserError(f'{name}={str(path)!r} exists already; --overwrite (overwrite=True) replaces it')
+    return path
 
 
 def why_unwritable(folder: Path) -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import hydra_vision
+from hydra_vision import cli
 from hydra_vision.cli import main
 from hydra_vision.ops.dispatch import BACKENDS
 
@@ -32,7 +33,13 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(
-    'command', [[], ['env'], ['models'], ['bench'], ['extract'], ['knn'], ['probe'], ['visualize']]
+    'command',
+    [
+        *([], ['env'], ['models'], ['train'], ['extract'], ['visualize'], ['bench']),
+        *(['runs'], ['runs', 'compare'], ['runs', 'average'], ['runs', 'export']),
+        *(['probe'], ['probe', 'knn'], ['probe', 'linear'], ['export'], ['export', 'onnx'], ['export', 'aoti']),
+        *(['segment'], ['segment', 'train'], ['segment', 'time'], ['segment', 'compare']),
+    ],
 )
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
@@ -46,12 +53,16 @@ def test_help_lists_every_command(capsys):
     with pytest.raises(SystemExit):
         main(['--help'])
     out = capsys.readouterr().out
-    for command in ('env', 'models', 'train', 'bench', 'tune', 'extract', 'knn', 'probe', 'visualize'):
+    for command in cli._COMMANDS:
         assert f'  {command} ' in out
 
 
 def test_unknown_command_names_the_nearest(capsys):
     assert "'bench'" in fails(capsys, 'bensh')
+
+
+def test_unknown_subcommand_names_the_nearest(capsys):
+    assert "'onnx'" in fails(capsys, 'export', 'onxx')
 
 
 def test_env_tables(capsys):

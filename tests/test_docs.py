@@ -7,6 +7,7 @@ is skipped. A comment `# (2, 3)` behind an assignment states the shape of what i
 """
 
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -61,7 +62,8 @@ def run_command(command: list[str]) -> None:
         return
     if command[0] == 'python':
         command[0] = sys.executable
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, 'PYTHONPATH': str(DOCS.parent)}  # benchmarks/ is no part of the package
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

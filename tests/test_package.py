@@ -57,18 +57,19 @@ def test_wheel_works_outside_the_checkout(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert 'hydra_vision/configs/hydra_vit_base_imagenet1k.yaml' in names
     assert any(n.endswith('licenses/LICENSE') for n in names)
-    assert not any(n.startswith(('tests/', 'output/')) for n in names)
+    assert not any(n.startswith(('tests/', 'benchmarks/', 'output/')) for n in names)
     with tarfile.open(sdist) as archive:
         members = {n.split('/', 1)[1] for n in archive.getnames() if '/' in n}
     assert {'train_imagenet.py', 'README.md', 'LICENSE', 'hydra_vision/__init__.py'} <= members
     assert any(n.startswith('configs/') for n in members)
+    assert {'benchmarks/goals.yaml', 'benchmarks/ablation/table2.yaml'} <= members
     assert any(n.startswith('tests/') for n in members)
 
     site = tmp_path / 'site'
     run(sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', str(site), str(wheel))
     environment = {**os.environ, 'PYTHONPATH': str(site)}
     code = (
-        'import hydra_vision, timm, pathlib; from hydra_vision.train.recipes import recipe_folder, recipe_names;'
+        'import hydra_vision, timm, pathlib; from hydra_vision.train.config import recipe_folder, recipe_names;'
         'print(pathlib.Path(hydra_vision.__file__).parent); print(recipe_folder()); print(len(recipe_names()));'
         'timm.create_model("hydra_vit_nano", device="meta")'
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hydra_vision.train.digits import Digits
+from hydra_vision.train.sources import Digits
 
 FOLDER = Path(__file__).resolve().parents[1] / 'weights' / 'hydra_vit_nano_digits'
 

@@ -8,12 +8,10 @@ _HOME = {
     'detector': 'detection',
     'export_aoti': 'export',
     'export_onnx': 'export',
-    'push_to_hub': 'sharing',
     'quantized': 'quantization',
     'random_token_mask': 'ssl',
     'register_pyramid': 'timm_pyramid',
     'register_smp_encoder': 'smp',
-    'save_pretrained': 'sharing',
 }
 
 __all__ = list(_HOME)

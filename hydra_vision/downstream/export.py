@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import require
-from ..io import why_unwritable
+from ..errors import UserError, first_line, require
+from ..io import check_output
 
 __all__ = ['ExportReport', 'export_aoti', 'export_onnx']
 
@@ -25,13 +25,13 @@ class ExportReport:
     """What an export gave.
 
     Args:
-        path: the file.
-        size: of the file, bytes, with those of a .data file beside it.
-        difference: largest difference to PyTorch over all checked inputs, relative to max(1, largest output).
-        checked: shapes of those inputs.
-        milliseconds: of one image, median of 10, on the CPU.
-        torch_milliseconds: of the same image in eager PyTorch, with as many threads.
-        seconds: that the export took.
+        path: The file.
+        size: Of the file, bytes, with those of a .data file next to it.
+        difference: Largest difference to PyTorch over all checked inputs, relative to max(1, largest output).
+        checked: Shapes of those inputs.
+        milliseconds: Of one image, median of 10, on the CPU.
+        torch_milliseconds: Of the same image in eager PyTorch, with as many threads.
+        seconds: That the export took.
     """
 
     path: Path
@@ -45,9 +45,9 @@ class ExportReport:
 
 def export_onnx(
     model: nn.Module,
-    path: Union[str, Path],
+    path: str | Path,
     *,
-    img_size: Optional[tuple[int, int]] = None,
+    img_size: tuple[int, int] | None = None,
     dynamic_size: bool = False,
     overwrite: bool = False,
     tolerance: float = TOLERANCE,
@@ -57,26 +57,25 @@ def export_onnx(
     The file is opened with onnxruntime and compared with the model before it gets its name.
 
     Args:
-        model: in float32 on the CPU.
-        path: of the .onnx file. Weights of a model above 1.5 GiB go into `path` + '.data' beside it.
-        img_size: height and width; by default the model's own.
-        dynamic_size: any height and width that the patch divides; the model has to be built with
+        model: In float32 on the CPU.
+        path: Of the .onnx file. Weights of a model above 1.5 GiB go into `path` + '.data' next to it.
+        img_size: Height and width; by default the model's own.
+        dynamic_size: Any height and width that the patch divides; the model has to be built with
             `dynamic_img_size=True` and `pos_embed='none'`.
-        overwrite: replace an existing file.
-        tolerance: largest difference allowed, relative to max(1, largest output).
+        overwrite: Replace an existing file.
+        tolerance: Largest difference allowed, relative to max(1, largest output).
 
     Raises:
-        ImportError: onnx, onnxscript or onnxruntime is not installed.
-        FileExistsError: the file exists and `overwrite` is False.
-        ValueError: a model that does not fit `dynamic_size`, is not float32 on the CPU, a wrong size, or a folder that
-            cannot be written to.
-        RuntimeError: the model cannot be exported, or onnxruntime computes something else.
+        MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
+        UserError: The file exists and `overwrite` is False, has another suffix, or cannot be written.
+        ValueError: A model that does not fit `dynamic_size`, is not float32 on the CPU, or a wrong size.
+        RuntimeError: The model cannot be exported, or onnxruntime computes something else.
     """
     for module in ('onnx', 'onnxscript', 'onnxruntime'):
         require(module, 'onnx')
     import onnxruntime
 
-    path, example, shapes = _prepare(model, path, img_size, dynamic_size, overwrite)
+    path, example, shapes = _prepare(model, path, '.onnx', img_size, dynamic_size, overwrite)
 
     def write(file: Path) -> None:
         program = torch.onnx.export(
@@ -104,9 +103,9 @@ def export_onnx(
 
 def export_aoti(
     model: nn.Module,
-    path: Union[str, Path],
+    path: str | Path,
     *,
-    img_size: Optional[tuple[int, int]] = None,
+    img_size: tuple[int, int] | None = None,
     dynamic_size: bool = False,
     overwrite: bool = False,
     tolerance: float = TOLERANCE,
@@ -119,7 +118,7 @@ def export_aoti(
     """
     from torch._inductor.cpp_builder import get_cpp_compiler
 
-    path, example, shapes = _prepare(model, path, img_size, dynamic_size, overwrite)
+    path, example, shapes = _prepare(model, path, '.pt2', img_size, dynamic_size, overwrite)
     try:
         get_cpp_compiler()
     except Exception as error:  # its own class, which moves between versions
@@ -135,19 +134,17 @@ def export_aoti(
 
 def _prepare(
     model: nn.Module,
-    path: Union[str, Path],
-    img_size: Optional[tuple[int, int]],
+    path: str | Path,
+    suffix: str,
+    img_size: tuple[int, int] | None,
     dynamic_size: bool,
     overwrite: bool,
 ) -> tuple[Path, torch.Tensor, list[tuple[int, ...]]]:
     """Checks everything; returns the path, an example and the shapes to compare at."""
-    path = Path(path).expanduser()
-    for file in (path, path.with_name(path.name + _DATA)):
-        if file.exists() and not overwrite:
-            raise FileExistsError(f'{file} exists; pass overwrite=True (--overwrite) to replace it')
-    reason = 'it is a folder' if path.is_dir() else why_unwritable(path.parent)
-    if reason:
-        raise ValueError(f'path = {str(path)!r} cannot be written: {reason}')
+    path = check_output(path, (suffix,), overwrite=overwrite, name='path')
+    weights = path.with_name(path.name + _DATA)
+    if weights.exists() and not overwrite:
+        raise UserError(f'path={str(path)!r}: {weights} exists already; --overwrite (overwrite=True) replaces it')
     first = next(model.parameters())
     if first.dtype != torch.float32 or first.device.type != 'cpu':
         raise ValueError(f'the model is {first.dtype} on {first.device}; export wants torch.float32 on the CPU')
@@ -158,9 +155,9 @@ def _prepare(
     H, W = img_size or own
     patch = tuple(getattr(embed, 'patch_size', (1, 1)))
     if H % patch[0] or W % patch[1]:
-        raise ValueError(f'img_size = {(H, W)}; the patches of the model are {patch[0]} x {patch[1]}')
+        raise ValueError(f'img_size={(H, W)}; the patches of the model are {patch[0]} x {patch[1]}')
     if not getattr(model, 'dynamic_img_size', True) and tuple(own) != (H, W):
-        raise ValueError(f'img_size = {(H, W)}; the model is built for {tuple(own)}')
+        raise ValueError(f'img_size={(H, W)}; the model is built for {tuple(own)}')
     if dynamic_size:
         fixed = {
             'dynamic_img_size': (getattr(model, 'dynamic_img_size', True), True),
@@ -231,8 +228,7 @@ def _export(
         try:
             write(file)
         except Exception as error:  # of the exporter's many own classes
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise RuntimeError(f'{path.name} could not be exported: {lines[0]}') from error
+            raise RuntimeError(f'{path.name} could not be exported: {first_line(error)}') from error
         seconds = time.perf_counter() - start
         run = load(file)
         worst = 0.0

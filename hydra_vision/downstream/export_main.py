@@ -1,41 +1,37 @@
-"""The commands `hydra-vision export-onnx` and `hydra-vision export-aoti`."""
+"""The commands `hydra-vision export onnx` and `hydra-vision export aoti`."""
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Optional
+import argparse
+from functools import partial
 
-from ..console import Parser, make_table, stdout_console
-from ..errors import UserError
+from ..console import make_table, path, stdout_console
+from ..errors import UserError, first_line
 from ..features.options import add_model_options, backbone_from
+from ..io import check_output
 from .export import TOLERANCE, export_aoti, export_onnx
 
-__all__ = ['main']
-
-_KINDS = {
-    'onnx': (export_onnx, '.onnx', 'Write a model as ONNX, checked against onnxruntime on the CPU.'),
-    'aoti': (export_aoti, '.pt2', 'Compile a model ahead of time for this CPU (AOTInductor package).'),
-}
+__all__ = ['add_arguments', 'export_aoti_main', 'export_onnx_main']
 
 
-def main(kind: str, argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision export') -> int:
-    """Run the command; `kind` is 'onnx' or 'aoti'.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of both commands."""
+    add_model_options(parser, device=False)
+    parser.add_argument('--output', type=path, required=True, metavar='FILE', help='.onnx or .pt2 file')
+    parser.add_argument('--overwrite', action='store_true', help='replace an existing file')
+    parser.add_argument('--dynamic-size', action='store_true', help='any height and width that the patch divides')
+    parser.add_argument('--tolerance', type=float, default=TOLERANCE, help='difference to PyTorch (%(default)s)')
+
+
+def _main(kind: str, arguments: argparse.Namespace) -> int:
+    """Export a model.
 
     Returns:
         Exit code 0.
 
     Raises:
-        UserError: arguments that do not fit, or an export that does not compute what the model computes.
+        UserError: Arguments that do not fit, or an export that does not compute what the model computes.
     """
-    export, suffix, description = _KINDS[kind]
-    parser = Parser(prog=prog, description=description)
-    add_model_options(parser, device=False)
-    parser.add_argument('--output', type=Path, required=True, metavar='FILE', help=f'the {suffix} file')
-    parser.add_argument('--dynamic-size', action='store_true', help='any height and width that the patch divides')
-    parser.add_argument('--tolerance', type=float, default=TOLERANCE, help='difference to PyTorch (%(default)s)')
-    parser.add_argument('--overwrite', action='store_true', help='replace an existing file')
-    arguments = parser.parse_args(argv)
-    if arguments.output.suffix != suffix:
-        raise UserError(f'--output {arguments.output}; it must end in {suffix}')
+    export, suffix = {'onnx': (export_onnx, '.onnx'), 'aoti': (export_aoti, '.pt2')}[kind]
+    check_output(arguments.output, (suffix,), overwrite=arguments.overwrite)
     if arguments.dynamic_size and arguments.checkpoint is None:
         arguments.model_kwargs = [*arguments.model_kwargs, ('dynamic_img_size', True)]
     backbone = backbone_from(arguments)
@@ -50,8 +46,10 @@ def main(kind: str, argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vis
                 overwrite=arguments.overwrite,
                 tolerance=arguments.tolerance,
             )
+    except UserError:
+        raise
     except (ValueError, OSError, RuntimeError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(first_line(error)) from error
     rows = [
         ['file', str(report.path)],
         ['size', f'{report.size / 2**20:.2f} MiB'],
@@ -62,3 +60,7 @@ def main(kind: str, argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vis
     ]
     console.print(make_table(f'{backbone.name}, weights: {backbone.weights}', ['', ''], rows))
     return 0
+
+
+export_onnx_main = partial(_main, 'onnx')
+export_aoti_main = partial(_main, 'aoti')

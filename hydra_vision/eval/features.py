@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 from timm.utils.misc import natural_key
 
-from ..features import FeatureError, Features
+from ..errors import FeatureError
+from ..features import Features
 from ..features.files import brief_values
 
 __all__ = ['Split', 'check_same', 'class_names', 'paired_splits', 'top_accuracy']
@@ -69,7 +70,7 @@ def check_same(one: str, card: Mapping[str, Any], other: str, other_card: Mappin
             )
 
 
-def class_names(train: Optional[Sequence[str]], test: Optional[Sequence[str]]) -> list[str]:
+def class_names(train: Sequence[str] | None, test: Sequence[str] | None) -> list[str]:
     """Classes to train on, in natural order.
 
     Raises:

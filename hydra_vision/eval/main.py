@@ -1,4 +1,4 @@
-"""The commands `hydra-vision knn` and `hydra-vision probe`."""
+"""The commands `hydra-vision probe knn` and `hydra-vision probe linear`."""
 
 import argparse
 import json
@@ -6,29 +6,48 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
-from ..console import Parser, make_table, stdout_console
-from ..errors import UserError
-from ..features import Backbone, FeatureError, Features, extract, load_features, open_images
-from ..features.backbone import pick_device
+from ..console import (
+    integer_list,
+    make_table,
+    non_empty,
+    number_list,
+    positive,
+    positive_list,
+    progress,
+    stdout_console,
+)
+from ..device import pick_device
+from ..errors import FeatureError, UserError
+from ..features import Backbone, Features, extract, load_features, open_images
 from ..features.files import FORMATS
-from ..features.main import show_progress
-from ..features.options import add_image_options, add_model_options, add_run_options, backbone_from, integers, numbers
+from ..features.options import add_image_options, add_model_options, add_run_options, backbone_from, run_arguments
 from ..features.pooling import check_layers
 from . import knn, probe
 from .features import Split, check_same, class_names, paired_splits
 
-__all__ = ['knn_main', 'probe_main']
+__all__ = ['add_knn_arguments', 'add_linear_arguments', 'knn_main', 'linear_main']
 
 # How features are made of images; features that are there already take none of them.
 _IMAGE_OPTIONS = (
     *('model', 'checkpoint', 'random_init', 'model_kwargs', 'img_size', 'mean', 'std', 'crop_pct', 'layers', 'pool'),
     *('batch_size', 'workers', 'amp', 'max_unreadable'),
 )
+_SOLVERS = {'lbfgs': 'logistic', 'sgd': 'linear'}
+_POOLS = ('avg', 'max', 'cls')  # a probe takes one vector per image
 
 
-def knn_main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision knn') -> int:
+def add_knn_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `probe knn`."""
+    parser.add_argument(
+        '--k', type=positive_list, default=[20], metavar='K,...', help='neighbours, e.g. 10,20,100 (default: 20)'
+    )
+    parser.add_argument('--temperature', type=float, default=0.07, metavar='T', help='default: %(default)s')
+    _add_arguments(parser)
+
+
+def knn_main(arguments: argparse.Namespace) -> int:
     """Classify by nearest neighbours.
 
     Returns:
@@ -37,24 +56,37 @@ def knn_main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision knn
     Raises:
         UserError: Arguments or features that do not fit.
     """
-    parser = _parser(prog, 'Classify test images by their nearest training images: ' + knn.PROTOCOL + '.')
-    parser.add_argument(
-        '--k', type=integers, default=(20,), metavar='K,...', help='neighbours, e.g. 10,20,100; default 20'
-    )
-    parser.add_argument('--temperature', type=float, default=0.07, metavar='T', help='default 0.07')
-    arguments = parser.parse_args(argv)
-    if min(arguments.k) < 1 or not 0 < arguments.temperature < math.inf:
-        raise UserError('--k and --temperature must be numbers above 0')
+    if not 0 < arguments.temperature < math.inf:
+        raise UserError(f'--temperature {arguments.temperature}; it must be a number above 0')
 
     def run(train: Split, test: Split, classes: int, device: str) -> list[dict[str, Any]]:
         return knn.knn_probe(
             train, test, num_classes=classes, k=arguments.k, temperature=arguments.temperature, device=device
         )
 
-    return _evaluate(parser, arguments, run, f'{knn.PROTOCOL}; T = {arguments.temperature}')
+    return _evaluate(arguments, run, f'{knn.PROTOCOL}; T = {arguments.temperature}', neighbours=max(arguments.k))
 
 
-def probe_main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision probe') -> int:
+def add_linear_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `probe linear`."""
+    parser.add_argument(
+        '--solver',
+        choices=tuple(_SOLVERS),
+        default='lbfgs',
+        help="lbfgs: scikit-learn's logistic regression; sgd: timm's linear head (default: %(default)s)",
+    )
+    parser.add_argument(
+        '--sweep', type=number_list, metavar='X,...', help='C of lbfgs, learning rates of sgd; one: no sweep'
+    )
+    parser.add_argument('--holdout', type=float, metavar='X', help='share of the training set for the sweep (0.2)')
+    parser.add_argument('--seed', type=int, metavar='N', help='of the held-out part, and of sgd (default: 0)')
+    parser.add_argument('--max-iter', type=positive, metavar='N', help='of lbfgs (default: 1000)')
+    parser.add_argument('--epochs', type=positive, metavar='N', help='of sgd (default: 100)')
+    parser.add_argument('--head-batch-size', type=positive, metavar='N', help='of sgd (default: 256)')
+    _add_arguments(parser)
+
+
+def linear_main(arguments: argparse.Namespace) -> int:
     """Train and judge a linear probe.
 
     Returns:
@@ -63,83 +95,66 @@ def probe_main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision p
     Raises:
         UserError: Arguments or features that do not fit.
     """
-    parser = _parser(prog, 'Train a linear classifier on frozen features and judge it on others.')
-    parser.add_argument(
-        '--head', choices=probe.HEADS, default='logistic', help='logistic (scikit-learn), linear (timm)'
-    )
-    parser.add_argument(
-        '--sweep', type=numbers, metavar='X,...', help='C of logistic, learning rates of linear; one: no sweep'
-    )
-    parser.add_argument('--holdout', type=float, metavar='X', help='share of the training set for the sweep (0.2)')
-    parser.add_argument('--seed', type=int, metavar='N', help='of the held-out part, and of linear; default 0')
-    parser.add_argument('--max-iter', type=int, metavar='N', help='of logistic; default 1000')
-    parser.add_argument('--epochs', type=int, metavar='N', help='of linear; default 100')
-    parser.add_argument('--head-batch-size', type=int, metavar='N', help='of linear; default 256')
-    arguments = parser.parse_args(argv)
-    own = {'logistic': {'max_iter': 1000}, 'linear': {'epochs': 100, 'head_batch_size': 256}}
-    for head, options in own.items():
+    own = {'lbfgs': {'max_iter': 1000}, 'sgd': {'epochs': 100, 'head_batch_size': 256}}
+    for solver, options in own.items():
         for name, default in options.items():
             value = getattr(arguments, name)
-            if value is not None and head != arguments.head:
-                raise UserError(f'--{name.replace("_", "-")} is for --head {head}')
-            if value is not None and value < 1:
-                raise UserError(f'--{name.replace("_", "-")} = {value}; it must be at least 1')
+            if value is not None and solver != arguments.solver:
+                raise UserError(f'--{name.replace("_", "-")} is for --solver {solver}')
             options[name] = default if value is None else value
     sweeps = len(arguments.sweep or (0, 0)) > 1
-    if arguments.head == 'logistic' and not sweeps and arguments.seed is not None:
+    if arguments.solver == 'lbfgs' and not sweeps and arguments.seed is not None:
         raise UserError('--seed is for choosing among several values; --sweep gives one')
     if arguments.holdout is not None and not 0 < arguments.holdout < 1:
-        raise UserError(f'--holdout = {arguments.holdout}; it must be between 0 and 1')
+        raise UserError(f'--holdout {arguments.holdout}; it must be between 0 and 1')
     if arguments.holdout is not None and not sweeps:
         raise UserError('--holdout is for choosing among several values; --sweep gives one')
-    options = {key.removeprefix('head_'): value for key, value in own[arguments.head].items()}
+    options = {key.removeprefix('head_'): value for key, value in own[arguments.solver].items()}
     options |= {'holdout': 0.2 if arguments.holdout is None else arguments.holdout, 'seed': arguments.seed or 0}
 
     def run(train: Split, test: Split, classes: int, device: str) -> list[dict[str, Any]]:
         kwargs = {**options, **({'values': arguments.sweep} if arguments.sweep else {})}
-        if arguments.head == 'logistic':
+        if arguments.solver == 'lbfgs':
             return [probe.logistic_probe(train, test, num_classes=classes, **kwargs)]
         return [probe.linear_probe(train, test, num_classes=classes, device=device, **kwargs)]
 
-    text = probe.protocol(arguments.head, arguments.sweep, **options)
-    return _evaluate(parser, arguments, run, text, on_device=arguments.head == 'linear')
+    text = probe.protocol(_SOLVERS[arguments.solver], arguments.sweep, **options)
+    return _evaluate(arguments, run, text, on_device=arguments.solver == 'sgd')
 
 
-def _parser(prog: str, description: str) -> Parser:
-    parser = Parser(prog=prog, description=description)
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     files = f'{", ".join(FORMATS)} of hydra-vision extract'
-    parser.add_argument('train', help=f'what is learned from: features ({files}) or images, one folder a class')
-    parser.add_argument('test', help='what is judged; the same kinds')
-    parser.add_argument('--pool', default=None, help='of images: avg (default), max or cls')
-    parser.add_argument('--layers', type=integers, metavar='I,J', help='of images: layers, joined, as --layers=-2,-1')
+    parser.add_argument(
+        'train', type=non_empty, help=f'what is learned from: features ({files}) or images, one folder per class'
+    )
+    parser.add_argument('test', type=non_empty, help='what is judged; the same kinds')
+    parser.add_argument('--pool', choices=_POOLS, help='of images (default: avg)')
+    parser.add_argument('--layers', type=integer_list, metavar='I,J', help='of images: layers, joined, as --layers=-2')
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
     add_model_options(parser)
     add_image_options(parser)
     add_run_options(parser)
-    return parser
 
 
 def _evaluate(
-    parser: Parser,
     arguments: argparse.Namespace,
     run: Callable[..., list[dict[str, Any]]],
     protocol: str,
     on_device: bool = True,
+    neighbours: int = 1,
 ) -> int:
-    """Features of both sets, then ``run`` on them; ``on_device`` says whether that takes a device, too."""
+    """Features of both sets, then `run` on them; `on_device` says whether that takes a device, too."""
     sources = [_open(arguments.train), _open(arguments.test)]
     class_names(*(source.classes for source in sources))
-    most = max(getattr(arguments, 'k', (1,)))
-    if most > len(sources[0].paths):
-        raise UserError(f'--k {most}: there are {len(sources[0].paths)} images to train on')
-    if arguments.pool not in (None, 'avg', 'max', 'cls'):
-        raise UserError(f'--pool {arguments.pool}: a probe takes one vector an image: avg, max or cls')
+    if neighbours > len(sources[0].paths):
+        raise UserError(f'--k {neighbours}: there are {len(sources[0].paths)} images to train on')
     files_alone = all(isinstance(source, Features) for source in sources)
-    if files_alone and not on_device and arguments.device != parser.get_default('device'):
+    if files_alone and not on_device and arguments.device != 'auto':
         raise UserError(
             f'--device {arguments.device}: scikit-learn works on the CPU, and both sets are features already'
         )
-    backbone = _backbone(parser, arguments, sources)
+    device = pick_device(arguments.device)
+    backbone = _backbone(arguments, sources)
     with tempfile.TemporaryDirectory(prefix='hydra-vision-') as scratch:
         features = [
             source
@@ -148,7 +163,7 @@ def _evaluate(
             for i, source in enumerate(sources)
         ]
         train, test, names = paired_splits(*features)
-    rows = run(train, test, len(names), str(pick_device(arguments.device)))
+    rows = run(train, test, len(names), str(device))
     card = features[0].card
     result = {
         'protocol': protocol,
@@ -178,9 +193,9 @@ def _open(text: str) -> Any:
     return open_images(text)
 
 
-def _backbone(parser: Parser, arguments: argparse.Namespace, sources: Sequence[Any]) -> Optional[Backbone]:
-    """The model, where there are images; what its options say must then fit the features beside it."""
-    given = [name for name in _IMAGE_OPTIONS if getattr(arguments, name) != parser.get_default(name)]
+def _backbone(arguments: argparse.Namespace, sources: Sequence[Any]) -> Backbone | None:
+    """The model, where there are images; what its options say must then fit features that are there already."""
+    given = [name for name in _IMAGE_OPTIONS if getattr(arguments, name) not in (None, False, [])]
     if all(isinstance(source, Features) for source in sources):
         if given:
             raise UserError(f'--{given[0].replace("_", "-")}: both sets are features already')
@@ -194,23 +209,20 @@ def _backbone(parser: Parser, arguments: argparse.Namespace, sources: Sequence[A
                 raise FeatureError(
                     f'{source.path} holds features of another model ({source.card["model"]}, other weights)'
                 )
-            check_same(source.path.name, source.card, 'the images beside it', card)
+            check_same(source.path.name, source.card, 'the images', card)
     return backbone
 
 
 def _extract(source: Any, out: Path, backbone: Backbone, arguments: argparse.Namespace) -> Features:
-    with show_progress(f'features of {source.name}') as on_progress:
+    with progress(f'features of {source.name}') as meter:
         return extract(
             source,
             out,
             model=backbone,
             pool=arguments.pool or 'avg',
             layers=arguments.layers,
-            batch_size=arguments.batch_size,
-            workers=arguments.workers,
-            amp=arguments.amp,
-            max_unreadable=arguments.max_unreadable,
-            on_progress=on_progress,
+            on_progress=meter,
+            **run_arguments(arguments),
         )
 
 

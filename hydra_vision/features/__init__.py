@@ -1,7 +1,7 @@
 """Features for downstream work: images in, a file of features with a line for every image out."""
 
+from ..errors import FeatureError
 from .backbone import Backbone, load_backbone
-from .errors import FeatureError
 from .extraction import extract
 from .files import Features, load_features
 from .pooling import POOLS, image_features

@@ -4,27 +4,30 @@ import dataclasses
 import hashlib
 import json
 import math
-import pickle
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import timm
 import torch
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform
+from timm.data.model_config import resolve_input_data_config
 from torch import nn
 
 import hydra_vision  # noqa: F401  registers the models
 
 from ..console import check_model_name
-from ..downstream.sharing import constructor_args
-from ..train.images import ImageRules
-from .errors import FeatureError
+from ..device import pick_device
+from ..errors import FeatureError, first_line
+from ..hub import constructor_args
+from ..images import ImageRules
+from ..io import to_path
+from ..weights import brief_mismatch, read_file, state_dict_of
 
-__all__ = ['Backbone', 'load_backbone', 'pick_device']
+__all__ = ['Backbone', 'load_backbone']
 
-Size = Union[int, tuple[int, int]]
+Size = int | tuple[int, int]
 
 # Arguments that a card leaves out: the size is in its data, classes are no features, the rest are ways to compute.
 _SAME_FEATURES = ('img_size', 'num_classes', 'dynamic_img_size', 'backend')
@@ -36,7 +39,7 @@ class Backbone:
 
     Args:
         model: The model.
-        name: Its name for ``timm.create_model``.
+        name: Its name for `timm.create_model`.
         weights: Where its weights are from: 'pretrained', 'random', or a path.
         data: timm's data config: input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode.
         rules: What becomes of grey, 16-bit, rotated images; by default what the trainer does by default.
@@ -50,8 +53,8 @@ class Backbone:
     weights: str
     data: dict[str, Any]
     rules: ImageRules
-    classes: Optional[list[str]] = None
-    build: Optional[Callable[[], nn.Module]] = None
+    classes: list[str] | None = None
+    build: Callable[[], nn.Module] | None = None
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -59,12 +62,12 @@ class Backbone:
         cls,
         model: nn.Module,
         *,
-        name: Optional[str] = None,
+        name: str | None = None,
         weights: str = 'in memory',
-        build: Optional[Callable[[], nn.Module]] = None,
-        arguments: Optional[Mapping[str, Any]] = None,
+        build: Callable[[], nn.Module] | None = None,
+        arguments: Mapping[str, Any] | None = None,
     ) -> 'Backbone':
-        """A timm model that is loaded already, with the preprocessing that its ``pretrained_cfg`` states.
+        """A timm model that is loaded already, with the preprocessing that its `pretrained_cfg` states.
 
         Raises:
             FeatureError: It is in training mode.
@@ -72,13 +75,8 @@ class Backbone:
         if model.training and weights == 'in memory':
             raise FeatureError('the model is in training mode: call model.eval() first')
         cfg = getattr(model, 'pretrained_cfg', None) or {}
-        data = resolve_model_data_config(model)
-        channels = getattr(model, 'in_chans', data['input_size'][0])
-        own = getattr(getattr(model, 'patch_embed', None), 'img_size', None) or data['input_size'][1:]
-        data['input_size'] = (channels, *own)
-        for key in ('mean', 'std'):  # the cfg states three channels whatever the model was built with
-            if len(data[key]) not in (1, channels):
-                data[key] = (sum(data[key]) / len(data[key]),) * channels
+        data = resolve_input_data_config(model)  # of its own size and number of channels
+        channels = data['input_size'][0]
         names = cfg.get('label_names') if weights != 'random' else None
         name = name or cfg.get('architecture') or type(model).__name__
         return cls(
@@ -139,7 +137,7 @@ class Backbone:
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes and values of all weights.
 
-        Models that differ in what has no weights, as the order of a scan, share it: see ``card``.
+        Models that differ in what has no weights, as the order of a scan, share it: see `card`.
         """
         digest = hashlib.sha256()
         for key, value in sorted(self.model.state_dict().items()):
@@ -149,29 +147,29 @@ class Backbone:
 
 
 def load_backbone(
-    name: Optional[str] = None,
+    name: str | None = None,
     *,
-    checkpoint: Union[str, Path, None] = None,
+    checkpoint: str | Path | None = None,
     random_init: bool = False,
-    img_size: Optional[Size] = None,
-    model_kwargs: Optional[Mapping[str, Any]] = None,
-    data: Optional[Mapping[str, Any]] = None,
-    device: Union[str, torch.device] = 'cpu',
+    img_size: Size | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    device: str | torch.device = 'cpu',
     seed: int = 0,
 ) -> Backbone:
     """Build a model and load its weights: from a checkpoint where one is given, else the published ones.
 
     Args:
-        name: Any name that ``timm.create_model`` takes, 'hf-hub:...' and 'local-dir:...' included. May be left out
-            where the checkpoint is one of ``train_imagenet.py``: it carries its recipe.
-        checkpoint: A run folder or checkpoint of ``train_imagenet.py`` (of raw and averaged weights, those that
+        name: Any name that `timm.create_model` takes, 'hf-hub:...' and 'local-dir:...' included. May be left out
+            where the checkpoint is one of `train_imagenet.py`: it carries its recipe.
+        checkpoint: A run folder or checkpoint of `train_imagenet.py` (of raw and averaged weights, those that
             validated best), or any file of weights that timm reads.
-        random_init: Use untrained weights, drawn with ``seed``. Never happens unasked.
+        random_init: Use untrained weights, drawn with `seed`. Never happens unasked.
         img_size: Side or (H, W) of the input; by default the model's own.
-        model_kwargs: Further arguments of ``timm.create_model``.
+        model_kwargs: Further arguments of `timm.create_model`.
         data: Replaces entries of timm's data config (mean, std, interpolation, crop_pct, crop_mode).
         device: Where the model goes.
-        seed: Seed of ``random_init``.
+        seed: Seed of `random_init`.
 
     Raises:
         FeatureError: An unknown name, no weights, weights that do not fit, a size that the patches do not divide.
@@ -184,7 +182,7 @@ def load_backbone(
         check_model_name(name)
     size, device = _size(img_size), pick_device(device)
     _check_data(data)
-    state = None if checkpoint is None else _read_checkpoint(Path(checkpoint).expanduser())
+    state = None if checkpoint is None else _read_checkpoint(to_path(checkpoint, 'checkpoint'))
     if state is not None and 'config' in state:
         backbone = _from_run(state, name, str(checkpoint), model_kwargs)
     else:
@@ -200,99 +198,67 @@ def load_backbone(
     return backbone
 
 
-def pick_device(device: Union[str, torch.device]) -> torch.device:
-    """A device by name; 'auto' is the first CUDA device where there is one.
-
-    Raises:
-        FeatureError: No such device here.
-    """
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    try:
-        device = torch.device(device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        text = str(error).splitlines()[0]
-        raise FeatureError(f'device = {str(device)!r} is not available: {text}; allowed: auto, cpu, cuda') from error
-    return device
-
-
-def _size(img_size: Optional[Size]) -> Optional[tuple[int, int]]:
+def _size(img_size: Size | None) -> tuple[int, int] | None:
     if img_size is None:
         return None
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise FeatureError(f'img_size = {img_size}; allowed: a positive number, or (H, W)')
+        raise FeatureError(f'img_size={img_size}; allowed: a positive number, or (H, W)')
     return size
 
 
-def _check_data(data: Optional[Mapping[str, Any]]) -> None:
+def _check_data(data: Mapping[str, Any] | None) -> None:
     allowed = ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
     unknown = sorted(set(data or {}) - set(allowed))
     if unknown:
-        raise FeatureError(f'data = {unknown}; allowed keys: {", ".join(allowed)}')
+        raise FeatureError(f'data={unknown}; allowed keys: {", ".join(allowed)}')
     for key, value in (data or {}).items():
         if key == 'crop_pct' and not 0 < value <= 1:
-            raise FeatureError(f'crop_pct = {value}; allowed: 0 < crop_pct <= 1')
+            raise FeatureError(f'crop_pct={value}; allowed: 0 < crop_pct <= 1')
         if key == 'mean' and not all(map(math.isfinite, value)):
-            raise FeatureError(f'mean = {tuple(value)}; allowed: finite numbers')
+            raise FeatureError(f'mean={tuple(value)}; allowed: finite numbers')
         if key == 'std' and not all(0 < each < math.inf for each in value):
-            raise FeatureError(f'std = {tuple(value)}; allowed: numbers above 0')
+            raise FeatureError(f'std={tuple(value)}; allowed: numbers above 0')
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     """What a checkpoint holds: a run with its recipe (key 'config'), or weights alone."""
-    from ..errors import TrainError
-    from ..train.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint
+    from ..train.checkpoint import BEST, LAST, find_checkpoint, load_run
 
     if path.is_dir():
         if (path / 'config.json').is_file():
             raise FeatureError(f'{path} is a saved model: give it as the model, local-dir:{path}')
         path = next((path / name for name in (BEST, LAST) if (path / name).is_file()), find_checkpoint(str(path), BEST))
     if not path.is_file():
-        raise FeatureError(f'checkpoint = {str(path)!r} is no file; allowed: a run folder or a file of weights')
-    try:
-        if path.suffix != '.safetensors':
-            held = torch.load(path, map_location='cpu', weights_only=True)
-            if isinstance(held, dict) and {'format', 'config', 'state_dict'} <= held.keys():
-                return load_checkpoint(path)
-        return timm.models.load_state_dict(str(path))
-    except (TrainError, OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
-        raise FeatureError(f'checkpoint {path} cannot be read: {str(error).splitlines()[0]}') from error
-    except Exception as error:
-        if type(error).__name__ == 'SafetensorError':
-            raise FeatureError(f'checkpoint {path} cannot be read: {error}') from error
-        raise
+        raise FeatureError(f'checkpoint={str(path)!r} is no file; allowed: a run folder or a file of weights')
+    held = read_file(path)
+    if isinstance(held, dict) and {'format', 'config', 'state_dict'} <= held.keys():
+        return load_run(path)
+    return state_dict_of(held, path)
 
 
-def _from_run(
-    state: dict[str, Any], name: Optional[str], path: str, model_kwargs: Optional[Mapping[str, Any]]
-) -> Backbone:
+def _from_run(state: dict[str, Any], name: str | None, path: str, model_kwargs: Mapping[str, Any] | None) -> Backbone:
     """The model of a checkpoint that this package's trainer wrote."""
-    from ..errors import TrainError
     from ..train.build import create_model
     from ..train.data import image_rules, resolve_input
-    from ..train.export import trained_model
+    from ..train.runs import trained_model
 
     if name is not None and name != state['arch']:
-        raise FeatureError(f'model = {name!r}, but {path} holds a {state["arch"]}')
+        raise FeatureError(f'model={name!r}, but {path} holds a {state["arch"]}')
     if model_kwargs:
-        raise FeatureError(f'model_kwargs = {dict(model_kwargs)}: the recipe in {path} says how the model is built')
-    try:
-        model, config = trained_model(state, 'auto', path)
-        data, rules = resolve_input(config, model), image_rules(config)
-    except TrainError as error:
-        raise FeatureError(f'the model of {path} cannot be built: {error}') from error
+        raise FeatureError(f'model_kwargs={dict(model_kwargs)}: the recipe in {path} says how the model is built')
+    model, config = trained_model(state, 'auto', path)
+    data, rules = resolve_input(config, model), image_rules(config)
     build = partial(create_model, config, state['num_classes'], load_weights=False)
     return Backbone(model, state['arch'], path, data, rules, state['classes'], build)
 
 
 def _from_timm(
-    name: Optional[str],
-    weights: Optional[dict[str, Any]],
+    name: str | None,
+    weights: dict[str, Any] | None,
     path: str,
     random_init: bool,
-    size: Optional[tuple[int, int]],
+    size: tuple[int, int] | None,
     kwargs: dict[str, Any],
     seed: int,
 ) -> Backbone:
@@ -304,7 +270,7 @@ def _from_timm(
         head = weights.get(f'{cfg.classifier if cfg else "head"}.weight')
         classes = 0 if head is None else head.shape[0]
         if kwargs.setdefault('num_classes', classes) != classes:  # timm would leave the head untrained in silence
-            raise FeatureError(f'num_classes = {kwargs["num_classes"]}, but the head in {path} has {classes} classes')
+            raise FeatureError(f'num_classes={kwargs["num_classes"]}, but the head in {path} has {classes} classes')
         kwargs['pretrained_cfg_overlay'] = {'state_dict': weights, 'num_classes': classes}
     elif not random_init and local and (cfg is None or not cfg.has_weights):
         raise FeatureError(f'{name} has no published weights: give a checkpoint, or ask for random_init')
@@ -315,12 +281,15 @@ def _from_timm(
             if size is not None and cfg is not None and cfg.fixed_input_size and not hasattr(model, 'set_input_size'):
                 kwargs['img_size'] = size
                 model = timm.create_model(name, pretrained=not random_init, **kwargs)
-    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
-        given = f' (weights: {path})' if weights is not None else ''
-        raise FeatureError(f'cannot build {name}{given}: {str(error).strip()}') from error
+    except Exception as error:  # constructors check little of what they are given, and raise anything
+        own = {key: value for key, value in kwargs.items() if key != 'pretrained_cfg_overlay'}
+        if weights is not None and 'loading state_dict' in str(error):
+            text = f'the weights in {path} do not fit {name} with {own}'
+            raise FeatureError(f'{text}\n{brief_mismatch(error)}') from error
+        raise FeatureError(f'cannot build {name} with {own}: {first_line(error)}') from error
     trained = (getattr(model, 'pretrained_cfg', None) or {}).get('num_classes')
     if not random_init and trained and getattr(model, 'num_classes', 0) not in (0, trained):
-        raise FeatureError(f'num_classes = {model.num_classes}, but the weights of {name} have {trained} classes')
+        raise FeatureError(f'num_classes={model.num_classes}, but the weights of {name} have {trained} classes')
     kwargs.pop('pretrained_cfg_overlay', None)
     origin = path if weights is not None else 'random' if random_init else 'pretrained'
     build = partial(timm.create_model, name, **kwargs)
@@ -341,10 +310,10 @@ def _resize(backbone: Backbone, size: tuple[int, int]) -> None:
     if patch is not None and not getattr(embed, 'dynamic_img_pad', False):
         patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
         if any(side % step for side, step in zip(size, patch)):
-            raise FeatureError(f'img_size = {size} is no multiple of the {patch} patches of {backbone.name}')
+            raise FeatureError(f'img_size={size} is no multiple of the {patch} patches of {backbone.name}')
     if hasattr(model, 'set_input_size') and tuple(getattr(embed, 'img_size', None) or ()) != size:
         try:
             model.set_input_size(img_size=size)
         except (AssertionError, ValueError, TypeError) as error:
-            raise FeatureError(f'{backbone.name} does not take img_size = {size}: {error}') from error
+            raise FeatureError(f'{backbone.name} does not take img_size={size}: {first_line(error)}') from error
     backbone.data['input_size'] = (backbone.data['input_size'][0], *size)

@@ -1,97 +1,96 @@
-"""Extraction: images through a model into a file, row by row, in constant memory, resumable."""
+"""Extraction: images through a model into a file, in constant memory, resumable."""
 
 import itertools
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ..errors import require
-from ..io import why_unwritable
-from ..train.images import READ_ERRORS
-from .backbone import Backbone, Size, load_backbone, pick_device
-from .errors import FeatureError
-from .files import FORMATS, Features, load_features
+from ..device import AMP_NAMES, amp_dtype, pick_device, worker_count
+from ..errors import DataError, FeatureError, WriteError, first_line, require
+from ..images import READ_ERRORS
+from ..io import check_output
+from .backbone import Backbone, Size, load_backbone
+from .files import FORMATS, Features, FeatureWriter, load_features, only_writer
 from .pooling import POOLS, check_layers, image_features
 from .sources import Images, open_images, sample_digest
-from .store import RowStore, only_writer
 
-__all__ = ['check_target', 'default_workers', 'extract', 'feature_batches']
+__all__ = ['extract', 'feature_batches']
 
 _DTYPES = ('float32', 'float16')
+_AMP = {None: 'none', torch.bfloat16: 'bf16', torch.float16: 'fp16'}
 
 
 def extract(
     images: Any,
-    out: Union[str, Path],
+    out: str | Path,
     *,
-    model: Union[str, nn.Module, Backbone, None] = None,
-    checkpoint: Union[str, Path, None] = None,
+    model: str | nn.Module | Backbone | None = None,
+    checkpoint: str | Path | None = None,
     random_init: bool = False,
-    model_kwargs: Optional[Mapping[str, Any]] = None,
-    data: Optional[Mapping[str, Any]] = None,
-    img_size: Optional[Size] = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    img_size: Size | None = None,
     pool: str = 'avg',
-    layers: Optional[Sequence[int]] = None,
+    layers: Sequence[int] | None = None,
     batch_size: int = 64,
-    workers: Optional[int] = None,
+    workers: int | None = None,
     device: str = 'auto',
     amp: str = 'auto',
     dtype: str = 'float32',
     max_unreadable: int = 10,
     overwrite: bool = False,
-    on_progress: Optional[Callable[[int, int], None]] = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Features:
     """Write the features of images to a file, and open it.
 
-    Beside ``out`` appear ``out.csv``, a line for every image with its row or with the reason why it has none, and
-    ``out.json``, how the features were made. While the work goes on, rows are in ``out.partial``: the same call
-    continues an interrupted one after the last committed row, and no second process may write the same file
-    (``out.lock``). Memory holds a batch of images and the list of names.
+    Next to `out` appear `out.csv`, a line per image with its row or the reason why it has none, and `out.json`, the
+    metadata: how the features were made. Meanwhile, rows are in shards in the folder `out.partial`: the
+    same call continues an interrupted one after the last shard (at most ten seconds of work), and no second process may
+    write the same file (`out.lock`). Memory holds a batch of images, a shard of rows and the list of names; the disk
+    holds the rows twice while the shards are joined.
 
     Args:
-        images: As in ``open_images``: a folder, .tar, .txt list, data set.
-        out: File that ends in .npy, .safetensors or .parquet (written twice: raw rows, then the table).
+        images: As in `open_images`: a folder, .tar, .txt list, data set.
+        out: File that ends in .npy, .safetensors or .parquet.
         model: Name of a timm model; or a model in eval mode, where it is. The following six are for the name.
         checkpoint: Run or file of weights.
         random_init: Untrained weights.
-        model_kwargs: Further arguments of ``timm.create_model``.
+        model_kwargs: Further arguments of `timm.create_model`.
         data: Replaces entries of the data config.
         img_size: Side or (H, W).
-        pool: A key of ``POOLS``.
-        layers: Indices of layers, joined along D in ascending order (``Features.layer`` takes them apart); None for the
+        pool: A key of `POOLS`.
+        layers: Indices of layers, joined along D in ascending order (`Features.layer` takes them apart); None for the
             final features.
         batch_size: Images at a time.
-        workers: Loader processes; None for one a core, at most 16.
+        workers: Loader processes; None for one per core, at most 16.
         device: 'auto', 'cpu', 'cuda', ...
         amp: Autocast: 'auto' (bf16 on CUDA, else none), 'none', 'bf16', 'fp16'.
         dtype: Of the rows: 'float32' or 'float16'.
         max_unreadable: Images that may be skipped; one more ends the work (what is done is kept).
-        overwrite: Replace ``out`` where it was made in another way, instead of raising.
+        overwrite: Replace `out` where it was made in another way, instead of raising.
         on_progress: Called with (images done, of how many).
 
     Raises:
-        FeatureError: Anything that does not fit, before the first image is read; ``out`` made from another model, other
-            settings or other images; too many unreadable images.
+        UserError: Anything that does not fit, before the first image is read; `out` made from another model, other
+            settings or other images (`FeatureError`); too many unreadable images (`DataError`); a full disk
+            (`WriteError`).
         MissingExtraError: .parquet without pyarrow.
     """
-    target = check_target(out)
-    for name, value, allowed in (('pool', pool, POOLS), ('dtype', dtype, _DTYPES)):
+    target = check_output(out, FORMATS, overwrite=True, name='out')  # what is there is compared below
+    if target.suffix == '.parquet':
+        require('pyarrow', 'eval')
+    for name, value, allowed in (('pool', pool, POOLS), ('dtype', dtype, _DTYPES), ('amp', amp, AMP_NAMES)):
         if value not in allowed:
-            raise FeatureError(f'{name} = {value!r}; allowed: {", ".join(allowed)}')
-    workers = default_workers() if workers is None else workers
-    for name, value, low in (
-        ('batch_size', batch_size, 1),
-        ('workers', workers, 0),
-        ('max_unreadable', max_unreadable, 0),
-    ):
+            raise FeatureError(f'{name}={value!r}; allowed: {", ".join(allowed)}')
+    workers = worker_count(workers)
+    for name, value, low in (('batch_size', batch_size, 1), ('max_unreadable', max_unreadable, 0)):
         if value < low:
-            raise FeatureError(f'{name} = {value}; it must be at least {low}')
+            raise FeatureError(f'{name}={value}; it must be at least {low}')
     source = open_images(images)
     if isinstance(model, nn.Module):
         model = Backbone.of(model)
@@ -102,7 +101,7 @@ def extract(
             raise FeatureError(f'{", ".join(given)}: a loaded model is taken as it is')
         here = next(model.model.parameters()).device
         if device != 'auto' and pick_device(device).type != here.type:
-            raise FeatureError(f'device = {device!r}, but the model is on {here}: a loaded model is taken as it is')
+            raise FeatureError(f'device={device!r}, but the model is on {here}: a loaded model is taken as it is')
         backbone = model
     else:
         backbone = load_backbone(
@@ -123,60 +122,59 @@ def extract(
         'widths': widths,
         'shape': list(shape),
         'dtype': dtype,
-        'amp': _resolve_amp(amp, backbone),
+        'amp': _AMP[amp_dtype(amp, next(backbone.model.parameters()).device)],
         'images': source.name,
         'count': len(source),
         'sample': sample_digest(source),
         'labelled': source.classes is not None,
     }
     with only_writer(target):
-        _write(RowStore(target, source, card), backbone, overwrite, batch_size, workers, max_unreadable, on_progress)
+        writer = FeatureWriter(target, source, card)
+        try:
+            if writer.open(overwrite):
+                _write(writer, backbone, batch_size, workers, max_unreadable, on_progress)
+        except (WriteError, OSError) as error:  # images that cannot be read never come this far
+            why = first_line(error) if isinstance(error, WriteError) else error.strerror or error
+            text = (
+                f'{target} could not be written ({why}); finished shards are kept, the same call continues from there'
+            )
+            raise WriteError(text) from error
     return load_features(target)
 
 
 def _write(
-    store: RowStore,
+    writer: FeatureWriter,
     backbone: Backbone,
-    overwrite: bool,
     batch_size: int,
     workers: int,
     max_unreadable: int,
-    on_progress: Optional[Callable[[int, int], None]],
+    on_progress: Callable[[int, int], None] | None,
 ) -> None:
-    source, card, target = store.source, store.card, store.target
-    if store.open(overwrite):
-        if on_progress is not None:
-            on_progress(store.done, len(source))
-        loader = feature_batches(
-            backbone,
-            source,
-            pool=card['pool'],
-            layers=card['layers'],
-            start=store.done,
-            batch_size=batch_size,
-            workers=workers,
-            amp=card['amp'],
-        )
-        try:
-            with store:
-                for features, errors in loader:
-                    features = features.to(getattr(torch, card['dtype']))
-                    if not features.isfinite().all():
-                        where = f'{source.paths[store.done]} or one of the {len(errors) - 1} after it'
-                        raise FeatureError(
-                            f'the features of {where} are not finite in {card["dtype"]} with amp {card["amp"]}'
-                        )
-                    store.add(features.numpy(), errors)
-                    if len(store.skipped) > max_unreadable:
-                        raise FeatureError(_too_many(store.skipped, max_unreadable))
-                    if on_progress is not None:
-                        on_progress(store.done, len(source))
-            store.finish()
-        except OSError as error:  # images that cannot be read never come this far
-            raise FeatureError(
-                f'{target} could not be written ({error.strerror or error}); what was committed is kept, the same call '
-                f'goes on from there'
-            ) from error
+    source, card = writer.source, writer.card
+    if on_progress is not None:
+        on_progress(writer.done, len(source))
+    loader = feature_batches(
+        backbone,
+        source,
+        pool=card['pool'],
+        layers=card['layers'],
+        start=writer.done,
+        batch_size=batch_size,
+        workers=workers,
+        amp=card['amp'],
+    )
+    with writer:
+        for features, errors in loader:
+            features = features.to(getattr(torch, card['dtype']))
+            if not features.isfinite().all():
+                where = f'{source.paths[writer.done]} or one of the {len(errors) - 1} after it'
+                raise DataError(f'the features of {where} are not finite in {card["dtype"]} with amp={card["amp"]}')
+            writer.add(features.numpy(), errors)
+            if len(writer.skipped) > max_unreadable:
+                raise DataError(_too_many(writer.skipped, max_unreadable))
+            if on_progress is not None:
+                on_progress(writer.done, len(source))
+    writer.finish()
 
 
 def feature_batches(
@@ -184,13 +182,13 @@ def feature_batches(
     source: Images,
     *,
     pool: str,
-    layers: Optional[Sequence[int]] = None,
+    layers: Sequence[int] | None = None,
     start: int = 0,
     batch_size: int = 64,
     workers: int = 0,
     amp: str = 'none',
 ) -> Iterator[tuple[Tensor, list[str]]]:
-    """Features of images from ``start`` on, in order, with float32 rows only for those that could be read.
+    """Features of images from `start` on, in order, with float32 rows only for those that could be read.
 
     Yields:
         Features (readable images, ...) on the CPU, and for every image of the batch its error, '' for none.
@@ -201,7 +199,7 @@ def feature_batches(
     device = next(backbone.model.parameters()).device
     dataset = Subset(_Tensors(source, backbone), range(start, len(source)))
     loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=_collate, pin_memory=device.type == 'cuda')
-    autocast = {'none': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}[amp]
+    autocast = amp_dtype(amp, device)
     for x, errors in loader:
         if not len(x):
             yield torch.empty(0), errors
@@ -226,7 +224,7 @@ class _Tensors(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[Optional[Tensor], str]:
+    def __getitem__(self, index: int) -> tuple[Tensor | None, str]:
         try:
             with self.source.load(index) as image:
                 image = self.rules.apply(image)
@@ -236,36 +234,12 @@ class _Tensors(Dataset):
         return self.transform(image), ''
 
 
-def _collate(samples: list[tuple[Optional[Tensor], str]]) -> tuple[Tensor, list[str]]:
+def _collate(samples: list[tuple[Tensor | None, str]]) -> tuple[Tensor, list[str]]:
     good = [x for x, _ in samples if x is not None]
     return torch.stack(good) if good else torch.empty(0), [error for _, error in samples]
 
 
-def default_workers() -> int:
-    """One loader process a core that this process may use, at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return min(cores, 16)
-
-
-def check_target(out: Union[str, Path]) -> Path:
-    """The path of a file of features that can be written.
-
-    Raises:
-        FeatureError: A suffix that is not known, a folder that is not there or cannot be written to.
-        MissingExtraError: .parquet without pyarrow.
-    """
-    target = Path(out).expanduser()
-    if target.suffix not in FORMATS:
-        raise FeatureError(f'out = {str(out)!r}; its name must end in {", ".join(FORMATS)}')
-    if target.suffix == '.parquet':
-        require('pyarrow', 'eval')
-    reason = 'it is a folder' if target.is_dir() else why_unwritable(target.parent)
-    if reason:
-        raise FeatureError(f'out = {str(out)!r} cannot be written: {reason}')
-    return target
-
-
-def _row_shape(backbone: Backbone, pool: str, layers: Optional[Sequence[int]]) -> tuple[tuple[int, ...], list[int]]:
+def _row_shape(backbone: Backbone, pool: str, layers: Sequence[int] | None) -> tuple[tuple[int, ...], list[int]]:
     """Shape of a row and the width of each layer, from one empty image: what cannot run fails here."""
     device = next(backbone.model.parameters()).device
     x = torch.zeros(1, *backbone.data['input_size'], device=device)
@@ -278,18 +252,9 @@ def _row_shape(backbone: Backbone, pool: str, layers: Optional[Sequence[int]]) -
             each = [image_features(backbone.model, x, pool=pool, layers=[layer]).shape[1:] for layer in layers]
             return shape, [one[axis] for one in each]
     except (AssertionError, RuntimeError) as error:
-        raise FeatureError(f'{backbone.name} cannot run on {tuple(x.shape)}: {str(error).strip()}') from error
-
-
-def _resolve_amp(amp: str, backbone: Backbone) -> str:
-    device = next(backbone.model.parameters()).device
-    if amp == 'auto':
-        return 'bf16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'none'
-    if amp not in ('none', 'bf16', 'fp16'):
-        raise FeatureError(f'amp = {amp!r}; allowed: auto, none, bf16, fp16')
-    return amp
+        raise FeatureError(f'{backbone.name} cannot run on {tuple(x.shape)}: {first_line(error)}') from error
 
 
 def _too_many(skipped: Sequence[str], limit: int) -> str:
     shown = '; '.join(itertools.islice(skipped, 5)) + (f' and {len(skipped) - 5} more' if len(skipped) > 5 else '')
-    return f'{len(skipped)} unreadable images, max_unreadable = {limit}: {shown}'
+    return f'{len(skipped)} unreadable images, max_unreadable={limit}: {shown}'

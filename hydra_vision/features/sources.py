@@ -8,15 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Optional, Union
+from typing import IO, Any
 
 from PIL import Image
-from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils.misc import natural_key
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ..train.images import READ_ERRORS
-from .errors import FeatureError
+from ..errors import FeatureError
+from ..images import READ_ERRORS, SUFFIXES, find_images, is_image, leaf_folders, open_image
+from ..io import to_path
 
 __all__ = ['Images', 'open_images', 'sample_digest']
 
@@ -32,20 +31,20 @@ class Images:
         name: What messages call the source.
         paths: A name for each image, unique enough to find it again.
         classes: The class of each image, None where the source has no classes.
-        load: Index -> PIL image, not decoded yet where the format allows; may raise ``train.images.READ_ERRORS``. Used
+        load: Index -> PIL image, not decoded yet where the format allows; may raise `images.READ_ERRORS`. Used
             from loader processes, so it keeps no open file and can be pickled.
     """
 
     name: str
     paths: Sequence[str]
-    classes: Optional[Sequence[str]]
+    classes: Sequence[str] | None
     load: Callable[[int], Image.Image]
 
     def __len__(self) -> int:
         return len(self.paths)
 
 
-def open_images(source: Union[str, os.PathLike, Images, Any]) -> Images:
+def open_images(source: str | os.PathLike | Images | Any) -> Images:
     """List the images of a source without reading them.
 
     Args:
@@ -53,8 +52,8 @@ def open_images(source: Union[str, os.PathLike, Images, Any]) -> Images:
 
             - a folder, searched recursively; the folder that holds an image is its class (as timm has it; torchvision
               takes the outermost one), unless images lie directly in the source: then there are no classes;
-            - a ``.tar`` of images, or of tars of images, with classes in the same way (a tar inside is a class);
-            - a ``.txt`` list with one path a line, optionally a tab and a class; relative paths start at the list;
+            - a `.tar` of images, or of tars of images, with classes in the same way (a tar inside is a class);
+            - a `.txt` list with one path per line, optionally a tab and a class; relative paths start at the list;
             - one image file;
             - 'sklearn/digits/train' or 'sklearn/digits/test', the trainer's built-in images, or 'sklearn/photos', the
               two photographs (427 x 640) that come with scikit-learn;
@@ -68,27 +67,23 @@ def open_images(source: Union[str, os.PathLike, Images, Any]) -> Images:
     if not isinstance(source, (str, os.PathLike)):
         return _from_dataset(source)
     if str(source) in DIGITS:
-        from ..train.digits import Digits
+        from ..train.sources import Digits
 
         return _from_dataset(Digits(train=DIGITS[str(source)]), str(source))
     if str(source) == PHOTOS:
         return _photos()
-    path = Path(source).expanduser()
+    path = to_path(source, 'images')
     if path.is_dir():
         images = _from_folder(path)
     elif not path.is_file():
         raise FeatureError(
-            f'images = {str(source)!r} is neither a folder nor a file; allowed: a folder, a .tar, a .txt list of '
+            f'images={str(source)!r} is neither a folder nor a file; allowed: a folder, a .tar, a .txt list of '
             f'paths, an image, {", ".join(DIGITS)}, {PHOTOS}'
         )
-    elif path.suffix == '.txt':
-        images = _from_list(path)
-    elif path.suffix.lower() in IMG_EXTENSIONS:
-        images = Images(str(path), [str(path)], None, partial(_open_file, '', [str(path)]))
     else:
-        images = _from_tar(path)
+        images = _from_file(path)
     if not len(images):
-        raise FeatureError(f'{path} holds no image; file names must end in {", ".join(IMG_EXTENSIONS)}')
+        raise FeatureError(f'{path} holds no image; file names may end in {", ".join(SUFFIXES)}')
     return images
 
 
@@ -116,14 +111,26 @@ def _photos() -> Images:
 
 
 def _from_folder(folder: Path) -> Images:
-    found, _ = find_images_and_targets(str(folder), types=set(IMG_EXTENSIONS), sort=False)
-    paths = sorted((os.path.relpath(path, folder) for path, _ in found), key=lambda p: (natural_key(p), p))
-    return Images(str(folder), paths, _leaf_folders(paths), partial(_open_file, str(folder), paths))
+    paths = find_images(folder)
+    return Images(str(folder), paths, leaf_folders(paths), partial(_open_file, str(folder), paths))
+
+
+def _from_file(file: Path) -> Images:
+    try:
+        if file.suffix.lower() == '.txt':
+            return _from_list(file)
+        with open(file, 'rb') as stream:
+            start = stream.read(16)
+        if is_image(file.name, lambda: start):
+            return Images(str(file), [str(file)], None, partial(_open_file, '', [str(file)]))
+        return _from_tar(file)
+    except OSError as error:
+        raise FeatureError(f'{file} cannot be read: {error.strerror}') from error
 
 
 def _from_list(file: Path) -> Images:
     paths, classes = [], []
-    with open(file, errors='surrogateescape') as lines:
+    with open(file, encoding='utf-8', errors='surrogateescape') as lines:
         for line in lines:
             path, _, label = line.rstrip('\r\n').partition('\t')
             if path:
@@ -131,7 +138,7 @@ def _from_list(file: Path) -> Images:
                 classes.append(label)
     labelled = sum(map(bool, classes))
     if 0 < labelled < len(paths):
-        raise FeatureError(f'{file}: {labelled} of {len(paths)} lines have a class; give all of them one, or none')
+        raise FeatureError(f'{file}: {labelled} of {len(paths)} lines have a class; give each one, or none')
     return Images(str(file), paths, classes if labelled else None, partial(_open_file, str(file.parent), paths))
 
 
@@ -148,12 +155,13 @@ def _from_tar(file: Path) -> Images:
             members = _tar_members(stream, prefix='', start=0)
     except tarfile.TarError as error:
         raise FeatureError(
-            f'{file} is no plain tar ({error}); a compressed one has to be unpacked first, for random access'
+            f'{file} is no image, .txt list or plain tar ({error}); a compressed tar has to be unpacked first, for '
+            'random access'
         ) from error
     members = sorted(members, key=lambda m: (natural_key(m.path), m.path))
 
     paths = [member.path for member in members]
-    return Images(str(file), paths, _leaf_folders(paths), partial(_open_member, str(file), members))
+    return Images(str(file), paths, leaf_folders(paths), partial(_open_member, str(file), members))
 
 
 def _tar_members(stream: IO[bytes], prefix: str, start: int) -> list[_Member]:
@@ -162,27 +170,20 @@ def _tar_members(stream: IO[bytes], prefix: str, start: int) -> list[_Member]:
     with tarfile.open(fileobj=stream, mode='r:') as archive:
         for info in archive:
             name = prefix + info.name.removeprefix('./')
-            extension = os.path.splitext(name)[1].lower()
-            if (info.islnk() or info.issym()) and extension in IMG_EXTENSIONS:
-                raise FeatureError(f'{name} is a link inside of the tar: pack it with the files (tar --dereference)')
-            if not info.isfile():
-                continue
-            if extension == '.tar':
+            if info.islnk() or info.issym():
+                if is_image(name, bytes):
+                    raise FeatureError(f'{name} is a link inside of the tar: pack the files (tar --dereference)')
+            elif info.isfile() and name.lower().endswith('.tar'):
                 inner = archive.extractfile(info)
                 members += _tar_members(inner, prefix=name[: -len('.tar')] + '/', start=start + info.offset_data)
-            elif extension in IMG_EXTENSIONS:
+            elif info.isfile() and is_image(name, lambda: archive.extractfile(info).read(16)):  # noqa: B023
                 members.append(_Member(name, start + info.offset_data, info.size))
     return members
 
 
-def _leaf_folders(paths: Sequence[str]) -> Optional[list[str]]:
-    names = [os.path.basename(os.path.dirname(path)) for path in paths]
-    return names if all(names) else None
-
-
 def _from_dataset(dataset: Any, name: str = '') -> Images:
     if not hasattr(dataset, '__getitem__') or not hasattr(dataset, '__len__'):
-        raise FeatureError(f'images = {type(dataset).__name__} object; allowed: a path or a map-style data set')
+        raise FeatureError(f'images={type(dataset).__name__} object; allowed: a path or a map-style data set')
     name = name or type(dataset).__name__
     if not len(dataset):
         raise FeatureError(f'{name} holds no image')
@@ -197,7 +198,7 @@ def _from_dataset(dataset: Any, name: str = '') -> Images:
 
 
 def _open_file(folder: str, paths: Sequence[str], index: int) -> Image.Image:
-    return Image.open(os.path.join(folder, paths[index]))
+    return open_image(os.path.join(folder, paths[index]))
 
 
 def _open_member(file: str, members: Sequence[_Member], index: int) -> Image.Image:

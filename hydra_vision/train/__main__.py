@@ -2,7 +2,7 @@
 
 import sys
 
-from hydra_vision.train.main import main
+from .main import main
 
 if __name__ == '__main__':
     sys.exit(main(prog='python -m hydra_vision.train'))

@@ -1,41 +1,191 @@
-"""Builds what a recipe describes around a model: weights, loss, optimizer, schedule, moving average, device."""
+"""Builds what a recipe describes around a model: device, initial weights, optimizer, schedule."""
 
 import math
-import pickle
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.models import get_pretrained_cfg, load_state_dict
+import torch.nn.functional as F
+from timm.models import get_pretrained_cfg
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.task import ClassificationTask, TrainingTask
-from timm.utils import ModelEmaV3
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from hydra_vision import Hydra  # importing the package registers the Hydra-ViT family with timm
-from hydra_vision.errors import CheckpointError, ConfigError, first_line, nearest
-from hydra_vision.mixers import Semiseparable
-from hydra_vision.ops.dispatch import choose_backend
-from hydra_vision.train.config import Config
-from hydra_vision.train.distributed import World
-from hydra_vision.train.freeze import freeze_backbone
+from .. import Hydra  # importing the package registers the Hydra-ViT family with timm
+from .. import device as devices
+from ..errors import CheckpointError, ConfigError, UserError, first_line, nearest
+from ..io import to_path
+from ..mixers import Semiseparable
+from ..ops.dispatch import choose_backend
+from ..weights import read_weights
+from .config import Config, RunConfig
+from .distributed import World
+
+# Major compute capability -> numbers of tokens at which the bf16 backward pass of cuDNN's attention turns finite inputs
+# into NaN (github.com/pytorch/pytorch/issues/196678, github.com/NVIDIA/cudnn-frontend/issues/1072), as seen with
+# PyTorch 2.11 and cuDNN 9.19.
+_CUDNN_NAN_TOKENS = {9: {64}}
+
+
+# Device and precision
+
+
+def pick_device(config: Config, world: World | None = None) -> torch.device:
+    """The device that run.device names; with several processes on CUDA, each takes the one of its local rank.
+
+    Raises:
+        ConfigError: No such device here.
+    """
+    name = config.run.device
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    several = world is not None and world.size > 1 and name.startswith('cuda')
+    if several:
+        if name != 'cuda':
+            raise ConfigError(f'run.device={name!r} is one device for {world.size} processes; allowed: auto, cuda, cpu')
+        if world.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f'process {world.local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}; start '
+                f'torchrun with --nproc-per-node {torch.cuda.device_count()}'
+            )
+        name = f'cuda:{world.local_rank}'
+    try:
+        picked = devices.pick_device(name)
+    except UserError as error:
+        raise ConfigError(f'run.{error}') from error
+    if several:
+        torch.cuda.set_device(picked)
+    return picked
+
+
+def amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
+    """Autocast type, or None for plain float32.
+
+    Raises:
+        ConfigError: A type that the device cannot train with.
+    """
+    if config.run.amp == 'fp16' and device.type != 'cuda':
+        raise ConfigError(f"run.amp='fp16' needs CUDA, run.device is {device.type}; allowed there: none, bf16")
+    return devices.amp_dtype(config.run.amp, device)
+
+
+def configure_torch(run: RunConfig, device: torch.device) -> None:
+    """Set the number of threads, and on CUDA: TF32 for float32 products and whether cuDNN's attention may run."""
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    if device.type == 'cuda':
+        torch.set_float32_matmul_precision('high' if run.tf32 else 'highest')
+        torch.backends.cudnn.allow_tf32 = run.tf32
+        torch.backends.cuda.enable_cudnn_sdp(run.cudnn_attention is not False)
+
+
+def avoid_faulty_attention(
+    model: nn.Module, input_size: tuple[int, int, int], device: torch.device, amp: torch.dtype | None
+) -> str | None:
+    """Disable cuDNN's attention where its gradients are known to be NaN at a length that the model runs.
+
+    PyTorch prefers it on Hopper, where it is the fastest; flash attention takes its place.
+
+    Args:
+        model: On its device, not compiled.
+        input_size: Channels, height, width of training images.
+        device: Where the model is.
+        amp: Autocast type, None for none.
+
+    Returns:
+        A line for the log, or None where nothing was disabled.
+    """
+    if device.type != 'cuda' or amp is None:
+        return None
+    faulty = _CUDNN_NAN_TOKENS.get(torch.cuda.get_device_capability(device)[0], set())
+    found = sorted(faulty & attention_lengths(model, input_size, device, amp)) if faulty else []
+    torch.backends.cuda.enable_cudnn_sdp(not found)
+    if not found:
+        return None
+    return (
+        f'attention by cuDNN is off: its gradients can be NaN at {", ".join(map(str, found))} tokens on this GPU '
+        f'(PyTorch issue 196678); flash attention takes its place'
+    )
+
+
+@torch.no_grad()
+def attention_lengths(
+    model: nn.Module, input_size: tuple[int, int, int], device: torch.device, amp: torch.dtype | None = None
+) -> set[int]:
+    """Numbers of tokens in the calls of `scaled_dot_product_attention` in a forward pass of one image.
+
+    Args:
+        model: On its device; runs in evaluation mode.
+        input_size: Channels, height, width.
+        device: Where the model is.
+        amp: Autocast type, None for none.
+    """
+    lengths = set()
+
+    class Recorder(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if function is F.scaled_dot_product_attention:
+                lengths.add((args[0] if args else kwargs['query']).shape[-2])
+            return function(*args, **kwargs)
+
+    training = model.training
+    model.eval()
+    try:
+        with Recorder(), torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+            model(torch.zeros(1, *input_size, device=device))
+    finally:
+        model.train(training)
+    return lengths
+
+
+def place_model(model: nn.Module, run: RunConfig, device: torch.device) -> nn.Module:
+    """The model on its device, in the memory format of the recipe."""
+    return model.to(device=device, memory_format=torch.channels_last if run.channels_last else None)
+
+
+def check_compile_mode(mode: str | None) -> None:
+    """Check a mode of torch.compile before anything is compiled.
+
+    Raises:
+        ConfigError: An unknown mode.
+    """
+    try:
+        torch.compile(nn.Identity(), mode=mode)
+    except RuntimeError as error:
+        raise ConfigError(f'run.compile_mode={mode!r} is not valid: {first_line(error)}') from error
+
+
+def check_backend(model: nn.Module, device: torch.device) -> None:
+    """Check that the backend of every Hydra layer can run, before the run starts.
+
+    Raises:
+        ConfigError: Says what is missing.
+    """
+    for module in model.modules():
+        if isinstance(module, (Hydra, Semiseparable)):
+            try:
+                choose_backend(module.backend, device)
+            except (ValueError, RuntimeError) as error:
+                raise ConfigError(str(error)) from error
+
+
+# Model
 
 
 def create_model(config: Config, num_classes: int, load_weights: bool = True) -> nn.Module:
     """The model of a recipe, on the CPU.
 
     Args:
-        config: the recipe.
-        num_classes: size of the head.
-        load_weights: False leaves out the initial weights, where a checkpoint is about to replace them.
+        config: The recipe.
+        num_classes: Size of the head.
+        load_weights: False skips the initial weights, where a checkpoint is about to replace them.
 
     Raises:
-        ConfigError: an unknown name, or arguments that the model refuses.
-        CheckpointError: initial weights that do not fit.
+        ConfigError: An unknown name, or arguments that the model rejects.
+        CheckpointError: Initial weights that do not fit.
     """
     model = config.model
     if ':' not in model.name and not timm.is_model(model.name):  # 'hf-hub:...' and the like are looked up elsewhere
@@ -71,7 +221,7 @@ def create_model(config: Config, num_classes: int, load_weights: bool = True) ->
         if from_file:
             raise CheckpointError(f'{text} (initial weights: {model.checkpoint})') from error
         raise ConfigError(text) from error
-    if head != num_classes:  # built with the head of the file, so that timm refuses weights that do not all fit
+    if head != num_classes:  # built with the head of the file, so that timm rejects weights that do not all fit
         built.reset_classifier(num_classes)
     _check_size(config, built)
     if model.freeze_backbone:
@@ -82,13 +232,41 @@ def create_model(config: Config, num_classes: int, load_weights: bool = True) ->
 
 
 def classes_in(path: str, name: str) -> int:
-    """Number of classes that the head in a weight file knows, 0 without a head.
+    """Number of classes of the head in a weight file of the model `name`, 0 without a head.
 
     Raises:
-        CheckpointError: not a readable file.
+        CheckpointError: Not a readable file.
     """
     cfg = None if ':' in name else get_pretrained_cfg(name)
     return _read_weights(path, cfg.classifier if cfg else 'head')[1]
+
+
+def freeze_backbone(model: nn.Module, name: str) -> None:
+    """Make only the classifier trainable, for a linear probe.
+
+    Args:
+        model: A timm classifier.
+        name: Its name in the error message.
+
+    Raises:
+        ConfigError: A model without a classifier.
+    """
+    head = model.get_classifier() if hasattr(model, 'get_classifier') else None
+    if not isinstance(head, nn.Module) or not any(True for _ in head.parameters()):
+        raise ConfigError(f'model.freeze_backbone: {name} has no classifier to train')
+    model.requires_grad_(False)
+    head.requires_grad_(True)
+
+
+def frozen_parts_to_eval(model: nn.Module) -> None:
+    """Put frozen modules into evaluation mode: no dropout or stochastic depth, no new batch-norm statistics.
+
+    To be called after every `train()`.
+    """
+    learning = {module for module in model.modules() if any(p.requires_grad for p in module.parameters())}
+    for module in model.modules():
+        if module not in learning:
+            module.training = False
 
 
 def _describe_start(path: str, weights: dict[str, Any], head: int, model: nn.Module) -> str:
@@ -102,179 +280,8 @@ def _describe_start(path: str, weights: dict[str, Any], head: int, model: nn.Mod
     return ', '.join(parts)
 
 
-def create_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer, its groups split by weight decay (none for biases, norms and `model.no_weight_decay()`) and layer.
-
-    Raises:
-        ConfigError: an unknown optimizer, or arguments that it refuses.
-    """
-    optim = config.optim
-    kwargs = dict(optim.kwargs)
-    kwargs |= {key: getattr(optim, key) for key in ('betas', 'eps') if getattr(optim, key) is not None}
-    try:
-        optimizer = create_optimizer_v2(
-            model,
-            opt=optim.name,
-            lr=scaled_lr(config),
-            weight_decay=optim.weight_decay,
-            layer_decay=optim.layer_decay,
-            **kwargs,
-        )
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ConfigError(f'cannot build optim.name={optim.name!r} with {kwargs}: {error}') from error
-    if getattr(optimizer, 'is_second_order', False):
-        raise ConfigError(
-            f'optim.name={optim.name!r} needs gradients of gradients, which this trainer does not compute'
-        )
-    return optimizer
-
-
-def scaled_lr(config: Config) -> float:
-    """optim.lr in proportion to the images an update, where the recipe says what size it is meant for."""
-    return config.optim.lr * lr_scale(config)
-
-
-def lr_scale(config: Config) -> float:
-    """Images an update over the number that the recipe's learning rates are meant for."""
-    if config.optim.lr_batch_size is None:
-        return 1.0
-    return config.data.batch_size * config.optim.accum_steps / config.optim.lr_batch_size
-
-
-def create_schedule(
-    config: Config, optimizer: torch.optim.Optimizer, updates_per_epoch: int
-) -> tuple[Scheduler | None, int]:
-    """timm's scheduler and the number of epochs to train, cool-down included.
-
-    Raises:
-        ConfigError: arguments that the scheduler refuses.
-    """
-    schedule, scale = config.schedule, lr_scale(config)
-    try:
-        return create_scheduler_v2(
-            optimizer,
-            sched=schedule.name,
-            num_epochs=schedule.epochs,
-            warmup_epochs=schedule.warmup_epochs,
-            warmup_lr=schedule.warmup_lr * scale,
-            min_lr=schedule.min_lr * scale,
-            cooldown_epochs=schedule.cooldown_epochs,
-            step_on_epochs=not schedule.per_update,
-            updates_per_epoch=updates_per_epoch,
-            **schedule.kwargs,
-        )
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ConfigError(f'cannot build schedule.name={schedule.name!r} with {schedule.kwargs}: {error}') from error
-
-
-def create_loss(config: Config) -> nn.Module:
-    """Training loss: soft targets where batches are mixed (the mixing smooths them), else smoothed or plain labels."""
-    if config.mixes:
-        loss: nn.Module = SoftTargetCrossEntropy()
-    elif config.augment.smoothing:
-        loss = LabelSmoothingCrossEntropy(config.augment.smoothing)
-    else:
-        loss = nn.CrossEntropyLoss()
-    return ZLoss(loss, config.optim.z_loss) if config.optim.z_loss else loss
-
-
-class ZLoss(nn.Module):
-    """Adds `weight * mean(logsumexp(logits) ** 2)` to a loss: keeps logits from drifting (PaLM, arXiv 2204.02311).
-
-    Args:
-        loss: of logits (B, classes) and targets.
-        weight: of the addition; 1e-4 in PaLM.
-    """
-
-    def __init__(self, loss: nn.Module, weight: float):
-        super().__init__()
-        self.loss, self.weight = loss, weight
-
-    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.loss(logits, targets) + self.weight * logits.float().logsumexp(dim=-1).square().mean()
-
-
-def create_task(config: Config, model: nn.Module, device: torch.device) -> TrainingTask:
-    """timm's training task: the model with its loss, images and targets to `{"loss": ..., "output": ...}`."""
-    if config.distill.teacher is not None:
-        from hydra_vision.train.distill import create_distillation
-
-        return create_distillation(config, model, create_loss(config).to(device), device)
-    return ClassificationTask(model, create_loss(config).to(device), device=device, verbose=False)
-
-
-def create_ema(config: Config, model: nn.Module) -> ModelEmaV3 | None:
-    """Moving average of the weights, on the model's device."""
-    if config.ema.decay is None:
-        return None
-    return ModelEmaV3(model, decay=config.ema.decay, use_warmup=config.ema.warmup)
-
-
-def pick_device(config: Config, world: World | None = None) -> torch.device:
-    """The device that run.device names; with several processes on CUDA, each takes the one of its local rank.
-
-    Raises:
-        ConfigError: no such device here.
-    """
-    name = config.run.device
-    if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if world is not None and world.size > 1 and name.startswith('cuda'):
-        if name != 'cuda':
-            raise ConfigError(f'run.device={name!r} is one device for {world.size} processes; allowed: auto, cuda, cpu')
-        if world.local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f'process {world.local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}; start '
-                f'torchrun with --nproc-per-node {torch.cuda.device_count()}'
-            )
-        name = f'cuda:{world.local_rank}'
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-        if world is not None and world.size > 1 and device.type == 'cuda':
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f'run.device={name!r} is not available: {first_line(error)}; allowed: auto, cpu, cuda, ...'
-        ) from error
-    return device
-
-
-def check_backend(model: nn.Module, device: torch.device) -> None:
-    """Refuses a Hydra backend that cannot run, before the run starts.
-
-    Raises:
-        ConfigError: says what is missing.
-    """
-    for module in model.modules():
-        if isinstance(module, (Hydra, Semiseparable)):
-            try:
-                choose_backend(module.backend, device)
-            except (ValueError, RuntimeError) as error:
-                raise ConfigError(str(error)) from error
-
-
-def amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
-    """Autocast type, or None for plain float32.
-
-    Raises:
-        ConfigError: a type that the device cannot train with.
-    """
-    amp = config.run.amp
-    if amp == 'auto':
-        amp = 'bf16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'none'
-    if amp == 'fp16' and device.type != 'cuda':
-        raise ConfigError(f"run.amp='fp16' needs CUDA, run.device is {device.type}; allowed there: none, bf16")
-    return {'none': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}[amp]
-
-
-def updates_in(batches: int, accum_steps: int) -> int:
-    """Updates an epoch; the last one may hold fewer batches."""
-    return math.ceil(batches / accum_steps)
-
-
 def _check_size(config: Config, model: nn.Module) -> None:
-    """Refuses an image size that patches do not tile: the patch convolution would leave out the rest in silence."""
+    """Reject an image size that patches do not tile: the patch convolution would silently drop the rest."""
     patch = getattr(getattr(model, 'patch_embed', None), 'patch_size', None)
     if patch is None or getattr(model.patch_embed, 'dynamic_img_pad', False):
         return
@@ -292,11 +299,70 @@ def _check_size(config: Config, model: nn.Module) -> None:
 
 def _read_weights(path: str, classifier: str) -> tuple[dict[str, Any], int]:
     """The weights in a file, averaged ones before raw ones, and the number of classes of their head (0: no head)."""
-    if not Path(path).expanduser().is_file():
+    file = to_path(path, 'model.checkpoint')
+    if not file.is_file():
         raise CheckpointError(f'model.checkpoint={path!r} is not a file')
-    try:
-        weights = load_state_dict(str(Path(path).expanduser()))
-    except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f'model.checkpoint={path!r} cannot be read: {first_line(error)}') from error
+    weights = read_weights(file)
     head = weights.get(f'{classifier}.weight')
     return weights, 0 if head is None else head.shape[0]
+
+
+# Optimizer and schedule
+
+
+def create_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer, its groups split by weight decay (none for biases, norms and `model.no_weight_decay()`) and layer.
+
+    Raises:
+        ConfigError: An unknown optimizer, or arguments that it rejects.
+    """
+    optim = config.optim
+    kwargs = dict(optim.kwargs)
+    kwargs |= {key: getattr(optim, key) for key in ('betas', 'eps') if getattr(optim, key) is not None}
+    try:
+        optimizer = create_optimizer_v2(
+            model,
+            opt=optim.name,
+            lr=optim.lr * config.lr_scale,
+            weight_decay=optim.weight_decay,
+            layer_decay=optim.layer_decay,
+            **kwargs,
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f'cannot build optim.name={optim.name!r} with {kwargs}: {error}') from error
+    if getattr(optimizer, 'is_second_order', False):
+        raise ConfigError(
+            f'optim.name={optim.name!r} needs gradients of gradients, which this trainer does not compute'
+        )
+    return optimizer
+
+
+def create_schedule(
+    config: Config, optimizer: torch.optim.Optimizer, updates_per_epoch: int
+) -> tuple[Scheduler | None, int]:
+    """timm's scheduler and the number of epochs to train, cooldown included.
+
+    Raises:
+        ConfigError: Arguments that the scheduler rejects.
+    """
+    schedule = config.schedule
+    try:
+        return create_scheduler_v2(
+            optimizer,
+            sched=schedule.name,
+            num_epochs=schedule.epochs,
+            warmup_epochs=schedule.warmup_epochs,
+            warmup_lr=schedule.warmup_lr * config.lr_scale,
+            min_lr=schedule.min_lr * config.lr_scale,
+            cooldown_epochs=schedule.cooldown_epochs,
+            step_on_epochs=not schedule.per_update,
+            updates_per_epoch=updates_per_epoch,
+            **schedule.kwargs,
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f'cannot build schedule.name={schedule.name!r} with {schedule.kwargs}: {error}') from error
+
+
+def updates_in(batches: int, accum_steps: int) -> int:
+    """Optimizer steps per epoch; the last one may accumulate fewer batches."""
+    return math.ceil(batches / accum_steps)

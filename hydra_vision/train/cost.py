@@ -1,20 +1,18 @@
-"""What training costs: operations an image, the share of the device's peak that is used, hours of a whole run."""
+"""Cost of training: operations per image, utilization of the device's peak, memory, hours of a whole run."""
 
 import dataclasses
 import re
 
 import torch
-from torch import nn
 
-from hydra_vision import Hydra
-from hydra_vision.bench.counting import count_flops
-from hydra_vision.environment import device_name
-from hydra_vision.train import build
-from hydra_vision.train.config import Config
-from hydra_vision.train.report import duration
+from ..environment import device_name
+from ..flops import count_flops
+from . import build
+from .config import Config
+from .report import duration
 
-# Dense peak in TFLOP/s by the makers' data sheets: (words of the device's name, bf16 or fp16, TF32). Special before
-# general; a name that is not here has no known peak.
+# Dense peak in TFLOP/s by the vendors' data sheets: (words of the device's name, bf16 or fp16, TF32). Specific names
+# before general ones; a name that is not here has no known peak.
 _PEAKS = (
     ('B200', 2250, 1100),
     ('GH200', 989, 495),
@@ -36,10 +34,16 @@ _PEAKS = (
 
 
 def training_flops(config: Config, num_classes: int, input_size: tuple[int, int, int]) -> float | None:
-    """Operations of one training image, forward and backward: matrix products and convolutions, the multiply and the
-    add of a product as two; the backward pass twice the forward pass, that of the patch embedding once. Of a linear
-    probe (model.freeze_backbone) the classifier alone has a backward pass, of its weights. Recomputed activations
-    (run.grad_checkpointing) do not count.
+    """Operations per training image, forward and backward.
+
+    Matrix products and convolutions, a multiply-add as two; the backward pass as twice the forward pass, that of the
+    patch embedding as once. In a linear probe (model.freeze_backbone) only the classifier has a backward pass, for its
+    weights. Recomputed activations (run.grad_checkpointing) do not count.
+
+    Args:
+        config: The recipe.
+        num_classes: Size of the head.
+        input_size: Channels, height, width.
 
     Returns:
         The number, or None for a model that cannot be counted without running it.
@@ -47,9 +51,6 @@ def training_flops(config: Config, num_classes: int, input_size: tuple[int, int,
     try:
         with torch.device('meta'):
             model = build.create_model(config, num_classes, load_weights=False).eval()
-        for module in model.modules():
-            if isinstance(module, Hydra):
-                module.backend = 'chunked'
         counts = count_flops(model, input_size)
     except (RuntimeError, NotImplementedError, TypeError):  # something in it needs values
         return None
@@ -59,7 +60,7 @@ def training_flops(config: Config, num_classes: int, input_size: tuple[int, int,
 
 
 def peak_flops(device: torch.device, amp: torch.dtype | None, tf32: bool) -> float | None:
-    """Peak operations a second of a device for the precision of its products, None where it is not known."""
+    """Peak operations per second of a device for the precision of its products, None where it is not known."""
     if device.type != 'cuda' or (amp is None and not tf32):
         return None
     name = device_name(device)
@@ -71,46 +72,49 @@ def peak_flops(device: torch.device, amp: torch.dtype | None, tf32: bool) -> flo
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What an image costs, and what the devices of the run could do.
+    """Cost of an image, and peak of the devices of the run.
 
     Args:
-        flops: operations of a training image, None where they could not be counted.
-        peak: operations a second of all devices of the run at their peak, None where it is not known.
+        flops: Operations per training image, None where they could not be counted.
+        peak: Peak operations per second of all devices of the run, None where it is not known.
     """
 
     flops: float | None
     peak: float | None
 
     def mfu(self, images_per_second: float) -> float | None:
-        """Model FLOPs utilisation: the share of the peak that the model's own operations use, 0..1."""
+        """Model FLOPs utilization: the share of the peak that the model's own operations use, 0..1."""
         if self.flops is None or self.peak is None:
             return None
         return images_per_second * self.flops / self.peak
 
     def describe(self, device: torch.device) -> str:
-        """One line; says what is missing for the utilisation."""
-        flops = 'not countable' if self.flops is None else f'{self.flops / 1e9:.2f} GFLOP a training image'
+        """One line; says what is missing for the utilization."""
+        flops = 'not countable' if self.flops is None else f'{self.flops / 1e9:.2f} GFLOP per training image'
         if self.peak is None:
             return f'{flops}; no peak is known for {device_name(device)} at this precision: no MFU'
         return f'{flops}; peak {self.peak / 1e12:.0f} TFLOP/s'
 
 
 def measure_cost(
-    config: Config, model: nn.Module, input_size: tuple[int, int, int], device: torch.device, devices: int = 1
+    config: Config, num_classes: int, input_size: tuple[int, int, int], device: torch.device, devices: int = 1
 ) -> Cost:
     """The cost of training a model of the recipe.
 
     Args:
-        config: the recipe.
-        model: as it is trained; only its number of classes is read.
-        input_size: channels, height, width.
-        device: where it is trained.
-        devices: of that kind in the whole run.
+        config: The recipe.
+        num_classes: Size of the head.
+        input_size: Channels, height, width.
+        device: Where it is trained.
+        devices: Number of devices of that kind in the whole run.
     """
-    amp = build.amp_dtype(config, device)
-    peak = peak_flops(device, amp, config.run.tf32)
-    flops = training_flops(config, model.num_classes, input_size)
-    return Cost(flops, None if peak is None else peak * devices)
+    peak = peak_flops(device, build.amp_dtype(config, device), config.run.tf32)
+    return Cost(training_flops(config, num_classes, input_size), None if peak is None else peak * devices)
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """GiB that tensors took at most since the process began, None on the CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == 'cuda' else None
 
 
 def estimate(seconds: float, devices: int, kind: str) -> str:

@@ -1,20 +1,22 @@
-"""Several processes as one run: who writes, what is summed, and how all of them agree.
+"""Distributed training: which process writes, what is summed, how processes agree, and FSDP2.
 
-Processes are started by torchrun, which tells each its number. Tensors on GPUs travel through NCCL; flags, messages and
+Processes are started by torchrun, which sets the rank of each. Tensors on GPUs travel through NCCL; flags, messages and
 tensors on the CPU through gloo.
 """
 
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hydra_vision.errors import ConfigError, TrainError, first_line
-from hydra_vision.train.errors import Stopped
+from ..errors import ConfigError, TrainError, first_line
+from .signals import Stopped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +24,9 @@ class World:
     """The processes of a run.
 
     Attributes:
-        rank: number of this process.
-        size: how many there are.
-        local_rank: number of this process on its machine, which is also its GPU.
+        rank: Rank of this process.
+        size: Number of processes.
+        local_rank: Rank of this process on its machine, which is also the index of its GPU.
     """
 
     rank: int = 0
@@ -37,7 +39,7 @@ class World:
         return self.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sums a tensor over the processes, in place."""
+        """Sum a tensor over the processes, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -57,17 +59,17 @@ class World:
         return values
 
     def barrier(self) -> None:
-        """Waits for all processes."""
+        """Wait for all processes."""
         self.gather(None)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """An error of one process inside the block ends the block with that error in all of them.
+        """Raise an error of one process inside the block on all of them at the end of the block.
 
-        Without this the others would wait for it for ever. No collective call may be in the block.
+        Without this the others would wait for it forever. No collective call may be in the block.
 
         Raises:
-            TrainError: the error of the lowest rank that has one.
+            TrainError: The error of the lowest rank that has one.
         """
         error: TrainError | None = None
         try:
@@ -90,7 +92,7 @@ def world_from_environment() -> World:
     """The world that torchrun describes in the environment; one process where it was not used.
 
     Raises:
-        ConfigError: variables that do not fit together.
+        ConfigError: Variables that do not fit together.
     """
     names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')
     given = {name: os.environ[name] for name in names if name in os.environ}
@@ -100,7 +102,7 @@ def world_from_environment() -> World:
         rank, size, local_rank = (int(given[name]) for name in names)
     except (KeyError, ValueError) as error:
         raise ConfigError(
-            f'WORLD_SIZE={given["WORLD_SIZE"]!r} is set, but RANK and LOCAL_RANK are not whole numbers beside it: '
+            f'WORLD_SIZE={given["WORLD_SIZE"]!r} is set, but RANK and LOCAL_RANK are not integers: '
             'start several processes with torchrun'
         ) from error
     if not 0 <= rank < size:
@@ -115,10 +117,10 @@ def local_processes() -> int:
 
 @contextlib.contextmanager
 def connected(world: World) -> Iterator[None]:
-    """Connects the processes of a run for the length of a block.
+    """Connect the processes of a run for the length of a block.
 
     Raises:
-        ConfigError: they cannot be connected.
+        ConfigError: They cannot be connected.
     """
     if world.size == 1:
         yield
@@ -134,21 +136,21 @@ def connected(world: World) -> Iterator[None]:
         dist.destroy_process_group()
         raise
     except TrainError as error:
-        if error.shared:  # else the others are in the middle of something, and torchrun ends them
+        if error.shared:  # otherwise the others are in the middle of something, and torchrun ends them
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
 
 
-class Flags:
-    """Wishes of single processes that all of them follow at the same update.
+class AsyncFlags:
+    """Flags that any rank may raise, combined by an asynchronous all-reduce; results lag one step.
 
-    A process that is told to stop must not leave the others waiting, so it says so at every update and acts on what
-    all said at the update before. The exchange runs beside the computation and never waits for the GPU.
+    A process that is asked to stop must not leave the others waiting, so it says so at every step and acts on what all
+    said at the step before. The exchange overlaps with computation and never waits for the GPU.
 
     Args:
-        world: the processes.
-        count: number of flags.
+        world: The processes.
+        count: Number of flags.
     """
 
     def __init__(self, world: World, count: int):
@@ -156,22 +158,70 @@ class Flags:
         self.sent: tuple[Any, torch.Tensor] | None = None
 
     def exchange(self, *flags: bool) -> tuple[bool, ...]:
-        """Tells the others what this process wants; returns what any process wanted at the call before.
+        """Send the flags of this process; return those that any process raised at the previous call.
 
         With one process it returns its own flags at once.
         """
         if self.world.size == 1:
             return flags
-        before = self.finish()
+        before = self._received()
         tensor = torch.tensor(flags, dtype=torch.int32)
         self.sent = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True), tensor
         return before
 
-    def finish(self) -> tuple[bool, ...]:
-        """What any process wanted at the last call of `exchange`."""
+    def _received(self) -> tuple[bool, ...]:
         if self.sent is None:
             return (False,) * self.count
         work, tensor = self.sent
         self.sent = None
         work.wait()
         return tuple(bool(flag) for flag in tensor)
+
+
+def shard(model: nn.Module, device: torch.device) -> nn.Module:
+    """Shard the parameters over all processes (FSDP2), in place: one group per block, one for the rest.
+
+    Parameters are gathered in their own precision: autocast casts what may be cast, and decays and step sizes of Hydra
+    layers stay float32.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    blocks = getattr(model, 'blocks', None) or getattr(model, 'stages', None) or ()
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    # The default would keep the rest gathered after a forward pass without a backward one (validation, statistics).
+    return fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def gather_whole(value: Any) -> Any:
+    """Nested containers with every sharded tensor made whole, on the CPU of rank 0; a collective call."""
+    if isinstance(value, DTensor):
+        whole = value.full_tensor()
+        return whole.cpu() if dist.get_rank() == 0 else None
+    if isinstance(value, Mapping):
+        return {key: gather_whole(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(gather_whole(item) for item in value)
+    return value
+
+
+def shard_optimizer_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimizer with its whole tensors sharded like its parameters.
+
+    Args:
+        state: Of `Optimizer.state_dict`, whole tensors, the same on every process.
+        optimizer: Of a sharded model.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
+    sharded = {}
+    for number, entries in state['state'].items():
+        parameter = parameters[number]
+        sharded[number] = {
+            key: distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+            if isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            else value
+            for key, value in entries.items()
+        }
+    return {**state, 'state': sharded}

@@ -1,51 +1,51 @@
-"""What learns: model, loss, optimizer, schedule, loss scale and moving average, and one update of all of them."""
+"""The training state: model, loss, optimizer, schedule, loss scale and moving average, and one step of all of them."""
 
 import contextlib
 import itertools
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from timm.utils import dispatch_clip_grad, distribute_bn
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
-from hydra_vision.errors import CheckpointError, ConfigError
-from hydra_vision.train import build
-from hydra_vision.train.config import Config
-from hydra_vision.train.device import check_compile_mode, compile_model
-from hydra_vision.train.distributed import World
-from hydra_vision.train.freeze import frozen_parts_to_eval
-from hydra_vision.train.stats import total_norm
+from ..errors import CheckpointError, ConfigError, first_line
+from . import build
+from .config import Config
+from .distributed import World, gather_whole, shard, shard_optimizer_state
+from .stats import total_norm
+from .tasks import create_task
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the CPU of rank 0, sharded or not
 
 
 class Learner:
-    """Everything that an update changes.
+    """Everything that an optimizer step changes.
 
     Args:
-        config: the recipe.
-        model: on its device; the same weights on every process.
-        device: where the model is.
-        amp: autocast type, None for none.
-        updates_per_epoch: optimizer steps an epoch, for the schedule.
-        world: the processes that train it together.
-        state: what `state()` gave, to go on from.
-        epochs_done: that belong to `state`.
+        config: The recipe.
+        model: On its device; the same weights on every process.
+        device: Where the model is.
+        amp: Autocast type, None for none.
+        updates_per_epoch: Optimizer steps per epoch, for the schedule.
+        world: The processes that train it together.
 
     Attributes:
-        model: the plain model, whose `state_dict` is saved.
+        model: The plain model.
         task: timm's training task around it: images and targets to `{"loss": ..., "output": ...}`.
-        forward: the model as validation calls it (compiled where the recipe says so).
-        forward_ema: the averaged model as validation calls it, or None.
-        epochs: length of the schedule, cool-down included.
-        updates: optimizer steps done, skipped ones included.
-        skipped: of these, how many were left out for gradients that are NaN or infinite.
-        lr: learning rate of the top layers in the latest update.
-        grad_norm: of the last update that measured it, before clipping.
+        forward: The model for validation (compiled if the recipe says so).
+        forward_ema: The averaged model for validation, or None.
+        epochs: Length of the schedule, cooldown included.
+        updates: Optimizer steps done, skipped ones included.
+        skipped: How many of them were skipped because of gradients that are NaN or infinite.
+        lr: Learning rate of the top layers in the latest step.
+        grad_norm: Of the last step that measured it, before clipping.
 
     Raises:
-        ConfigError: settings that do not fit the model or one another.
-        CheckpointError: `state` does not fit.
+        ConfigError: Settings that do not fit the model or one another.
     """
 
     def __init__(
@@ -56,67 +56,58 @@ class Learner:
         amp: torch.dtype | None,
         updates_per_epoch: int,
         world: World | None = None,
-        state: dict[str, Any] | None = None,
-        epochs_done: int = 0,
     ):
         self.config, self.model, self.device, self.amp = config, model, device, amp
         self.world = world or World()
         self.sharded = config.distributed.strategy == 'fsdp' and self.world.size > 1
         if self.sharded and amp is torch.float16:
-            raise ConfigError("distributed.strategy='fsdp' does not go with run.amp='fp16'; allowed: bf16, none")
-        if state is not None:
-            self._load(model, state['state_dict'])
-        self.ema = build.create_ema(config, model)
-        if state is not None and self.ema is not None:
-            self._load(self.ema.module, state['state_dict_ema'] or state['state_dict'])
-        if self.sharded:
-            from hydra_vision.train.sharding import shard
+            raise ConfigError("distributed.strategy='fsdp' does not support run.amp='fp16'; allowed: bf16, none")
 
-            shard(model, device)
-            if self.ema is not None:
-                shard(self.ema.module, device)
-        self.task = build.create_task(config, model, device)
+        self.task = create_task(config, model, device)
+        self.ema: nn.Module | None = None
+        if config.ema.decay is not None:
+            self.ema = self.task.setup_ema(config.ema.decay, use_warmup=config.ema.warmup).module
+        if self.sharded:
+            for module in (model, *([] if self.ema is None else [self.ema])):
+                shard(module, device)
         self.optimizer = build.create_optimizer(config, model)
         self.schedule, self.epochs = build.create_schedule(config, self.optimizer, updates_per_epoch)
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-        self.updates, self.skipped, self.grad_norm, self.lr = 0, 0, math.nan, self._lr()
-        if state is not None:
-            self._restore(state, epochs_done)
-        self.forward, self.forward_ema = model, None if self.ema is None else self.ema.module
-        self._compile()
+        self.updates, self.skipped, self.grad_norm, self.lr = 0, 0, math.nan, self._next_lr()
+
+        if config.run.torch_compile:
+            build.check_compile_mode(config.run.compile_mode)
+            self.task.compile(mode=config.run.compile_mode)
+            self.task.compile_ema(mode=config.run.compile_mode)
+        self.forward, self.forward_ema = self.task.get_eval_model(), self.task.get_eval_model(ema=True)
         if self.world.size > 1 and not self.sharded:
-            device_ids = [device.index] if device.type == 'cuda' else None
-            # said of the depthwise convolution's gradient, whose strides differ in a dimension of size 1 only
-            warnings.filterwarnings('ignore', message='Grad strides do not match bucket view strides')
-            self.task.prepare_distributed(device_ids=device_ids)
-            if config.distributed.gradients == 'bf16':
-                from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+            self._distribute()
 
-                self.task.trainable_module.register_comm_hook(None, bf16_compress_hook)
+    def _distribute(self) -> None:
+        """Wrap what is trained in DistributedDataParallel."""
+        device_ids = [self.device.index] if self.device.type == 'cuda' else None
+        # The depthwise convolution's gradient: its strides differ in a dimension of size 1 only.
+        warnings.filterwarnings('ignore', message='Grad strides do not match bucket view strides')
+        self.task.prepare_distributed(device_ids=device_ids)
+        if self.config.distributed.gradients == 'bf16':
+            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-    def _compile(self) -> None:
-        """Compiles what the recipe wants compiled: after weights are loaded, before the processes are tied together."""
-        if not self.config.run.torch_compile:
-            return
-        check_compile_mode(self.config)
-        self.forward = self.task.compile(mode=self.config.run.compile_mode)
-        if self.ema is not None:
-            self.forward_ema = compile_model(self.ema.module, self.config)
+            self.task.trainable_module.register_comm_hook(None, bf16_compress_hook)
 
     def train(self) -> None:
-        """Training mode, but for what is frozen."""
+        """Training mode, except for what is frozen."""
         self.task.train()
         if self.config.model.freeze_backbone:
-            frozen_parts_to_eval(self.model)
+            build.frozen_parts_to_eval(self.model)
 
     def backward(self, images: torch.Tensor, targets: torch.Tensor, group: int, last: bool = True) -> torch.Tensor:
-        """Adds the gradient of one batch.
+        """Add the gradient of one batch.
 
         Args:
             images: (B, C, H, W) on the device.
-            targets: class indices (B,), or their shares (B, classes).
-            group: batches of this update, over which the loss is averaged.
-            last: whether it is the last of them; only then processes exchange their gradients.
+            targets: Class indices (B,), or soft targets (B, classes).
+            group: Batches of this optimizer step, over which the loss is averaged.
+            last: Whether it is the last of them; only then do processes exchange their gradients.
 
         Returns:
             The loss of this process, a float32 scalar on the device.
@@ -130,13 +121,13 @@ class Learner:
         return loss.detach().float()
 
     def update(self, measure: bool = False) -> None:
-        """One optimizer step, and what follows from it.
+        """One optimizer step: clip, step, average, schedule.
 
         Args:
-            measure: put the norm of the gradient into `grad_norm`; waits for the device.
+            measure: Put the norm of the gradient into `grad_norm`; synchronizes with the device.
         """
         optim = self.config.optim
-        guarded = optim.skip_nonfinite > 0 and not self.scaler.is_enabled()  # fp16: the scaler leaves such steps out
+        guarded = optim.skip_nonfinite > 0 and not self.scaler.is_enabled()  # fp16: the scaler skips such steps
         if optim.clip_grad is not None or measure or guarded:
             self.scaler.unscale_(self.optimizer)
         if measure or guarded:
@@ -146,35 +137,30 @@ class Learner:
             self.skipped += 1
         else:
             if optim.clip_grad is not None:
-                agc = optim.clip_mode == 'agc'  # which leaves the classifier out, as its paper and timm's script do
+                agc = optim.clip_mode == 'agc'  # which exempts the classifier, as its paper and timm's script do
                 parameters = self.task.get_clip_parameters(exclude_head=agc)
                 dispatch_clip_grad(parameters, optim.clip_grad, mode=optim.clip_mode)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            if self.ema is not None:
-                self.ema.update(self.model, step=self.updates)
+            self.task.update_ema(step=self.updates)
         self.optimizer.zero_grad(set_to_none=True)
-        self.lr = self._lr()
+        self.lr = self._next_lr()
         if self.schedule is not None:
             self.schedule.step_update(self.updates)
 
     def end_epoch(self, epochs: int) -> None:
-        """Tells the schedule how many epochs are done."""
+        """Tell the schedule how many epochs are done."""
         if self.schedule is not None:
             self.schedule.step(epochs)
 
     def share_statistics(self) -> None:
-        """Averages the running statistics of batch norms, which each process has of its own images."""
+        """Average the running statistics of batch norms over the processes, which compute them on their own images."""
         if self.world.size > 1:
-            for model in (self.model, *([] if self.ema is None else [self.ema.module])):
+            for model in (self.model, *([] if self.ema is None else [self.ema])):
                 distribute_bn(model, self.world.size, reduce=True)
 
-    def _lr(self) -> float:
-        """Learning rate of the top layers in the next update."""
-        return self.optimizer.param_groups[-1]['lr']
-
     def param_norm(self) -> float:
-        """Euclidean norm of all weights; waits for the device."""
+        """Euclidean norm of all weights; synchronizes with the device."""
         return total_norm(self.model.parameters())
 
     def broken_weights(self) -> bool:
@@ -185,40 +171,41 @@ class Learner:
         broken = (~torch.stack(parts).all()).float()
         return bool(self.world.sum(broken) > 0)
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of it; whole tensors, so a collective call where the model is sharded."""
-        state = {
+    def state_dict(self) -> dict[str, Any]:
+        """Whole tensors, whether the model is sharded or not; a collective call, complete on rank 0."""
+        # Not by PyTorch's get_optimizer_state_dict: it makes a step of an optimizer whose state seems empty, which that
+        # of timm's Lookahead always does.
+        optimizer = self.optimizer.state_dict()
+        return {
             'updates': self.updates,
             'skipped': self.skipped,
-            'state_dict': self.model.state_dict(),
-            'state_dict_ema': None if self.ema is None else self.ema.module.state_dict(),
-            'optimizer': self.optimizer.state_dict(),
+            'state_dict': get_model_state_dict(self.model, options=_WHOLE),
+            'state_dict_ema': None if self.ema is None else get_model_state_dict(self.ema, options=_WHOLE),
+            'optimizer': gather_whole(optimizer) if self.sharded else optimizer,
             'scaler': self.scaler.state_dict(),
         }
-        if self.sharded:
-            from hydra_vision.train.sharding import gathered
 
-            return gathered(state)
-        return state
+    def load_state_dict(self, state: Mapping[str, Any], epochs_done: int) -> None:
+        """Load what `state_dict` returned; the schedule follows from the counters.
 
-    def _load(self, model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            raise CheckpointError(f'the checkpoint does not fit {self.config.model.name}: {error}') from error
+        Args:
+            state: Whole tensors, the same on every process.
+            epochs_done: Epochs that belong to it.
 
-    def _restore(self, state: dict[str, Any], epochs_done: int) -> None:
-        """Optimizer, scale and counters of a checkpoint; the schedule follows from the counters."""
+        Raises:
+            CheckpointError: It does not fit the model or the optimizer.
+        """
         settings = [{key: group[key] for key in group if key != 'params'} for group in self.optimizer.param_groups]
-        saved = state['optimizer']
-        if self.sharded:
-            from hydra_vision.train.sharding import scattered_optimizer
-
-            saved = scattered_optimizer(saved, self.optimizer)
         try:
-            self.optimizer.load_state_dict(saved)
+            set_model_state_dict(self.model, state['state_dict'], options=_WHOLE)
+            if self.ema is not None:
+                set_model_state_dict(self.ema, state['state_dict_ema'] or state['state_dict'], options=_WHOLE)
+            saved = state['optimizer']
+            self.optimizer.load_state_dict(shard_optimizer_state(saved, self.optimizer) if self.sharded else saved)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f'the checkpoint does not fit {self.config.model.name}: {error}') from error
+            raise CheckpointError(
+                f'the checkpoint does not fit {self.config.model.name}: {first_line(error)}'
+            ) from error
         for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
             setting.pop('lookahead_step', None)  # timm's Lookahead counts its steps among the settings
             group.update(setting)  # a setting that was changed on purpose holds, also after a resume
@@ -227,6 +214,10 @@ class Learner:
         self.updates, self.skipped = state['updates'], state['skipped']
         self.end_epoch(epochs_done)
         for update in (max(self.updates - 1, 0), self.updates):
-            self.lr = self._lr()
+            self.lr = self._next_lr()
             if self.schedule is not None:
                 self.schedule.step_update(update)
+
+    def _next_lr(self) -> float:
+        """Learning rate of the top layers in the next step."""
+        return self.optimizer.param_groups[-1]['lr']

@@ -1,18 +1,21 @@
-"""Where the numbers of a run go, beside the terminal."""
+"""Loggers: where the metrics of a run go besides the terminal: CSV files, TensorBoard, Weights & Biases.
+
+Metrics are one flat mapping from names to numbers. The first part of a name is its group: `step/loss` (inside an
+epoch), `mixers/LAYER/dt_mean` (a Hydra layer), `epoch/val_top1` (the end of an epoch).
+"""
 
 import csv
+import importlib.util
 import io
-import time
+import os
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-import torch
-
-from hydra_vision.io import write_text
-from hydra_vision.train.stats import mixer_statistics
-
-if TYPE_CHECKING:
-    from hydra_vision.train.engine import Trainer
+from ..errors import ConfigError, TrainError, first_line
+from ..io import write_text
+from .config import Config, LogConfig
 
 STEPS, MIXERS = 'steps.csv', 'mixers.csv'
 STEP_COLUMNS = (
@@ -21,40 +24,69 @@ STEP_COLUMNS = (
 )
 MIXER_COLUMNS = ('updates', 'layer', 'dt_mean', 'dt_max', 'decay_q05', 'decay_q50', 'decay_q95')
 _COLUMNS = {STEPS: STEP_COLUMNS, MIXERS: MIXER_COLUMNS}
+_WANDB_ID = 'wandb_id'
 
-Layers = dict[str, dict[str, float]]
+Metrics = Mapping[str, Any]
 
 
-class Sink(Protocol):
-    """Receives the numbers of a run on the process that writes (rank 0).
+class Logger(Protocol):
+    """Receives the metrics of a run on rank 0.
 
-    The trainer calls every sink in the order of `Trainer.sinks`. After a resume, `step` and `epoch` go on after the
-    checkpoint: what a sink holds of later updates is to be replaced.
+    After a resume, steps continue after the checkpoint: what a logger holds of later steps is to be replaced.
     """
 
-    def step(self, updates: int, values: dict[str, float | None], layers: Layers) -> None:
-        """Numbers at one update, every `log.every` updates.
+    def log(self, step: int, values: Metrics) -> None:
+        """Record metrics.
 
         Args:
-            updates: optimizer steps done.
-            values: the columns of steps.csv; over the layers, the worst (`dt_max`, `decay_q05`, `decay_q95`) or the
-                mean (`dt_mean`, `decay_q50`); None where it was not measured.
-            layers: name of a Hydra layer -> its statistics.
+            step: Optimizer steps done.
+            values: Name -> number; anything else was not measured.
         """
-
-    def epoch(self, row: dict[str, Any]) -> None:
-        """The row of summary.csv that an epoch ended with."""
 
     def close(self) -> None:
         """The run ends here, finished or not."""
 
 
-class CsvLog:
-    """Writes steps.csv and mixers.csv, a row at a time.
+def check_packages(log: LogConfig) -> None:
+    """Check that the packages of the requested loggers are installed, before any work.
+
+    Raises:
+        ConfigError: Names the extra to install.
+    """
+    wanted = {'tensorboard': log.tensorboard, 'wandb': log.wandb != 'off'}
+    for package, on in wanted.items():
+        if on and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"log.{package} needs the package {package}: pip install 'hydra-vision[log]'")
+
+
+def create_loggers(config: Config, folder: Path, updates: int, facts: dict[str, Any]) -> list[Logger]:
+    """The loggers that a recipe asks for.
 
     Args:
-        folder: of the run.
-        updates: optimizer steps done: rows of later ones, left by a process that went on after its last checkpoint,
+        config: The recipe.
+        folder: Of the run; TensorBoard's and W&B's files go into subfolders.
+        updates: Optimizer steps done: what was logged of later ones is replaced.
+        facts: Of the model and the data, for W&B.
+
+    Raises:
+        TrainError: W&B cannot start the run.
+    """
+    loggers: list[Logger] = []
+    if config.log.every:
+        loggers.append(CsvLogger(folder, updates))
+    if config.log.tensorboard:
+        loggers.append(TensorBoardLogger(folder, updates))
+    if config.log.wandb != 'off':
+        loggers.append(WandbLogger(config, folder, facts))
+    return loggers
+
+
+class CsvLogger:
+    """Appends rows to steps.csv and mixers.csv. (summary.csv is written with the checkpoint.)
+
+    Args:
+        folder: Of the run.
+        updates: Optimizer steps done: rows of later ones, left by a process that was killed after its last checkpoint,
             are removed.
     """
 
@@ -64,89 +96,108 @@ class CsvLog:
             if (folder / name).is_file():
                 _keep_until(folder / name, columns, updates)
 
-    def step(self, updates: int, values: dict[str, float | None], layers: Layers) -> None:
-        """One row, and one a layer."""
-        self._append(STEPS, [[values.get(column) for column in STEP_COLUMNS]])
-        rows = [[updates, name, *(layer[column] for column in MIXER_COLUMNS[2:])] for name, layer in layers.items()]
-        self._append(MIXERS, rows)
-
-    def epoch(self, row: dict[str, Any]) -> None:
-        """Nothing: summary.csv belongs to the checkpoint."""
+    def log(self, step: int, values: Metrics) -> None:
+        """One row of steps.csv, and one per layer of mixers.csv."""
+        row = {name.removeprefix('step/'): value for name, value in values.items() if name.startswith('step/')}
+        if row:
+            self._append(STEPS, [{'updates': step, **row}])
+        layers: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            if name.startswith('mixers/'):
+                _, layer, statistic = name.split('/')
+                layers.setdefault(layer, {'updates': step, 'layer': layer})[statistic] = value
+        if layers:
+            self._append(MIXERS, list(layers.values()))
 
     def close(self) -> None:
         """Nothing: every row is in the file already."""
 
-    def _append(self, name: str, rows: list[list[Any]]) -> None:
-        if not rows:
-            return
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         text = io.StringIO()
+        writer = csv.DictWriter(text, _COLUMNS[name], lineterminator='\n')
         if not (self.folder / name).is_file():
-            text.write(','.join(_COLUMNS[name]) + '\n')
-        formatted = [[f'{cell:.6g}' if isinstance(cell, float) else cell for cell in row] for row in rows]
-        csv.writer(text, lineterminator='\n').writerows(formatted)
+            writer.writeheader()
+        for row in rows:
+            writer.writerow({key: f'{cell:.6g}' if isinstance(cell, float) else cell for key, cell in row.items()})
         with open(self.folder / name, 'a', encoding='utf-8') as file:
             file.write(text.getvalue())
 
 
-class StepLog:
-    """Measures where training is and tells the sinks, every `log.every` updates.
+class TensorBoardLogger:
+    """Event files in RUN/tensorboard; x is the number of optimizer steps.
 
     Args:
-        every: updates between rows, 0 for none.
+        folder: Of the run.
+        updates: Optimizer steps done; TensorBoard hides what an earlier process logged of later ones.
     """
 
-    def __init__(self, every: int):
-        self.every = every
+    def __init__(self, folder: Path, updates: int):
+        from torch.utils.tensorboard import SummaryWriter
 
-    def start(self, updates: int) -> None:
-        """The pace is measured from here on, where so many updates are done."""
-        self.time, self.updates = time.monotonic(), updates
+        self.writer = SummaryWriter(str(folder / 'tensorboard'), purge_step=updates + 1 if updates else None)
 
-    def due_at(self, step: int) -> bool:
-        """Whether an update is one of those that are measured."""
-        return self.every > 0 and step % self.every == 0
+    def log(self, step: int, values: Metrics) -> None:
+        """One scalar per metric."""
+        for name, value in _numbers(values).items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
 
-    def write(self, run: 'Trainer', images: torch.Tensor) -> None:
-        """One row; waits for the device.
-
-        Args:
-            run: what is measured.
-            images: (B, C, H, W) of the latest batch, on which Hydra layers are measured.
-        """
-        learner, config = run.learner, run.config
-        seconds, updates = time.monotonic() - self.time, learner.updates - self.updates
-        images_an_update = config.data.batch_size * config.optim.accum_steps
-        layers = {}
-        if config.log.mixers and (run.world.primary or learner.sharded):
-            layers = mixer_statistics(run.model, images[: config.log.mixer_images], run.amp)
-        values = {
-            'updates': learner.updates,
-            'epoch': run.epoch + run.progress.batches / len(run.train_loader),
-            'lr': learner.lr,
-            'loss': run.progress.last_loss,
-            'grad_norm': learner.grad_norm,
-            'param_norm': learner.param_norm(),
-            'images_per_second': updates * images_an_update / max(seconds, 1e-9),
-            'skipped': learner.skipped,
-            'loss_scale': learner.scaler.get_scale() if learner.scaler.is_enabled() else None,
-            **across_layers(layers),
-        }
-        for sink in run.sinks:
-            sink.step(learner.updates, values, layers)
-        self.start(learner.updates)
+    def close(self) -> None:
+        """Write what is left."""
+        self.writer.close()
 
 
-def across_layers(layers: Layers) -> dict[str, float]:
-    """The worst layer's extremes and the mean of the middle ones; empty without layers."""
-    if not layers:
-        return {}
-    column = {key: [layer[key] for layer in layers.values()] for key in MIXER_COLUMNS[2:]}
-    pick = {'dt_max': max, 'decay_q05': min, 'decay_q95': max}
-    return {key: pick[key](values) if key in pick else sum(values) / len(values) for key, values in column.items()}
+class WandbLogger:
+    """A Weights & Biases run; offline it writes to RUN/wandb, and `wandb sync` uploads it later.
+
+    A resumed run continues under the same id, kept in RUN/wandb_id.
+
+    Args:
+        config: The recipe.
+        folder: Of the run.
+        facts: Of the model and the data.
+
+    Raises:
+        TrainError: W&B cannot start the run (no login, no network).
+    """
+
+    def __init__(self, config: Config, folder: Path, facts: dict[str, Any]):
+        os.environ.setdefault('WANDB_SILENT', 'true')
+        import wandb
+
+        path = folder / _WANDB_ID
+        if not path.is_file():
+            write_text(path, uuid.uuid4().hex[:12] + '\n')
+        try:
+            self.run = wandb.init(
+                project=config.log.wandb_project,
+                name=folder.name,
+                id=path.read_text().strip(),
+                resume='allow',
+                dir=str(folder),
+                mode=config.log.wandb,
+                config={**config.to_dict(), 'run_facts': facts},
+            )
+        except (wandb.errors.Error, OSError) as error:
+            raise TrainError(f'log.wandb={config.log.wandb!r}: {first_line(error)}; offline needs no login') from error
+        self.run.define_metric('updates')
+        self.run.define_metric('*', step_metric='updates')
+
+    def log(self, step: int, values: Metrics) -> None:
+        """All metrics of a step."""
+        self.run.log({'updates': step, **_numbers(values)})
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.run.finish()
+
+
+def _numbers(values: Metrics) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
 
 
 def _keep_until(path: Path, columns: tuple[str, ...], updates: int) -> None:
-    """Leaves the header and the complete rows up to an update in a file."""
+    """Keep the header and the complete rows up to an optimizer step in a file."""
     rows = path.read_text(encoding='utf-8').splitlines()[1:]
     cells = [row.split(',') for row in rows]
     kept = [row for row in cells if len(row) == len(columns) and row[0].isdigit() and int(row[0]) <= updates]

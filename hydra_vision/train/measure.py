@@ -3,37 +3,32 @@
 import itertools
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from hydra_vision.streams import keep_on_stream
-from hydra_vision.train.cost import estimate
-from hydra_vision.train.data import at_epoch
-from hydra_vision.train.device import peak_memory
-from hydra_vision.train.report import print_table
+from .cost import estimate, peak_memory
+from .engine import Trainer
+from .report import print_table
 
-if TYPE_CHECKING:
-    from hydra_vision.train.engine import Trainer
-
-_SECONDS = 10.0  # that the loader, and after it the device, is measured for
-_WARM_UP, _TIMED = 1, 2  # updates of a dry run
+_SECONDS = 10.0  # for which the loader, and then the device, is measured
+_WARM_UP, _TIMED = 1, 2  # optimizer steps of a dry run
 
 
-def dry_run(trainer: 'Trainer') -> None:
-    """Trains a few updates and prints what the whole run would take, from their pace and that of one validation batch.
+def dry_run(trainer: Trainer) -> None:
+    """Train a few optimizer steps and print what the whole run would take, from their speed and that of validation.
 
     Args:
-        trainer: newly built; its weights are of no use afterwards.
+        trainer: Newly built; its weights are of no use afterwards.
     """
-    config, device, devices = trainer.config, trainer.device, trainer.world_size
+    config, device, devices = trainer.config, trainer.device, trainer.world.size
     rows, training = [], 0.0
     for epoch, epochs in _stages(trainer):  # images of each size take their own time
         trainer.resize(epoch)
-        images, seconds = _training_pace(trainer)
+        images, seconds = _training_speed(trainer)
         rate, size = images / seconds, 'x'.join(map(str, trainer.train_size[1:]))
-        pace = f'{rate:.0f} images/s a process, measured over {_TIMED} updates of {images // _TIMED} images'
-        rows.append([f'training {epochs} epochs at {size}', pace])
+        speed = f'{rate:.0f} images/s per process, measured over {_TIMED} steps of {images // _TIMED} images'
+        rows.append([f'training {epochs} epochs at {size}', speed])
         mfu = trainer.cost.mfu(rate * devices)
         rows.append(['MFU', trainer.cost.describe(device) if mfu is None else f'{100 * mfu:.1f} %'])
         training += epochs * len(trainer.train_loader) * config.data.batch_size / (rate * devices)
@@ -43,24 +38,24 @@ def dry_run(trainer: 'Trainer') -> None:
     kind = 'GPU' if device.type == 'cuda' else 'processor'
     memory = peak_memory(device)
     rows += [
-        ['validation', f'{val_rate:.0f} images/s a process, measured over one batch'],
+        ['validation', f'{val_rate:.0f} images/s per process, measured over one batch'],
         ['peak memory', 'not measured on the CPU' if memory is None else f'{memory:.2f} GiB'],
         ['whole run', f'{trainer.epochs} epochs, {validations} validations, {devices} process(es)'],
         ['estimate', estimate(training + validating, devices, kind)],
-        ['of it validation', f'{100 * validating / (training + validating):.0f} %'],
+        ['validation share', f'{100 * validating / (training + validating):.0f} %'],
     ]
     print_table(trainer.console, f'dry run of {config.model.name}: nothing was written', ['', 'value'], rows)
 
 
-def _stages(trainer: 'Trainer') -> list[tuple[int, int]]:
+def _stages(trainer: Trainer) -> list[tuple[int, int]]:
     """First epoch, and number of epochs, of every size of training images."""
-    sizes = [at_epoch(trainer.config, epoch).data.img_size for epoch in range(trainer.epochs)]
+    sizes = [trainer.config.at_epoch(epoch).data.img_size for epoch in range(trainer.epochs)]
     starts = [epoch for epoch in range(len(sizes)) if epoch == 0 or sizes[epoch] != sizes[epoch - 1]]
     return [(start, end - start) for start, end in zip(starts, [*starts[1:], len(sizes)])]
 
 
-def _training_pace(trainer: 'Trainer') -> tuple[int, float]:
-    """Images of this process and seconds of a few updates, after others to warm up."""
+def _training_speed(trainer: Trainer) -> tuple[int, float]:
+    """Images of this process and seconds of a few optimizer steps, after warmup steps."""
     accum = trainer.config.optim.accum_steps
     batches = itertools.chain.from_iterable(itertools.repeat(trainer.train_loader))
     _train(trainer, itertools.islice(batches, _WARM_UP * accum), accum)
@@ -69,11 +64,11 @@ def _training_pace(trainer: 'Trainer') -> tuple[int, float]:
     return images, _now(trainer.device) - started
 
 
-def bench_data(trainer: 'Trainer') -> None:
-    """Measures the loader without the model, then the model without the loader, and prints which one is the limit.
+def bench_data(trainer: Trainer) -> None:
+    """Measure the loader without the model, then the model without the loader, and print which one is the limit.
 
     Args:
-        trainer: newly built; its weights are of no use afterwards.
+        trainer: Newly built; its weights are of no use afterwards.
     """
     device, loader = trainer.device, trainer.train_loader
     workers = getattr(getattr(loader, 'loader', loader), 'num_workers', 0)
@@ -108,27 +103,25 @@ def _verdict(loader_rate: float, device_rate: float, workers: int) -> str:
     return (
         f'the loader is the limit: {100 * loader_rate / device_rate:.0f} % of what the device takes; about {needed} '
         f'processes (--workers) would be enough if there are cores for them. data.cache=ram, smaller image files or a '
-        f'lighter augmentation cost less each'
+        f'lighter augmentation each cost less'
     )
 
 
-def _train(trainer: 'Trainer', batches: Any, accum: int) -> int:
-    """Trains on batches, an update every `accum` of them; the number of images."""
+def _train(trainer: Trainer, batches: Any, accum: int) -> int:
+    """Train on batches, an optimizer step per `accum` of them; returns the number of images."""
     trainer.learner.train()
     images = 0
     for index, (inputs, targets) in enumerate(batches):
-        # A copy: mixing changes its input, and here a batch may come again.
         last = (index + 1) % accum == 0
-        keep_on_stream(inputs)
-        trainer._backward(inputs.clone(), targets, accum, last)
+        trainer.forward_backward(inputs.clone(), targets, accum, last)  # mixing changes its input, which may come again
         images += len(inputs)
         if last:
             trainer.learner.update()
     return images
 
 
-def _validation_rate(trainer: 'Trainer') -> float:
-    """Images a second of validation, raw and averaged weights together, from the second of two runs over a batch."""
+def _validation_rate(trainer: Trainer) -> float:
+    """Images per second of validation, raw and averaged weights together, from the second of two runs over a batch."""
     models = [trainer.learner.forward] + ([] if trainer.learner.forward_ema is None else [trainer.learner.forward_ema])
     images, _ = next(iter(trainer.val_loader))
     amp = trainer.amp
@@ -144,7 +137,7 @@ def _validation_rate(trainer: 'Trainer') -> float:
 
 
 def _now(device: torch.device) -> float:
-    """The time when all that was asked of the device is done."""
+    """The time when all work of the device is done."""
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
     return time.monotonic()

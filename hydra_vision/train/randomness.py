@@ -1,7 +1,7 @@
 """Random generators: their state in checkpoints, and draws that follow from numbers instead of from history.
 
-A resumed run must draw what an uninterrupted one would have drawn. Loaders read ahead and loader processes start anew,
-so what they draw is taken from generators that are seeded for each image or batch and put back afterwards.
+A resumed run must draw what an uninterrupted one would have drawn. Loaders read ahead and loader processes are
+restarted, so what they draw comes from generators that are seeded per image or batch and restored afterwards.
 """
 
 import contextlib
@@ -14,12 +14,12 @@ import torch
 
 
 def seed_from(*numbers: int) -> int:
-    """A 32-bit seed that follows from whole numbers >= 0."""
+    """A 32-bit seed that follows from integers >= 0."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def seed_generators(numbers: Sequence[int], device: torch.device | None = None) -> None:
-    """Seeds the global generators of Python, NumPy, PyTorch on the CPU and on a CUDA `device`, if one is given."""
+    """Seed the global generators of Python, NumPy, PyTorch on the CPU and on a CUDA `device`, if one is given."""
     state = np.random.SeedSequence(numbers).generate_state(3)
     random.seed(int(state[0]))
     np.random.seed(int(state[1]))
@@ -31,11 +31,11 @@ def seed_generators(numbers: Sequence[int], device: torch.device | None = None) 
 
 @contextlib.contextmanager
 def seeded(numbers: Sequence[int], device: torch.device | None = None) -> Iterator[None]:
-    """Seeds the global generators for the length of a block, and puts them back as they were.
+    """Seed the global generators for the length of a block, and restore them afterwards.
 
     Args:
-        numbers: what the seeds follow from.
-        device: a CUDA device whose generator is covered as well.
+        numbers: Integers that the seeds follow from.
+        device: A CUDA device whose generator is covered as well.
     """
     python, numpy = random.getstate(), np.random.get_state()
     cuda = device is not None and device.type == 'cuda'
@@ -61,7 +61,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Puts back what `random_state` gave; the CUDA generator only where the run was and is on CUDA."""
+    """Restore what `random_state` returned; the CUDA generator only where the run was and is on CUDA."""
     version, internal, gauss = state['python']
     random.setstate((version, tuple(internal), gauss))
     name, words, position, has_gauss, cached = state['numpy']

@@ -1,41 +1,96 @@
-"""Opens the parts of a data set: folders, archives, parquet, shards and the rest, checked before the run starts."""
+"""Data sets: folders, archives, parquet, shards and the built-in ones, opened and checked before the run starts."""
 
 import dataclasses
 import importlib.util
 from pathlib import Path
 
-from timm.data import create_dataset
+import numpy as np
+from PIL import Image
+from timm.data import ImageDataset, create_dataset
 from timm.data.readers import add_img_extensions
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from hydra_vision.errors import DataError
-from hydra_vision.train.config import Config
-from hydra_vision.train.distributed import World
-from hydra_vision.train.sampling import local_batch
-from hydra_vision.train.synthetic import SYNTHETIC, SyntheticImages, synthetic_length
+from ..errors import DataError
+from ..images import SUFFIXES, FolderReader
+from ..io import to_path
+from .config import DIGITS, PARQUET, SYNTHETIC, Config
+from .distributed import World
+from .sampling import local_batch
 
 _SYNONYMS = (('train', 'training'), ('val', 'validation', 'valid', 'eval', 'test'))
-DIGITS = 'sklearn/digits'
-PARQUET = 'parquet'
+_SYNTHETIC_BATCHES = 100  # per epoch, where the recipe does not set the number of images
 _ALONE = World()
 
 
 @dataclasses.dataclass
 class Split:
-    """One part of a data set, and what it is called in messages."""
+    """One split of a data set.
+
+    Attributes:
+        dataset: timm's, or a built-in one.
+        name: What messages call it.
+        classes: Class names in index order, None where the reader does not know them.
+        readable: The set with unreadable images skipped, once a loader was built.
+    """
 
     dataset: Dataset
     name: str
-    classes: list[str] | None  # None where the reader does not know them
-    readable: Dataset | None = None  # the set with our skipping, once a loader asked for it
+    classes: list[str] | None
+    readable: Dataset | None = None
+
+
+class Digits(Dataset):
+    """scikit-learn's handwritten digits, the demonstration set: real images that come with the package.
+
+    1,797 grayscale images of 8x8 pixels, ten classes, split 80/20 by a fixed seed with equal class shares. They were
+    written by 43 people (UCI "Optical Recognition of Handwritten Digits", its test part).
+
+    Args:
+        train: The training part (1,437 images) or the held-out part (360).
+    """
+
+    def __init__(self, train: bool):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        images = (digits.images * (255 / 16)).round().astype(np.uint8)  # stored as 0..16
+        parts = train_test_split(np.arange(len(images)), test_size=0.2, random_state=0, stratify=digits.target)
+        self.indices = np.sort(parts[0] if train else parts[1])
+        self.images, self.targets = images[self.indices], digits.target[self.indices]
+        self.classes = [str(name) for name in digits.target_names]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), int(self.targets[index])
+
+
+class SyntheticImages(Dataset):
+    """Stands for a set of `length` images; `data.SyntheticLoader` generates the batches.
+
+    Args:
+        length: Number of images.
+    """
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
 
 
 def open_splits(config: Config, train: bool = True, world: World = _ALONE) -> tuple[Split | None, Split]:
-    """Opens the training split (unless `train` is False) and the validation split and checks one against the other.
+    """Open the training split (unless `train` is False) and the validation split and compare their classes.
+
+    Args:
+        config: The recipe.
+        train: Whether the training split is needed.
+        world: The processes that share it.
 
     Raises:
-        DataError: a missing folder, an empty class, splits whose classes differ, a set that its reader refuses.
+        DataError: A missing folder, an empty class, splits whose classes differ, a set that its reader rejects.
     """
     val = _open(config, config.data.val_split, is_training=False, world=world)
     if not train:
@@ -54,17 +109,17 @@ def open_splits(config: Config, train: bool = True, world: World = _ALONE) -> tu
 
 
 def check_classes(split: Split, trained: list[str] | None) -> str | None:
-    """Compares the classes of a split with those that a checkpoint was trained on.
+    """Compare the classes of a split with those that a checkpoint was trained on.
 
     Args:
-        split: whose images the model is about to see.
-        trained: class names in index order, None where they are not known.
+        split: The split that the model is about to be trained or validated on.
+        trained: Class names in index order, None where they are not known.
 
     Returns:
-        A warning where all names are others, as in a renamed copy of the set.
+        A warning where all names differ, as in a renamed copy of the set.
 
     Raises:
-        DataError: other numbers of classes, or some names are the same and stand at other indices or beside others.
+        DataError: Another number of classes, or only some names agree, or they agree at other indices.
     """
     if split.classes is None or trained is None or split.classes == trained:
         return None
@@ -81,7 +136,7 @@ def count_classes(config: Config, split: Split) -> int:
     """Number of classes for the model: the recipe's, which must agree with the data, or else the data's.
 
     Raises:
-        DataError: the two disagree, or neither is known.
+        DataError: The two disagree, or neither is known.
     """
     wanted, found = config.model.num_classes, None if split.classes is None else len(split.classes)
     if wanted is None and found is None:
@@ -96,36 +151,38 @@ def count_classes(config: Config, split: Split) -> int:
 
 def _open(config: Config, split: str, is_training: bool, world: World) -> Split:
     data = config.data
-    batch_size = local_batch(config, world) if is_training else data.val_batch_size or local_batch(config, world)
     if data.name == SYNTHETIC:
-        samples = synthetic_length(data.train_samples if is_training else data.val_samples, data.batch_size)
-        return Split(SyntheticImages(samples), SYNTHETIC, None)
-    mode = 'L' if config.model.in_chans == 1 else 'RGB'
+        samples = data.train_samples if is_training else data.val_samples
+        return Split(SyntheticImages(samples or _SYNTHETIC_BATCHES * data.batch_size), SYNTHETIC, None)
     if data.name == DIGITS:
-        from hydra_vision.train.digits import Digits
-
         dataset = Digits(train=is_training)
         return Split(dataset, f'{DIGITS} ({"train" if is_training else "test"})', dataset.classes)
     if data.name == '':
         root = _split_root(data.dir, split)
         name = str(root)
-        add_img_extensions((*IMG_EXTENSIONS, '.gif'))  # timm alone looks for .jpg, .jpeg and .png only
+        add_img_extensions(SUFFIXES)  # in a .tar; timm alone looks for .jpg, .jpeg and .png only
     else:
         root, name = data.dir, f'{data.name} ({split})'
-    prefix = data.name.split('/')[0].lower()
     if data.class_map is not None:
         _check_class_map(data.class_map)
-    _check_package(data.name, prefix)
+    _check_package(data.name, data.reader)
     reader = f'hfds/{_parquet_folder(data.dir)}' if data.name == PARQUET else data.name
     root = None if data.name == PARQUET else root
-    streamed = prefix in ('hfids', 'tfds', 'wds')
     kwargs = {'input_key': data.input_key, 'target_key': data.target_key}
-    if not data.name.lower().startswith('torch/'):
-        kwargs['input_img_mode'] = '' if prefix in ('hfids', 'wds') else mode  # ReadableStream converts these
-    if streamed:
+    if data.reader != 'torch':
+        mode = 'L' if config.model.in_chans == 1 else 'RGB'
+        kwargs['input_img_mode'] = '' if data.reader in ('hfids', 'wds') else mode  # ReadableStream converts these
+    if data.streamed:
         kwargs['num_samples'] = data.train_samples if is_training else data.val_samples
         kwargs['seed'] = config.run.seed
-        kwargs['batch_size'] = batch_size
+        batch_size = None if is_training else data.val_batch_size
+        kwargs['batch_size'] = batch_size or local_batch(data.batch_size, world.size, config.augment.mixes)
+    if data.name == '' and root.is_dir():
+        suffixes = data.input_key.split(';') if data.input_key else SUFFIXES
+        folder = FolderReader(root, data.class_map or '', suffixes)
+        dataset = ImageDataset(str(root), reader=folder, input_img_mode=kwargs['input_img_mode'])
+        _check_folder(root, folder.samples, None if data.class_map is None else _class_names(dataset))
+        return Split(dataset, name, _class_names(dataset))
     try:
         dataset = create_dataset(
             reader,
@@ -140,37 +197,32 @@ def _open(config: Config, split: str, is_training: bool, world: World) -> Split:
     except ImportError as error:
         raise DataError(f'data.name={data.name!r} needs a package that is not installed: {error}') from error
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
-        if 'trust_remote_code' in str(error):  # an argument that datasets 4 dropped
-            raise DataError(f'cannot open {name}: this timm needs datasets < 4, or take timm >= 1.0.31') from error
         raise DataError(f'cannot open {name}: {type(error).__name__}: {error}') from error
-    if streamed and not is_training:  # see val_loader
+    if data.streamed and not is_training:  # see val_loader
         dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
-    classes = _class_names(dataset)
-    if data.name == '' and root.is_dir():
-        _check_folder(root, dataset.reader.samples, None if data.class_map is None else classes)
-    return Split(dataset, name, classes)
+    return Split(dataset, name, _class_names(dataset))
 
 
-def _check_package(name: str, prefix: str) -> None:
-    """Refuses a reader whose package is missing, before timm prints or raises something of its own."""
-    package = {'hfds': 'datasets', 'hfids': 'datasets', PARQUET: 'datasets', 'wds': 'webdataset'}.get(prefix)
+def _check_package(name: str, reader: str) -> None:
+    """Raise DataError for a reader whose package is missing, before timm prints or raises something of its own."""
+    package = {'hfds': 'datasets', 'hfids': 'datasets', PARQUET: 'datasets', 'wds': 'webdataset'}.get(reader)
     if package is not None and importlib.util.find_spec(package) is None:
         raise DataError(f"data.name={name!r} needs the package {package}: pip install 'hydra-vision[data]'")
 
 
 def _parquet_folder(folder: str | None) -> Path:
     """The folder of parquet files, absolute, so that it is never taken for a name on the Hugging Face Hub."""
-    root = Path('' if folder is None else folder).expanduser().resolve()
-    if folder is None or not root.is_dir() or not any(root.rglob('*.parquet')):
+    root = None if folder is None else to_path(folder, 'data.dir').resolve()
+    if root is None or not root.is_dir() or not any(root.rglob('*.parquet')):
         raise DataError(f'data.dir={folder!r} is not a folder with .parquet files')
     return root
 
 
 def _split_root(folder: str | None, split: str) -> Path:
-    """Where a split of an image folder lies: a sub-folder or a .tar of that name or a synonym of it."""
+    """Path of a split of an image folder: a subfolder or a .tar of that name or a synonym of it."""
     if folder is None:
         raise DataError('no data: give --data-dir PATH (a folder with train/ and val/), or data.name')
-    root = Path(folder).expanduser()
+    root = to_path(folder, 'data.dir')
     if not root.is_dir():
         raise DataError(f'data.dir={folder!r} is not a folder')
     names = next((group for group in _SYNONYMS if split in group), ())
@@ -182,7 +234,7 @@ def _split_root(folder: str | None, split: str) -> Path:
 
 
 def _check_class_map(path: str) -> None:
-    """A class name a line: an empty line or a name that comes twice would shift the numbers of those after it."""
+    """Check for one class name per line: an empty or duplicate one would shift the indices of those after it."""
     if not Path(path).is_file():
         raise DataError(f'data.class_map={path!r} is not a file')
     if Path(path).suffix != '.txt':
@@ -195,9 +247,9 @@ def _check_class_map(path: str) -> None:
 
 
 def _check_folder(root: Path, samples: list[tuple[str, int]], mapped: list[str] | None) -> None:
-    """Every class folder must hold an image: timm numbers only those that do, which would shift the other classes.
+    """Check that every class folder has an image: timm numbers only those that do, which would shift other classes.
 
-    Of classes that a class map names, that is; it may leave folders out.
+    With a class map, only the folders that it names are checked.
     """
     filled = {Path(path).relative_to(root).parts[0] for path, _ in samples}
     folders = [path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith('.')]

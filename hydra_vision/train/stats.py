@@ -1,30 +1,25 @@
-"""The numbers that go wrong first: norms of gradients and weights, step sizes and decays of Hydra layers.
+"""Early signs of instability: norms of gradients and weights, step sizes and decays of Hydra layers.
 
-A selective state space layer forgets with `exp(A dt)` a token. Where dt runs away, decays go to 0 and the layer sees
+A selective state space layer decays by `exp(A dt)` per token. Where dt diverges, decays go to 0 and the layer sees
 nothing but the token itself; where dt vanishes, decays go to 1 and it averages over everything.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hydra_vision import Hydra
+from .. import Hydra
 
-_MOST = 1_000_000  # decays of a layer that quantiles are taken from; more are thinned out evenly
+_MOST = 1_000_000  # decays per layer that quantiles are taken from; more are subsampled evenly
 QUANTILES = {'decay_q05': 0.05, 'decay_q50': 0.5, 'decay_q95': 0.95}
 
 
 def total_norm(tensors: Iterable[torch.Tensor]) -> float:
-    """Euclidean norm over all given tensors, of sharded ones over all their parts; waits for the device."""
+    """Euclidean norm over all given tensors, of sharded ones over all their shards; synchronizes with the device."""
     norm = torch.nn.utils.get_total_norm([tensor.detach() for tensor in tensors])
-    return float(whole(norm))
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a sharded tensor (a collective call); other tensors as they are."""
-    return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
+    return float(norm.full_tensor() if hasattr(norm, 'full_tensor') else norm)
 
 
 @torch.no_grad()
@@ -33,13 +28,13 @@ def mixer_statistics(
 ) -> dict[str, dict[str, float]]:
     """Step sizes and decays of every Hydra layer of a model, over the tokens, heads and both directions of a batch.
 
-    Runs the plain model once more, in evaluation mode and without gradients, with hooks that are removed afterwards: a
-    compiled model is not touched, training steps in between cost nothing, no random number is drawn.
+    An extra forward pass of the plain model in evaluation mode, without gradients, with hooks that are removed
+    afterwards: a compiled model is not touched, other training steps cost nothing, no random number is drawn.
 
     Args:
-        model: any model; one without Hydra layers gives nothing. Not the wrapper that `torch.compile` returns.
+        model: Any model; one without Hydra layers gives nothing. Not the wrapper that `torch.compile` returns.
         images: (B, C, H, W) on the model's device.
-        amp: autocast type, None for none.
+        amp: Autocast type, None for none.
 
     Returns:
         Layer name -> `dt_mean`, `dt_max`, and the 5 %, 50 % and 95 % quantiles of `exp(A dt)`, the share of the state
@@ -67,6 +62,19 @@ def mixer_statistics(
         for handle in handles:
             handle.remove()
     return {name: {key: float(value) for key, value in values.items()} for name, values in found.items()}
+
+
+def across_layers(layers: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The worst layer's extremes (`dt_max`, `decay_q05`, `decay_q95`) and the mean of the rest; empty without layers.
+
+    Args:
+        layers: Of `mixer_statistics`.
+    """
+    if not layers:
+        return {}
+    worst = {'dt_max': max, 'decay_q05': min, 'decay_q95': max}
+    columns = {key: [layer[key] for layer in layers.values()] for key in next(iter(layers.values()))}
+    return {key: worst[key](cells) if key in worst else sum(cells) / len(cells) for key, cells in columns.items()}
 
 
 def _layer_statistics(layer: Hydra, u: torch.Tensor) -> dict[str, torch.Tensor]:

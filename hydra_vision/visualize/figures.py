@@ -2,19 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..features import Backbone, FeatureError, Images
-from ..io import why_unwritable
+from ..errors import FeatureError, first_line
+from ..features import Backbone, Images
+from ..images import READ_ERRORS
+from ..io import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ['caption', 'check_picture', 'frame_patch', 'load_pictures', 'new_figure', 'save_figure', 'show']
+__all__ = ['caption', 'frame_patch', 'load_pictures', 'new_figure', 'save_figure', 'show']
 
 
 def new_figure(rows: int, columns: int, title: str) -> tuple['Figure', Any]:
@@ -31,7 +33,7 @@ def new_figure(rows: int, columns: int, title: str) -> tuple['Figure', Any]:
 
 
 def show(axes: 'Axes', picture: Any, title: str, unit: str, **kwargs: Any) -> Any:
-    """Draw a picture (H, W) or (H, W, 3) with integer ticks; ``unit`` is 'px' or 'patch'."""
+    """Draw a picture (H, W) or (H, W, 3) with integer ticks; `unit` is 'px' or 'patch'."""
     from matplotlib.ticker import MaxNLocator
 
     shown = axes.imshow(torch.as_tensor(picture).numpy(), **{'interpolation': 'nearest', **kwargs})
@@ -44,7 +46,7 @@ def show(axes: 'Axes', picture: Any, title: str, unit: str, **kwargs: Any) -> An
 
 
 def frame_patch(axes: 'Axes', patch: tuple[int, int], size: tuple[float, float] = (1, 1), color: str = 'lime') -> None:
-    """Frame the patch (row, column), ``size`` (height, width) axis units large."""
+    """Frame the patch (row, column), `size` (height, width) axis units large."""
     from matplotlib.patches import Rectangle
 
     corner = (patch[1] * size[1] - 0.5, patch[0] * size[0] - 0.5)
@@ -70,8 +72,6 @@ def load_pictures(backbone: Backbone, images: Images, indices: Sequence[int]) ->
     Raises:
         FeatureError: An index that the source does not have, an image that cannot be read.
     """
-    from ..train.images import READ_ERRORS
-
     transform, tensors = backbone.transform(whole=True), []
     for index in indices:
         if not 0 <= index < len(images):
@@ -80,37 +80,17 @@ def load_pictures(backbone: Backbone, images: Images, indices: Sequence[int]) ->
             with images.load(index) as image:
                 tensors.append(transform(backbone.rules.apply(image)))
         except READ_ERRORS as error:
-            raise FeatureError(f'{images.paths[index]} cannot be read: {error}') from error
+            raise FeatureError(f'{images.paths[index]} cannot be read: {first_line(error)}') from error
     x = torch.stack(tensors)
     mean, std = (torch.tensor(backbone.data[key]).reshape(-1, 1, 1) for key in ('mean', 'std'))
     pictures = (x * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
     return x.to(next(backbone.model.parameters()).device), pictures.expand(*pictures.shape[:3], 3)
 
 
-def check_picture(path: Union[str, Path], overwrite: bool = False) -> Path:
-    """A path that a picture can be written to.
-
-    Raises:
-        FeatureError: Not a .png, a folder that cannot be written to, a file that is there already.
-    """
-    path = Path(path).expanduser()
-    if path.suffix.lower() != '.png':
-        raise FeatureError(f'output = {str(path)!r}; pictures are .png')
-    reason = 'it is a folder' if path.is_dir() else why_unwritable(path.parent)
-    if reason:
-        raise FeatureError(f'output = {str(path)!r} cannot be written: {reason}')
-    if path.exists() and not overwrite:
-        raise FeatureError(f'{path} exists: choose another name, or overwrite it')
-    return path
-
-
 def save_figure(figure: 'Figure', path: Path, dpi: int = 100) -> None:
-    """Write a PNG.
+    """Write a PNG, whole or not at all.
 
     Raises:
-        FeatureError: It cannot be written.
+        WriteError: It cannot be written.
     """
-    try:
-        figure.savefig(path, dpi=dpi)
-    except OSError as error:
-        raise FeatureError(f'{path} cannot be written: {error.strerror}') from error
+    write_atomically(path, lambda file: figure.savefig(file, dpi=dpi, format='png'))

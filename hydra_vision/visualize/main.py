@@ -4,17 +4,18 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..console import Parser, make_table, stdout_console
-from ..errors import UserError, nearest, require
-from ..features import Backbone, FeatureError, Images, image_features, open_images
-from ..features.options import add_image_options, add_model_options, backbone_from, integers
+from ..console import integer_list, make_table, non_empty, path, stdout_console
+from ..errors import FeatureError, UserError, first_line, nearest, require
+from ..features import Backbone, Images, image_features, open_images
+from ..features.options import add_image_options, add_model_options, backbone_from
 from ..features.pooling import check_layers
+from ..io import check_output
 from .features import plot_pca, plot_similarity
-from .figures import caption, check_picture, load_pictures, save_figure
+from .figures import caption, load_pictures, save_figure
 from .gradcam import grad_cam, plot_grad_cam
 from .matrix import mixing_matrices, plot_block
 from .receptive_field import effective_receptive_field, plot_receptive_fields
@@ -22,11 +23,31 @@ from .receptive_field import effective_receptive_field, plot_receptive_fields
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['main']
+__all__ = ['KINDS', 'add_arguments', 'main']
+
+_DPI = (10, 1200)
 
 
-def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision visualize', kind: Optional[str] = None) -> int:
-    """Draw pictures: of the kind that the first argument names, or of ``kind`` for a command that has only that.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    kinds = '; '.join(f'{name} = {text}' for name, (_, text, _) in KINDS.items())
+    add = parser.add_argument
+    add('kind', metavar='KIND', help=kinds)
+    add('images', type=non_empty, help='folder, .tar, .txt list, an image, sklearn/digits/test or sklearn/photos')
+    add('--output', type=path, metavar='PATH', help='default: KIND.png; for gallery a folder, which must exist')
+    add('--overwrite', action='store_true', help='replace pictures')
+    add('--index', type=integer_list, metavar='I,J', help='which images of them (default: the first four; matrix: one)')
+    add('--layer', type=int, metavar='N', help='negative from the end (default: final features; matrix: last block)')
+    add('--patch', type=integer_list, metavar='ROW,COLUMN', help='similarity, matrix (default: the middle one)')
+    add('--target', metavar='CLASS', help='gradcam: name or number (default: the predicted class)')
+    add('--heads', type=integer_list, metavar='I,J', help='matrix (default: all)')
+    add('--dpi', type=int, default=80, metavar='N', help=f'{_DPI[0]} to {_DPI[1]} (default: %(default)s)')
+    add_model_options(parser)
+    add_image_options(parser, crop=False)  # pictures show whole images
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Draw pictures of the kind that the first argument names.
 
     Returns:
         Exit code 0.
@@ -34,7 +55,6 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision visuali
     Raises:
         UserError: Arguments that do not fit.
     """
-    arguments = _parser(prog, kind).parse_args(argv)
     _check_options(arguments)
     kinds = [kind for kind in KINDS if kind != 'gallery'] if arguments.kind == 'gallery' else [arguments.kind]
     paths = _outputs(arguments, kinds)
@@ -49,8 +69,10 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'hydra-vision visuali
         start = time.perf_counter()
         try:
             drawn[kind] = KINDS[kind][0](backbone, images, arguments)
+        except UserError:
+            raise
         except (ValueError, AssertionError, NotImplementedError) as error:
-            raise error if isinstance(error, UserError) else UserError(str(error)) from error
+            raise UserError(first_line(error)) from error
         save_figure(drawn[kind], paths[kind], arguments.dpi)
         rows.append(
             [str(paths[kind]), f'{time.perf_counter() - start:.1f}', f'{paths[kind].stat().st_size / 1024:.0f}']
@@ -103,7 +125,7 @@ def _matrix(backbone: Backbone, images: Images, arguments: argparse.Namespace) -
     return plot_block(matrices, pictures[0], patch, heads=arguments.heads, title=title)
 
 
-KINDS: dict[str, tuple[Optional[Callable[..., 'Figure']], str, tuple[str, ...]]] = {
+KINDS: dict[str, tuple[Callable[..., 'Figure'] | None, str, tuple[str, ...]]] = {
     'pca': (_pca, 'principal components of patch features as colours, all images on one basis', ('layer',)),
     'similarity': (_similarity, 'similarity of all patches to one', ('layer', 'patch')),
     'receptive-field': (_receptive_field, 'effective receptive field, before and after training', ('layer',)),
@@ -113,50 +135,13 @@ KINDS: dict[str, tuple[Optional[Callable[..., 'Figure']], str, tuple[str, ...]]]
 }
 
 
-# What not every kind takes: flags and settings of argparse.
-OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    'layer': (
-        ('--layer', '--block'),
-        dict(type=int, metavar='N', help='negative from the end; default: the final features; matrix: the last block'),
-    ),
-    'patch': (
-        ('--patch',),
-        dict(type=integers, metavar='ROW,COLUMN', help='similarity, matrix: default the middle one'),
-    ),
-    'target': (('--target',), dict(metavar='CLASS', help='gradcam: name or number; default: the predicted class')),
-    'heads': (('--heads',), dict(type=integers, metavar='I,J', help='matrix: default all')),
-}
-
-
-def _parser(prog: str, kind: Optional[str]) -> Parser:
-    if kind is None:
-        kinds = 'kinds: ' + '; '.join(f'{name} = {text}' for name, (_, text, _) in KINDS.items())
-        parser = Parser(prog=prog, description='Draw what a model computes.', epilog=kinds)
-        parser.add_argument('kind', metavar='KIND', help=', '.join(KINDS) + ' (see below)')
-    else:
-        parser = Parser(prog=prog, description=f'Draw {KINDS[kind][1]} (visualize {kind}).')
-        parser.set_defaults(kind=kind)
-    options = set(OPTIONS) if kind is None else set(KINDS[kind][2])
-    add = parser.add_argument
-    add('images', help='folder, .tar, .txt list, an image, sklearn/digits/test or sklearn/photos')
-    add('--index', type=integers, metavar='I,J', help='which images of them; default: the first four; matrix: one')
-    add('--output', type=Path, metavar='PATH', help='default KIND.png; for gallery a folder, which must exist')
-    add('--overwrite', action='store_true', help='replace pictures')
-    add('--dpi', type=int, default=80, metavar='N', help='default 80')
-    for name, (flags, settings) in OPTIONS.items():
-        if name in options:
-            add(*flags, dest=name, **settings)
-        else:
-            parser.set_defaults(**{name: None})
-    add_model_options(parser)
-    add_image_options(parser, crop=False)  # pictures show whole images
-    return parser
+_OPTIONS = ('layer', 'patch', 'target', 'heads')  # that not every kind takes
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
     if arguments.kind not in KINDS:
         raise UserError(f'kind {arguments.kind!r}{nearest(arguments.kind, KINDS)}; allowed: {", ".join(KINDS)}')
-    for option in OPTIONS:
+    for option in _OPTIONS:
         if getattr(arguments, option) is not None and option not in KINDS[arguments.kind][2]:
             kinds = [kind for kind, (_, _, options) in KINDS.items() if option in options]
             raise UserError(f'--{option} is for {", ".join(kinds)}')
@@ -164,18 +149,19 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise UserError(f'--patch {arguments.patch}: write ROW,COLUMN')
     if arguments.kind == 'matrix' and len(arguments.index or ()) > 1:
         raise UserError(f'--index {",".join(map(str, arguments.index))}: matrix draws one image')
-    if arguments.dpi < 10:
-        raise UserError(f'--dpi {arguments.dpi}; it must be at least 10')
+    if not _DPI[0] <= arguments.dpi <= _DPI[1]:
+        raise UserError(f'--dpi {arguments.dpi}; allowed: {_DPI[0]} to {_DPI[1]}')
 
 
 def _outputs(arguments: argparse.Namespace, kinds: Sequence[str]) -> dict[str, Path]:
-    output = arguments.output
     if arguments.kind == 'gallery':
-        folder = Path('.') if output is None else output.expanduser()
+        folder = arguments.output or Path('.')
         if not folder.is_dir():
-            raise FeatureError(f'output = {str(folder)!r} is no folder; a gallery needs one that exists')
-        return {kind: check_picture(folder / f'{kind}.png', arguments.overwrite) for kind in kinds}
-    return {kind: check_picture(output or f'{kind}.png', arguments.overwrite) for kind in kinds}
+            raise UserError(f'--output {str(folder)!r} is no folder; a gallery needs one that exists')
+        files = {kind: folder / f'{kind}.png' for kind in kinds}
+    else:
+        files = {kind: arguments.output or Path(f'{kind}.png') for kind in kinds}
+    return {kind: check_output(file, ('.png',), overwrite=arguments.overwrite) for kind, file in files.items()}
 
 
 @torch.inference_mode()
@@ -197,11 +183,11 @@ def _class(backbone: Backbone, target: str) -> int:
         return backbone.classes.index(target)
     if not target.isdecimal():
         known = f'{nearest(target, backbone.classes)}' if backbone.classes else '; the model has no class names'
-        raise FeatureError(f'target = {target!r} is no class of {backbone.name}{known}')
+        raise FeatureError(f'target={target!r} is no class of {backbone.name}{known}')
     return int(target)
 
 
-def _title(backbone: Backbone, layer: Optional[int] = None) -> str:
+def _title(backbone: Backbone, layer: int | None = None) -> str:
     name = Path(backbone.name.partition(':')[2]).name or backbone.name
     weights = ', random weights' if backbone.weights == 'random' else ''
     return f'{name}{weights}' + ('' if layer is None else f', layer {layer}')

@@ -14,6 +14,7 @@ import torch
 
 from hydra_vision import cli
 from hydra_vision.downstream import export, export_aoti, export_onnx, quantized
+from hydra_vision.errors import UserError
 
 DIGITS = Path(__file__).resolve().parents[2] / 'weights' / 'hydra_vit_nano_digits'
 
@@ -57,7 +58,7 @@ def test_onnx_command_on_trained_weights(tmp_path, capsys):
     pytest.importorskip('onnxscript')
     onnxruntime = pytest.importorskip('onnxruntime')
     file = tmp_path / 'digits.onnx'
-    command = ['export-onnx', '--model', f'local-dir:{DIGITS}', '--output', str(file)]
+    command = ['export', 'onnx', '--model', f'local-dir:{DIGITS}', '--output', str(file)]
     assert cli.main(command) == 0
     out = capsys.readouterr().out
     assert re.search(r'size +│ 2\.\d\d MiB', out)
@@ -84,7 +85,7 @@ def test_aoti(tmp_path):
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    from hydra_vision.train.digits import Digits
+    from hydra_vision.train.sources import Digits
 
     held_out = Digits(train=False)
     x = torch.from_numpy(np.stack([np.asarray(image) for image, _ in held_out])).float() / 255
@@ -159,10 +160,10 @@ def test_bad_input(tmp_path, capsys):
         (tmp_path / name).write_text('')
     new = tmp_path / 'new.onnx'
     for error, match, call in [
-        (FileExistsError, 'overwrite', lambda: export_onnx(create(), tmp_path / 'there.onnx')),
-        (FileExistsError, 'big.onnx.data', lambda: export_onnx(create(), tmp_path / 'big.onnx')),
-        (ValueError, 'cannot be written', lambda: export_onnx(create(), '/proc/self/m.onnx')),
-        (ValueError, 'no folder', lambda: export_onnx(create(), tmp_path / 'none' / 'm.onnx')),
+        (UserError, 'overwrite', lambda: export_onnx(create(), tmp_path / 'there.onnx')),
+        (UserError, 'big.onnx.data', lambda: export_onnx(create(), tmp_path / 'big.onnx')),
+        (UserError, 'cannot be written', lambda: export_onnx(create(), '/proc/self/m.onnx')),
+        (UserError, 'no folder', lambda: export_onnx(create(), tmp_path / 'none' / 'm.onnx')),
         (ValueError, 'dynamic_img_size=True', lambda: export_onnx(create(), new, dynamic_size=True)),
         (
             ValueError,
@@ -177,10 +178,12 @@ def test_bad_input(tmp_path, capsys):
         pytest.importorskip('onnxruntime')
         with pytest.raises(error, match=match):
             call()
-    assert cli.main(['export-onnx', '--model', 'test_hydra_vit', '--random-init', '--output', 'm.pt']) == 2
+    assert cli.main(['export', 'onnx', '--model', 'test_hydra_vit', '--random-init', '--output', 'm.pt']) == 2
     assert '.onnx' in capsys.readouterr().err
-    assert cli.main(['export-onnx', '--model', 'test_hydra_vti', '--random-init', '--output', str(new)]) == 2
+    assert cli.main(['export', 'onnx', '--model', 'test_hydra_vti', '--random-init', '--output', str(new)]) == 2
     assert 'nearest' in capsys.readouterr().err
     with pytest.raises(SystemExit, match='2'):  # a model has no preprocessing
-        cli.main(['export-onnx', '--model', 'test_hydra_vit', '--random-init', '--output', str(new), '--mean', '0,0,0'])
+        cli.main(
+            ['export', 'onnx', '--model', 'test_hydra_vit', '--random-init', '--output', str(new), '--mean', '0,0,0']
+        )
     assert sorted(p.name for p in tmp_path.iterdir()) == ['big.onnx.data', 'there.onnx']

@@ -18,19 +18,22 @@ from hydra_vision import cli
 from hydra_vision.errors import UserError
 
 pytest.importorskip('segmentation_models_pytorch')
+from hydra_vision.downstream.segment import plot_predictions, save_mask
 from hydra_vision.downstream.segmentation import (
     Recipe,
     Scores,
+    SegmentationFolder,
     build_segmenter,
     evaluate,
     measure_speed,
     predict,
+    read_classes,
     train_segmenter,
+    train_transform,
 )
-from hydra_vision.downstream.segmentation_data import SegmentationFolder, read_classes, train_transform
-from hydra_vision.downstream.segmentation_report import plot_predictions, save_mask
 
-RUN = ['--model', 'test_hydra_vit', '--crop', '64', '64', '--workers', '0', '--device', 'cpu', '--batch-size', '4']
+RUN = ['--model', 'test_hydra_vit', '--crop', '64', '--device', 'cpu', '--batch-size', '4']
+FPN = ['--workers', '0', '--decoder', 'FPN']
 
 
 class _Fixed(nn.Module):
@@ -83,7 +86,18 @@ def test_training_pairs_stay_aligned(drawn_folder):
 @pytest.mark.slow
 def test_a_run_learns_and_reports(drawn_folder, tmp_path, capsys):
     out = tmp_path / 'run'
-    arguments = ['segment', '--data-dir', str(drawn_folder), *RUN, '--decoder', 'FPN', '--output', str(out)]
+    arguments = [
+        'segment',
+        'train',
+        str(drawn_folder),
+        *RUN,
+        '--workers',
+        '0',
+        '--decoder',
+        'FPN',
+        '--output',
+        str(out),
+    ]
     assert cli.main([*arguments, '--epochs', '16', '--lr', '2e-3', '--eval-every', '8', '--drop-path', '0']) == 0
     summary = json.loads((out / 'summary.json').read_text())
     assert summary['classes'] == ['ground', 'rectangle', 'disc']
@@ -110,11 +124,11 @@ def test_a_run_learns_and_reports(drawn_folder, tmp_path, capsys):
     assert scores.miou == pytest.approx(summary['test']['miou'], abs=1e-3)
 
     again = shutil.copytree(out, tmp_path / 'again')  # the same model twice: both are in the picture
-    assert cli.main(['segment', '--compare', str(out), str(again), '--output', str(tmp_path / 'both')]) == 0
+    assert cli.main(['segment', 'compare', str(out), str(again), '--output', str(tmp_path / 'both')]) == 0
     with Image.open(out / 'predictions.png') as one, Image.open(tmp_path / 'both' / 'predictions.png') as both:
         assert both.width > one.width
     capsys.readouterr()
-    assert cli.main(['segment', '--compare', str(out), str(out), '--output', str(tmp_path / 'twice')]) == 2
+    assert cli.main(['segment', 'compare', str(out), str(out), '--output', str(tmp_path / 'twice')]) == 2
     assert 'name different ones' in capsys.readouterr().err
     assert not (tmp_path / 'twice').exists()
     assert (out / 'model.safetensors').stat().st_mode == (out / 'summary.json').stat().st_mode
@@ -132,11 +146,22 @@ def test_an_interrupted_run_leaves_its_best_weights(drawn_folder, tmp_path, monk
 
     monkeypatch.setattr('hydra_vision.downstream.segmentation.evaluate', interrupt)
     out = tmp_path / 'run'
-    arguments = ['segment', '--data-dir', str(drawn_folder), *RUN, '--decoder', 'FPN', '--output', str(out)]
+    arguments = [
+        'segment',
+        'train',
+        str(drawn_folder),
+        *RUN,
+        '--workers',
+        '0',
+        '--decoder',
+        'FPN',
+        '--output',
+        str(out),
+    ]
     assert cli.main([*arguments, '--epochs', '3', '--eval-every', '1']) == 130
     assert {path.name for path in out.iterdir()} == {'curve.csv', 'model.safetensors', 'last.pt', 'checkpoints'}
     assert len(load_file(out / 'model.safetensors')) > 20
-    assert cli.main(['segment', '--compare', str(out), '--output', str(tmp_path / 'c')]) == 2
+    assert cli.main(['segment', 'compare', str(out), '--output', str(tmp_path / 'c')]) == 2
     assert 'not a finished run' in capsys.readouterr().err
 
 
@@ -148,7 +173,7 @@ def test_a_killed_run_goes_on(drawn_folder, tmp_path, monkeypatch, capsys):
 
     def train(out, *more):
         arguments = ['--decoder', 'FPN', '--epochs', '3', '--eval-every', '1', '--output', str(out), *more]
-        return cli.main(['segment', '--data-dir', str(drawn_folder), *RUN, *arguments])
+        return cli.main(['segment', 'train', str(drawn_folder), *RUN, '--workers', '0', *arguments])
 
     def curve(out):
         return [{k: v for k, v in row.items() if k != 'seconds'} for row in csv.DictReader((out / 'curve.csv').open())]
@@ -181,7 +206,7 @@ def test_a_killed_run_goes_on(drawn_folder, tmp_path, monkeypatch, capsys):
         assert match in capsys.readouterr().err
     assert train(out) == 2  # unasked, nothing goes on
     assert train(out, '--resume') == 0
-    assert 'going on after epoch 2 of 3' in capsys.readouterr().out
+    assert 'continuing after epoch 2 of 3' in capsys.readouterr().out
     assert curve(out) == curve(whole)
     one, two = (load_file(folder / 'model.safetensors') for folder in (out, whole))
     assert all(torch.equal(one[key], two[key]) for key in two)
@@ -300,27 +325,30 @@ def test_speed():
 
 
 def test_bad_input(drawn_folder, tmp_path, capsys):
-    data = ['segment', '--data-dir', str(drawn_folder), '--output', str(tmp_path / 'out'), *RUN]
+    train = ['segment', 'train', str(drawn_folder), '--output', str(tmp_path / 'out'), *RUN]
     for match, arguments in [
-        ('nearest valid name', [*data, '--model', 'test_hydra_vti']),
-        ('UPerNet', [*data, '--decoder', 'Unett']),
-        ('multiples of 32', [*data, '--crop', '60', '64']),
-        ('at least 1', [*data, '--epochs', '0']),
-        ('--num-classes 1', [*data, '--num-classes', '1']),
-        ('is one of the 3 classes', [*data, '--ignore-index', '2']),
-        ('holds no interrupted run', [*data, '--resume']),
-        ('--lr -1.0', [*data, '--lr', '-1']),
-        ('--workers -1', [*data, '--workers', '-1']),
-        ('--epochs has no meaning with --measure', ['segment', '--measure', '--epochs', '3']),
-        ('--model has no meaning with --compare', ['segment', '--compare', 'a', '--model', 'test_vit']),
-        ('names 3', [*data, '--num-classes', '4']),
-        ('no folder', ['segment', '--data-dir', str(tmp_path / 'none'), '--num-classes', '3', *RUN]),
-        ('classes.txt', ['segment', '--data-dir', str(tmp_path), *RUN]),
-        ('not available', [*data, '--device', 'nonsense']),
-        ('summary.json', ['segment', '--compare', str(tmp_path), '--output', str(tmp_path / 'c')]),
-        ('not an empty folder', [*data, '--output', str(drawn_folder)]),
+        ('nearest valid name', [*train, '--model', 'test_hydra_vti']),
+        ('UPerNet', [*train, '--decoder', 'Unett']),
+        ('multiples of 32', [*train, '--crop', '60x64']),
+        ('positive integer', [*train, '--epochs', '0']),
+        ('--num-classes 1', [*train, '--num-classes', '1']),
+        ('is one of the 3 classes', [*train, '--ignore-index', '2']),
+        ('holds no interrupted run', [*train, '--resume']),
+        ('--lr -1.0', [*train, '--lr', '-1']),
+        ('names 3', [*train, '--num-classes', '4']),
+        ('no folder', [*train[:2], str(tmp_path / 'none'), *train[3:], '--num-classes', '3']),
+        ('classes.txt', [*train[:2], str(tmp_path), *train[3:]]),
+        ('not available', [*train, '--device', 'nonsense']),
+        ('is empty', [*train, '--output', '']),
+        ('summary.json', ['segment', 'compare', str(tmp_path), '--output', str(tmp_path / 'c')]),
+        ('not an empty folder', [*train, '--output', str(drawn_folder)]),
+        ('multiples of 32', ['segment', 'time', '--crop', '60', '--output', str(tmp_path / 'out')]),
     ]:
-        assert cli.main(arguments) == 2, arguments
+        try:
+            code = cli.main(arguments)
+        except SystemExit as stop:  # argparse
+            code = stop.code
+        assert code == 2, arguments
         assert match in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()
     assert not (tmp_path / 'c').exists()
@@ -335,9 +363,28 @@ def test_a_wrong_mask_is_found_before_the_training(drawn_folder, tmp_path, capsy
     copy_of_it = shutil.copytree(drawn_folder, tmp_path / 'drawn')
     mask = copy_of_it / 'test' / 'masks' / '3.png'
     Image.fromarray(np.full((60, 72), 7, np.uint8)).save(mask)
-    assert cli.main(['segment', '--data-dir', str(copy_of_it), '--output', str(tmp_path / 'out'), *RUN]) == 2
+    assert cli.main(['segment', 'train', str(copy_of_it), '--output', str(tmp_path / 'out'), *RUN]) == 2
     assert f'{mask} holds the class 7; allowed: 0 to 2' in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()
+
+
+def test_unreadable_pairs_are_skipped_and_named(drawn_folder, tmp_path, capsys):
+    folder = shutil.copytree(drawn_folder, tmp_path / 'drawn')
+    (folder / 'train' / 'images' / '3.png').write_bytes(b'')
+    for path in (folder / 'train' / 'images' / '5.png', folder / 'test' / 'masks' / '1.png'):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    out = tmp_path / 'run'
+    arguments = ['segment', 'train', str(folder), *RUN, '--epochs', '1', '--decoder', 'FPN', '--output', str(out)]
+    assert cli.main([*arguments, '--max-unreadable', '1', '--workers', '1']) == 1
+    assert '2 unreadable images or masks in train: 3.png, 5.png' in capsys.readouterr().err
+    shutil.rmtree(out)
+    assert cli.main([*arguments, '--workers', '1']) == 0
+    shown = capsys.readouterr().out
+    assert 'skipped 2 unreadable images or masks in train: 3.png, 5.png' in shown
+    assert 'skipped 1 unreadable images or masks in test: 1.png' in shown
+    data = SegmentationFolder(folder, 'test', num_classes=3, ignore_index=255)
+    assert (data[1][1] == 255).all()  # what stands in for it does not count
+    assert torch.equal(data[1][0], data[2][0])
 
 
 def test_folder_errors(tmp_path):

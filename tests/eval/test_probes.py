@@ -174,13 +174,13 @@ def test_the_test_set_does_not_choose():
 @pytest.mark.parametrize(
     ('run', 'match'),
     [
-        (lambda a, b: knn_probe(a, b, num_classes=4, k=(301,)), 'k = 301; allowed: 1 to 300'),
-        (lambda a, b: knn_probe(a, b, num_classes=4, temperature=0), 'temperature = 0'),
-        (lambda a, b: knn_probe(a, b, num_classes=4, temperature=float('nan')), 'temperature = nan'),
-        (lambda a, b: probe.logistic_probe(a, b, num_classes=4, values=()), r'C = \[\]'),
+        (lambda a, b: knn_probe(a, b, num_classes=4, k=(301,)), 'k=301; allowed: 1 to 300'),
+        (lambda a, b: knn_probe(a, b, num_classes=4, temperature=0), 'temperature=0'),
+        (lambda a, b: knn_probe(a, b, num_classes=4, temperature=float('nan')), 'temperature=nan'),
+        (lambda a, b: probe.logistic_probe(a, b, num_classes=4, values=()), r'C=\[\]'),
         (lambda a, b: probe.linear_probe(a, b, num_classes=4, values=(0.1, -1)), 'all positive'),
-        (lambda a, b: probe.linear_probe(a, b, num_classes=4, epochs=0), 'epochs = 0'),
-        (lambda a, b: probe.logistic_probe(a, b, num_classes=4, holdout=0.001), r'holdout = 0.001 of 300'),
+        (lambda a, b: probe.linear_probe(a, b, num_classes=4, epochs=0), 'epochs=0'),
+        (lambda a, b: probe.logistic_probe(a, b, num_classes=4, holdout=0.001), r'holdout=0.001 of 300'),
     ],
 )
 def test_bad_arguments(run, match):
@@ -198,19 +198,19 @@ def digits(tmp_path_factory):
 
 def test_commands_on_files(digits, capsys):
     files = [str(features.path) for features in digits]
-    assert main(['knn', *files, '--k', '1,20', '--json']) == 0
+    assert main(['probe', 'knn', *files, '--k', '1,20', '--json']) == 0
     result = json.loads(capsys.readouterr().out)
     assert [row['k'] for row in result['results']] == [1, 20]
     assert min(row['top1'] for row in result['results']) > 96
     assert result['classes'] == 10
     assert result['test'] == {'images': DIGITS[1], 'rows': 360, 'skipped': 0}
     assert 'T = 0.07' in result['protocol']
-    assert main(['probe', *files, '--sweep', '0.01,1']) == 0
+    assert main(['probe', 'linear', *files, '--sweep', '0.01,1']) == 0
     out = capsys.readouterr().out
     assert CHECKPOINT in out
     assert 'held out: C 0.01: top1' in out
     assert 'C chosen on 20% of the training images (stratified, seed 0)' in out
-    assert main(['probe', *files, '--head', 'linear', '--sweep', '0.1', '--epochs', '5', '--json']) == 0
+    assert main(['probe', 'linear', *files, '--solver', 'sgd', '--sweep', '0.1', '--epochs', '5', '--json']) == 0
     result = json.loads(capsys.readouterr().out)
     assert result['results'][0]['top1'] > 96
     assert 'cosine over 5 epochs, seed 0; lr 0.1 was given, none chosen' in result['protocol']
@@ -224,21 +224,9 @@ def test_command_on_images(tmp_path, capsys):
             for i in range(8):
                 pixels = np.clip(np.array(colour) + rng.integers(-60, 60, (40, 40, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(tmp_path / split / name / f'{i}.png')
-    options = [
-        '--model',
-        'test_hydra_vit',
-        '--random-init',
-        '--img-size',
-        '32',
-        '--workers',
-        '0',
-        '--k',
-        '3',
-        '--device',
-        'cpu',
-        '--json',
-    ]
-    assert main(['knn', str(tmp_path / 'train'), str(tmp_path / 'val'), *options]) == 0
+    options = ['--model', 'test_hydra_vit', '--random-init', '--img-size', '32']
+    options += ['--workers', '0', '--k', '3', '--device', 'cpu', '--json']
+    assert main(['probe', 'knn', str(tmp_path / 'train'), str(tmp_path / 'val'), *options]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result['results'][0]['top1'] == 100
     assert result['weights'] == 'random'
@@ -273,43 +261,37 @@ def test_features_that_do_not_belong_together(digits, tmp_path, capsys, monkeypa
     tokens = extract(DIGITS[1], tmp_path / 'tokens.npy', model=backbone, workers=0, pool='tokens')
     with pytest.raises(FeatureError, match=r'\[16, 128\] values an image'):
         paired_splits(tokens, tokens)
-    model = [
-        '--model',
-        'hydra_vit_nano',
-        '--random-init',
-        '--model-kwargs',
-        'depth=4',
-        'img_size=8',
-        'patch_size=2',
-        'in_chans=1',
-    ]
-    assert 'features of another model' in fails(capsys, 'knn', str(train.path), DIGITS[1], *model)
-    assert 'both sets are features already' in fails(capsys, 'knn', str(train.path), str(test.path), *model)
-    assert 'no model' in fails(capsys, 'knn', *DIGITS)
-    assert "'test_hydra_vit'" in fails(capsys, 'knn', *DIGITS, '--model', 'test_hydra_vi')
+    model = ['--model', 'hydra_vit_nano', '--random-init', '--model-kwargs']
+    model += ['depth=4', 'img_size=8', 'patch_size=2', 'in_chans=1']
+    assert 'features of another model' in fails(capsys, 'probe', 'knn', str(train.path), DIGITS[1], *model)
+    assert 'both sets are features already' in fails(capsys, 'probe', 'knn', str(train.path), str(test.path), *model)
+    assert 'no model' in fails(capsys, 'probe', 'knn', *DIGITS)
+    assert "'test_hydra_vit'" in fails(capsys, 'probe', 'knn', *DIGITS, '--model', 'test_hydra_vi')
     assert '--batch-size: both sets are features' in fails(
-        capsys, 'knn', *(str(f.path) for f in digits), '--batch-size', '8'
+        capsys, 'probe', 'knn', *(str(f.path) for f in digits), '--batch-size', '8'
     )
     for option, value in (('--device', 'cpu'), ('--seed', '3')):  # nothing that would use them
-        error = fails(capsys, 'probe', str(train.path), str(test.path), '--sweep', '1', option, value)
+        error = fails(capsys, 'probe', 'linear', str(train.path), str(test.path), '--sweep', '1', option, value)
         assert option in error
-    assert main(['probe', str(train.path), str(test.path), '--head', 'linear', '--epochs', '1', '--sweep', '1',
+    assert main(['probe', 'linear', str(train.path), str(test.path), '--solver', 'sgd', '--epochs', '1', '--sweep', '1',
                  '--device', 'cpu', '--seed', '3']) == 0  # fmt: skip
     capsys.readouterr()
     with monkeypatch.context() as patch:  # before the images are run through the model
         patch.setattr('hydra_vision.eval.main.extract', lambda *_, **__: pytest.fail('extracted'))
         other_size = ['--model', CHECKPOINT, '--mean', '0.5']
-        assert 'settings: data' in fails(capsys, 'knn', str(train.path), DIGITS[1], *other_size)
-    one = fails(capsys, 'probe', *(str(f.path) for f in digits), '--sweep', '1', '--holdout', '0.3')
+        assert 'settings: data' in fails(capsys, 'probe', 'knn', str(train.path), DIGITS[1], *other_size)
+    one = fails(capsys, 'probe', 'linear', *(str(f.path) for f in digits), '--sweep', '1', '--holdout', '0.3')
     assert '--holdout is for choosing' in one
-    assert '--epochs is for --head linear' in fails(capsys, 'probe', str(train.path), str(test.path), '--epochs', '3')
-    assert '--k 1438: there are 1437' in fails(capsys, 'knn', *DIGITS, '--k', '1,1438', *model)
-    assert 'avg, max or cls' in fails(capsys, 'probe', *DIGITS, '--pool', 'tokens', *model)
+    assert '--epochs is for --solver sgd' in fails(
+        capsys, 'probe', 'linear', str(train.path), str(test.path), '--epochs', '3'
+    )
+    assert '--k 1438: there are 1437' in fails(capsys, 'probe', 'knn', *DIGITS, '--k', '1,1438', *model)
+    assert "'avg', 'max', 'cls'" in fails(capsys, 'probe', 'linear', *DIGITS, '--pool', 'tokens', *model)
     (tmp_path / 'one' / 'cat').mkdir(parents=True)
     Image.new('L', (8, 8)).save(tmp_path / 'one' / 'cat' / 'a.png')
-    assert 'classes to test on' in fails(capsys, 'knn', DIGITS[0], str(tmp_path / 'one'), *model)
-    assert 'have one class, cat' in fails(capsys, 'knn', str(tmp_path / 'one'), str(tmp_path / 'one'), *model)
-    assert '--holdout' in fails(capsys, 'probe', str(train.path), str(test.path), '--holdout', '1.5')
+    assert 'classes to test on' in fails(capsys, 'probe', 'knn', DIGITS[0], str(tmp_path / 'one'), *model)
+    assert 'have one class, cat' in fails(capsys, 'probe', 'knn', str(tmp_path / 'one'), str(tmp_path / 'one'), *model)
+    assert '--holdout' in fails(capsys, 'probe', 'linear', str(train.path), str(test.path), '--holdout', '1.5')
 
 
 def test_classes_that_do_not_fit(digits, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from hydra_vision.cli import main
+from hydra_vision.errors import CheckpointError
 from hydra_vision.features import FeatureError, load_backbone
 from hydra_vision.train.build import create_model
 from hydra_vision.train.checkpoint import save_checkpoint
@@ -78,7 +79,7 @@ def test_a_run_of_the_trainer(tmp_path, capsys):
     out = tmp_path / 'run'
     assert main(['train', '--epochs', '1', '--set', 'schedule.warmup_epochs=0', '--output', str(out)]) == 0
     capsys.readouterr()
-    assert main(['knn', *SPLITS, '--checkpoint', str(out), '--workers', '0', '--device', 'cpu', '--json']) == 0
+    assert main(['probe', 'knn', *SPLITS, '--checkpoint', str(out), '--workers', '0', '--device', 'cpu', '--json']) == 0
     result = json.loads(capsys.readouterr().out)
     assert result['model'] == 'hydra_vit_nano'
     assert result['input_size'] == [1, 8, 8]
@@ -137,12 +138,12 @@ def test_random_weights_only_when_asked():
         ('test_hydra_vit', {'checkpoint': 'gone.pt'}, r"'gone\.pt' is no file"),
         ('test_hydra_vit', {'checkpoint': 'gone.pt', 'random_init': True}, 'exclude each other'),
         ('test_hydra_vit', {'random_init': True, 'img_size': 100}, r'\(100, 100\) is no multiple of the \(16, 16\)'),
-        ('test_hydra_vit', {'random_init': True, 'img_size': 0}, 'img_size = 0'),
+        ('test_hydra_vit', {'random_init': True, 'img_size': 0}, 'img_size=0'),
         ('test_hydra_vit', {'random_init': True, 'model_kwargs': {'dim': 3}}, 'cannot build test_hydra_vit'),
-        ('test_hydra_vit', {'random_init': True, 'device': 'tpu9'}, "device = 'tpu9' is not available"),
-        ('test_hydra_vit', {'random_init': True, 'data': {'scale': 1}}, r"data = \['scale'\]"),
+        ('test_hydra_vit', {'random_init': True, 'device': 'tpu9'}, "device='tpu9' is not available"),
+        ('test_hydra_vit', {'random_init': True, 'data': {'scale': 1}}, r"data=\['scale'\]"),
         ('local-dir:gone', {}, 'cannot build local-dir:gone'),
-        (f'local-dir:{DIGITS}', {'model_kwargs': {'num_classes': 7}}, 'num_classes = 7, but the weights of'),
+        (f'local-dir:{DIGITS}', {'model_kwargs': {'num_classes': 7}}, 'num_classes=7, but the weights of'),
     ],
 )
 def test_bad_arguments(name, kwargs, match):
@@ -152,7 +153,7 @@ def test_bad_arguments(name, kwargs, match):
 
 
 def test_bad_checkpoints(run, tmp_path):
-    with pytest.raises(FeatureError, match=r"model = 'test_vit', but .* holds a test_hydra_vit"):
+    with pytest.raises(FeatureError, match=r"model='test_vit', but .* holds a test_hydra_vit"):
         load_backbone('test_vit', checkpoint=run)
     with pytest.raises(FeatureError, match='the recipe in'):
         load_backbone(checkpoint=run, model_kwargs={'depth': 2})
@@ -163,10 +164,13 @@ def test_bad_checkpoints(run, tmp_path):
         load_backbone(checkpoint=weights)
     with pytest.raises(FeatureError, match='cannot build hydra_vit_nano'):
         load_backbone('hydra_vit_nano', checkpoint=weights)
+    save_file(timm.create_model('test_vit').state_dict(), tmp_path / 'vit.safetensors')
+    with pytest.raises(FeatureError, match=r'do not fit test_hydra_vit with .*\ntensors: .* missing'):
+        load_backbone('test_hydra_vit', checkpoint=tmp_path / 'vit.safetensors')
     shape = dict(depth=4, img_size=8, patch_size=2, in_chans=1)
-    with pytest.raises(FeatureError, match=r'num_classes = 7, but the head in .* has 10 classes'):
+    with pytest.raises(FeatureError, match=r'num_classes=7, but the head in .* has 10 classes'):
         load_backbone('hydra_vit_nano', checkpoint=weights, model_kwargs={**shape, 'num_classes': 7})
     for name in ('a.safetensors', 'a.pth'):
         (tmp_path / name).write_bytes(b'no weights at all')
-        with pytest.raises(FeatureError, match='cannot be read'):
+        with pytest.raises(CheckpointError, match='is a text file'):
             load_backbone('test_hydra_vit', checkpoint=tmp_path / name)

@@ -12,7 +12,18 @@ MODEL = ['--model', 'test_hydra_vit', '--random-init', '--img-size', '32', '--wo
 def test_table_and_skipped_images(folder, tmp_path, capsys):
     (folder / 'c' / 'image2.png').write_bytes(b'')
     out = tmp_path / 'f.npy'
-    argv = ['extract', str(folder), str(out), *MODEL, '--layers=-2,-1', '--pool', 'max', '--dtype', 'float16']
+    argv = [
+        'extract',
+        str(folder),
+        '--output',
+        str(out),
+        *MODEL,
+        '--layers=-2,-1',
+        '--pool',
+        'max',
+        '--dtype',
+        'float16',
+    ]
     assert main(argv) == 0
     text = capsys.readouterr().out
     assert '11 x 128 float16' in text
@@ -29,20 +40,14 @@ def test_table_and_skipped_images(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ('argv', 'match'),
     [
-        (['IMAGES', 'f.npy'], 'no model: give its name'),
-        (['IMAGES', 'f.npy', '--model', 'hydra_vit_tiny'], 'no published weights'),
-        (['IMAGES', 'f.npy', '--model', 'hydra_vit_tinny', '--random-init'], "'hydra_vit_tiny'"),
-        (['IMAGES', 'f.csv', *MODEL], 'must end in .npy'),
-        (['IMAGES', 'no/f.npy', *MODEL], "there is no folder 'no'"),
-        (['no', 'f.npy', *MODEL], "'no' is neither a folder nor a file"),
-        (['IMAGES', 'f.npy', *MODEL, '--layers', '9'], 'layer 9 is out of range'),
-        (['IMAGES', 'f.npy', *MODEL, '--layers', 'last'], 'whole numbers'),
-        (['IMAGES', 'f.npy', *MODEL, '--img-size', '0'], 'write N or H,W'),
-        (['IMAGES', 'f.npy', *MODEL, '--model-kwargs', 'depth'], 'write KEY=VALUE'),
-        (['IMAGES', 'f.npy', *MODEL, '--crop-pct', '0'], 'crop_pct = 0.0; allowed: 0 < crop_pct <= 1'),
-        (['IMAGES', 'f.npy', *MODEL, '--std', '0,1,1'], 'std = (0.0, 1.0, 1.0); allowed: numbers above 0'),
-        (['IMAGES', 'f.npy', *MODEL, '--mean', 'nan,0,0'], 'allowed: finite numbers'),
-        (['IMAGES', 'f.npy', *MODEL, '--mean', '0.5,0.5'], 'mean has 2 values, the model 3 channels'),
+        (['IMAGES', '--output', 'f.npy'], 'no model: give its name'),
+        (['IMAGES', '--output', 'f.npy', '--model', 'hydra_vit_tiny'], 'no published weights'),
+        (['IMAGES', '--output', 'f.npy', '--model', 'hydra_vit_tinny', '--random-init'], "'hydra_vit_tiny'"),
+        (['IMAGES', '--output', 'f.csv', *MODEL], 'must end in .npy'),
+        (['IMAGES', '--output', 'f.npy', *MODEL, '--layers', '9'], 'layer 9 is out of range'),
+        (['IMAGES', '--output', 'f.npy', *MODEL, '--layers', 'last'], 'whole numbers'),
+        (['IMAGES', '--output', 'f.npy', *MODEL, '--crop-pct', '0'], 'crop_pct=0.0; allowed: 0 < crop_pct <= 1'),
+        (['IMAGES', '--output', 'f.npy', *MODEL, '--mean', '0.5,0.5'], 'mean has 2 values, the model 3 channels'),
     ],
 )
 def test_one_line_errors(argv, match, folder, tmp_path, monkeypatch, capsys):

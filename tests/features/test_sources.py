@@ -8,8 +8,9 @@ import tarfile
 import numpy as np
 import pytest
 
+from hydra_vision.errors import UserError
 from hydra_vision.features import FeatureError, open_images
-from hydra_vision.train.digits import Digits
+from hydra_vision.train.sources import Digits
 
 
 def pixels(images) -> list[np.ndarray]:
@@ -64,9 +65,19 @@ def test_data_sets():
     assert photos.paths[0] == 'sklearn/photos/china.jpg'
 
 
+def test_an_image_of_any_name_is_a_source(folder, tmp_path):
+    for name in ('photo.jfif', 'photo'):
+        shutil.copy(folder / 'a' / 'image3.jpg', tmp_path / name)
+        assert pixels(open_images(tmp_path / name))[0].shape == (23, 40, 3)
+    with tarfile.open(tmp_path / 'odd.tar', 'w') as archive:
+        archive.add(tmp_path / 'photo', arcname='a/photo')
+        archive.add(tmp_path / 'photo.jfif', arcname='a/photo.jfif')
+    assert [*open_images(tmp_path / 'odd.tar').paths] == ['a/photo', 'a/photo.jfif']
+
+
 def test_bad_sources(folder, tar, tmp_path):
     (tmp_path / 'empty').mkdir()
-    with pytest.raises(FeatureError, match='empty holds no image; file names must end in'):
+    with pytest.raises(FeatureError, match='empty holds no image; file names may end in'):
         open_images(tmp_path / 'empty')
     with pytest.raises(FeatureError, match="'gone' is neither a folder nor a file"):
         open_images('gone')
@@ -74,7 +85,7 @@ def test_bad_sources(folder, tar, tmp_path):
     with pytest.raises(FeatureError, match='1 of 2 lines have a class'):
         open_images(tmp_path / 'some.txt')
     (tmp_path / 'images.tar.gz').write_bytes(gzip.compress(tar.read_bytes()))
-    with pytest.raises(FeatureError, match='is no plain tar'):
+    with pytest.raises(FeatureError, match=r'is no image, \.txt list or plain tar'):
         open_images(tmp_path / 'images.tar.gz')
     with tarfile.open(tmp_path / 'links.tar', 'w') as archive:
         archive.add(folder / 'a' / 'image0.png', arcname='a/0.png')
@@ -83,5 +94,7 @@ def test_bad_sources(folder, tar, tmp_path):
         archive.addfile(link)
     with pytest.raises(FeatureError, match=r'b/0\.png is a link inside of the tar'):
         open_images(tmp_path / 'links.tar')
+    with pytest.raises(UserError, match="images='' is empty"):
+        open_images('')
     with pytest.raises(FeatureError, match='int object; allowed'):
         open_images(3)

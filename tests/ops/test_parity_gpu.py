@@ -54,6 +54,6 @@ def test_mamba_ssm_is_a_backend():
 @pytest.mark.parametrize('L', [196, 300])
 def test_flash_linear_attention(L):
     pytest.importorskip('fla.ops.simple_gla', exc_type=ImportError)
-    from hydra_vision.bench.peers import mix_simple_gla
+    from benchmarks.operators import mix_simple_gla
 
     check_parity(lambda a: mix_simple_gla(*a[:9]), (2, L, 4, 64, 2, 64), torch.bfloat16, 3e-2)

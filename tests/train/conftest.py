@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import signal
@@ -5,7 +6,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from hydra_vision.train import data, sources
 from hydra_vision.train.checkpoint import LAST, load_checkpoint
+from hydra_vision.train.config import Config
 from hydra_vision.train.main import main
 
 COLORS = {'blue': (30, 30, 200), 'green': (30, 200, 30), 'red': (200, 30, 30)}
@@ -69,6 +72,23 @@ def image_folder(tmp_path) -> Callable[..., Path]:
         return tmp_path / name
 
     return build
+
+
+@pytest.fixture
+def loaders() -> Iterator[Callable[..., tuple]]:
+    """Opens the data of a recipe; gives its training and its validation loader on the CPU."""
+
+    built = []
+
+    def build(config: Config) -> tuple:
+        train, val = sources.open_splits(config)
+        arguments = (sources.count_classes(config, train), torch.nn.Identity(), torch.device('cpu'))
+        built.append((data.train_loader(config, train, *arguments), data.val_loader(config, val, *arguments)))
+        return built[-1]
+
+    yield build
+    for loader in itertools.chain(*built):
+        data.end_processes(loader)
 
 
 @pytest.fixture

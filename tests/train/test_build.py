@@ -5,9 +5,8 @@ import timm
 import torch
 
 from hydra_vision.errors import CheckpointError, ConfigError
-from hydra_vision.train import build, data
+from hydra_vision.train import build, data, tasks
 from hydra_vision.train.config import Config, merge
-from hydra_vision.train.device import configure_torch
 
 NANO = {'model': {'name': 'hydra_vit_nano', 'kwargs': {'patch_size': 4, 'depth': 2}}, 'data': {'img_size': 16}}
 
@@ -63,50 +62,6 @@ def test_a_timm_vit_trains_through_the_same_code(tiny, run, tmp_path):
     assert not (tmp_path / 'run' / 'mixers.csv').exists()
 
 
-def test_layer_decay_grows_towards_the_head():
-    config = recipe(optim={'layer_decay': 0.5})
-    model = build.create_model(config, 10)
-    groups = names_of(build.create_optimizer(config, model), model)
-    scales = [groups[name]['lr_scale'] for name in ('patch_embed.proj.weight', 'blocks.0.mixer.in_proj.weight')]
-    scales += [groups[name]['lr_scale'] for name in ('blocks.1.mixer.in_proj.weight', 'head.weight')]
-    assert scales == sorted(scales)
-    assert scales[-1] == 1
-    assert scales[1] == 0.5 * scales[2]
-
-
-def test_learning_rates_scale_with_the_images_an_update():
-    config = recipe(
-        optim={'lr': 1e-3, 'lr_batch_size': 1024, 'accum_steps': 2},
-        data={'batch_size': 128},
-        schedule={'min_lr': 1e-5, 'epochs': 10},
-    )
-    model = build.create_model(config, 10)
-    optimizer = build.create_optimizer(config, model)
-    schedule, _ = build.create_schedule(config, optimizer, updates_per_epoch=5)
-    assert optimizer.param_groups[0]['lr'] == pytest.approx(2.5e-4)
-    schedule.step_update(50)
-    assert optimizer.param_groups[0]['lr'] == pytest.approx(2.5e-6)
-
-
-def test_schedule_warms_up_and_decays_by_update():
-    config = recipe(
-        optim={'lr': 1.0},
-        schedule={'epochs': 10, 'warmup_epochs': 2, 'warmup_lr': 0.1, 'min_lr': 0.01, 'cooldown_epochs': 1},
-    )
-    model = build.create_model(config, 10)
-    optimizer = build.create_optimizer(config, model)
-    schedule, epochs = build.create_schedule(config, optimizer, updates_per_epoch=4)
-    rates = []
-    for update in range(41):
-        schedule.step_update(update)
-        rates.append(optimizer.param_groups[0]['lr'])
-    assert epochs == 11
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[:9] == sorted(rates[:9])
-    assert rates[8:] == sorted(rates[8:], reverse=True)
-    assert rates[-1] == pytest.approx(0.01)
-
-
 @pytest.mark.parametrize(
     ('augment', 'name'),
     [
@@ -116,7 +71,7 @@ def test_schedule_warms_up_and_decays_by_update():
     ],
 )
 def test_the_loss_follows_from_the_labels(augment, name):
-    assert type(build.create_loss(recipe(augment=augment))).__name__ == name
+    assert type(tasks.create_loss(recipe(augment=augment))).__name__ == name
 
 
 def test_rates_of_dropping_reach_the_model():
@@ -128,7 +83,10 @@ def test_rates_of_dropping_reach_the_model():
         assert max(paths) == pytest.approx(0.2)
 
 
-def test_the_last_updates_of_an_epoch_count_for_the_schedule():
+def test_the_schedule_counts_the_last_step_of_an_epoch_and_the_cooldown():
+    config = recipe(schedule={'epochs': 10, 'cooldown_epochs': 1})
+    optimizer = build.create_optimizer(config, build.create_model(config, 10))
+    assert build.create_schedule(config, optimizer, updates_per_epoch=4)[1] == 11
     assert [build.updates_in(batches, 4) for batches in (4, 5, 6, 8)] == [1, 2, 2, 2]
 
 
@@ -165,18 +123,31 @@ def test_device_and_precision_that_are_not_here():
         build.amp_dtype(recipe(run={'amp': 'fp16'}), torch.device('cpu'))
 
 
-@pytest.mark.parametrize('asked', [False, True])
-def test_attention_by_cudnn_runs_where_it_is_asked_for(monkeypatch, asked):
-    """Its backward pass gives NaN for some numbers of tokens, so it must not be PyTorch's choice."""
+def test_attention_lengths_are_those_of_the_model():
+    """100 patches and no prefix token; a Hydra layer has no attention."""
+    for name, lengths in (('test_vit', {101}), ('test_hydra_vit', set())):
+        model = timm.create_model(name).train()
+        assert build.attention_lengths(model, (3, 160, 160), torch.device('cpu')) == lengths
+        assert model.training
+
+
+@pytest.mark.parametrize(
+    ('capability', 'tokens', 'amp', 'runs'),
+    [
+        ((9, 0), {64, 197}, torch.bfloat16, False),
+        ((9, 0), {197}, torch.bfloat16, True),
+        ((8, 0), {64}, torch.bfloat16, True),
+        ((9, 0), {64}, None, None),
+    ],
+)
+def test_cudnn_attention_is_off_only_where_its_gradients_are_nan(monkeypatch, capability, tokens, amp, runs):
     calls = []
-    monkeypatch.setattr(torch, 'set_float32_matmul_precision', lambda _: None)
-    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', torch.backends.cudnn.allow_tf32)
     monkeypatch.setattr(torch.backends.cuda, 'enable_cudnn_sdp', calls.append)
-    config = recipe(run={'cudnn_attention': True}) if asked else recipe()
-    configure_torch(config, torch.device('cpu'))
-    assert calls == []
-    configure_torch(config, torch.device('cuda'))
-    assert calls == [asked]
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _: capability)
+    monkeypatch.setattr(build, 'attention_lengths', lambda *_: tokens)
+    note = build.avoid_faulty_attention(torch.nn.Identity(), (3, 8, 8), torch.device('cuda'), amp)
+    assert calls == ([] if runs is None else [runs])
+    assert (note is None) == (runs is not False)
 
 
 @pytest.mark.parametrize('classes', [10, 3])
@@ -210,7 +181,7 @@ def test_initial_weights_for_grey_images(tmp_path, caplog, channels):
 def test_initial_weights_that_do_not_fit(tmp_path):
     (tmp_path / 'text.pt').write_text('not a checkpoint')
     for path in (tmp_path / 'none.pt', tmp_path / 'text.pt'):
-        with pytest.raises(CheckpointError, match=f"model.checkpoint='{path}'"):
+        with pytest.raises(CheckpointError, match=str(path)):
             build.create_model(recipe(model={'checkpoint': str(path)}), 10)
     torch.save({'state_dict': {'foo.weight': torch.zeros(1)}}, tmp_path / 'other.pt')
     with pytest.raises(CheckpointError, match=r'initial weights: .*other.pt'):

@@ -1,26 +1,23 @@
-import copy
 import errno
+import multiprocessing
 import os
 import random
+import resource
 import shutil
-import subprocess
-import sys
-import textwrap
+import signal
 
 import numpy as np
 import pytest
 import torch
 
-from hydra_vision.errors import CheckpointError
+from hydra_vision.errors import CheckpointError, WriteError
 from hydra_vision.train.checkpoint import (
     BEST,
     KEPT,
     LAST,
-    checksum,
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
-    set_aside,
 )
 from hydra_vision.train.randomness import random_state, set_random_state
 
@@ -30,26 +27,27 @@ def listing(folder) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file())
 
 
+def save_beyond_the_limit(folder, messages) -> None:
+    """In a process that may not write files of more than 100 kB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        save_checkpoint(folder, {'updates': 2, 'weights': torch.zeros(1_000_000)}, is_best=True)
+    except WriteError as error:
+        messages.send(str(error))
+
+
 def test_a_full_disk_keeps_both_checkpoints(tmp_path):
-    """A real write error: the process may not write files beyond a size."""
+    """A real write error."""
     save_checkpoint(tmp_path, {'epoch': 1, 'updates': 1, 'weights': torch.zeros(10)}, is_best=True)
-    script = """
-        import resource, signal, sys, torch
-        from pathlib import Path
-        from hydra_vision.train.checkpoint import save_checkpoint
-        from hydra_vision.errors import CheckpointError
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        try:
-            save_checkpoint(Path(sys.argv[1]), {"updates": 2, "weights": torch.zeros(1_000_000)}, is_best=True)
-        except CheckpointError as error:
-            print("refused:", error)
-    """
-    pytest.importorskip('resource')
-    command = [sys.executable, '-c', textwrap.dedent(script), str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert 'refused: could not write' in result.stdout
-    assert 'the previous last.pt is intact' in result.stdout
+    fork = multiprocessing.get_context('fork')
+    received, sent = fork.Pipe(duplex=False)
+    process = fork.Process(target=save_beyond_the_limit, args=(tmp_path, sent))
+    process.start()
+    process.join(60)
+    message = received.recv()
+    assert message.startswith('could not write')
+    assert 'the previous last.pt is intact' in message
     assert listing(tmp_path) == [BEST, 'checkpoints/step-000000001.pt', LAST]
     assert load_checkpoint(tmp_path / LAST)['epoch'] == load_checkpoint(tmp_path / BEST)['epoch'] == 1
 
@@ -71,21 +69,6 @@ def test_the_newest_and_chosen_older_checkpoints_are_kept(tmp_path, keep_last, k
     names = [f'checkpoints/step-{step:09d}.pt' for step in kept]
     assert listing(tmp_path) == [*names, LAST]
     assert os.path.samefile(tmp_path / LAST, tmp_path / names[-1])
-
-
-def test_a_checksum_covers_names_values_and_types():
-    state = {'a': torch.arange(6.0), 'b': [1, 2.5, None, 'x'], 'c': {'d': torch.zeros(2, dtype=torch.bfloat16)}}
-    assert checksum(state) == checksum(copy.deepcopy(state))
-    for change in (
-        {'a': torch.arange(6.0).reshape(2, 3)},
-        {'a': torch.arange(6)},
-        {'a': torch.arange(6.0) + 1e-6},
-        {'b': [1, 2.5, None, 'y']},
-        {'b': [1.0, 2.5, None, 'x']},
-        {'c': {'d': torch.zeros(2, dtype=torch.float16)}},
-        {'c': {'e': torch.zeros(2, dtype=torch.bfloat16)}},
-    ):
-        assert checksum({**state, **change}) != checksum(state), change
 
 
 def flip_a_weight(path) -> None:
@@ -124,13 +107,6 @@ def test_a_folder_with_last_alone_and_one_with_nothing(tmp_path):
     assert newest_checkpoint(tmp_path)[0] == tmp_path / LAST
 
 
-def test_checkpoints_of_steps_that_are_trained_again_are_set_aside(tmp_path):
-    for step in (1, 2, 3):
-        save_checkpoint(tmp_path, {'updates': step}, is_best=False, keep_last=3)
-    assert [path.name for path in set_aside(tmp_path, 1)] == ['step-000000003.pt.old', 'step-000000002.pt.old']
-    assert newest_checkpoint(tmp_path)[1]['updates'] == 1
-
-
 def test_best_is_written_where_links_are_not_possible(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EPERM, 'no links here')
@@ -154,7 +130,7 @@ def test_random_state_survives_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize(
     ('content', 'message'),
-    [(None, 'no checkpoint'), (b'', 'cannot read'), (b'hello', 'cannot read .*: damaged, or not a checkpoint')],
+    [(None, 'no checkpoint'), (b'', 'is empty'), (b'hello', 'is a text file; expected a checkpoint')],
 )
 def test_files_that_are_no_checkpoint(tmp_path, content, message):
     path = tmp_path / 'model.pt'
@@ -168,14 +144,8 @@ def test_checkpoints_of_others(tmp_path):
     torch.save({'state_dict': {}}, tmp_path / 'weights.pt')
     with pytest.raises(CheckpointError, match=r'was not written by this trainer'):
         load_checkpoint(tmp_path / 'weights.pt')
+    torch.save({'format': 2, 'checksum': '', 'epoch': 1}, tmp_path / 'earlier.pt')
+    assert load_checkpoint(tmp_path / 'earlier.pt')['epoch'] == 1
     torch.save({'format': 99}, tmp_path / 'future.pt')
     with pytest.raises(CheckpointError, match=r'has format 99'):
         load_checkpoint(tmp_path / 'future.pt')
-
-
-def test_a_truncated_checkpoint(tmp_path):
-    save_checkpoint(tmp_path, {'weights': torch.zeros(1000)}, is_best=False)
-    content = (tmp_path / LAST).read_bytes()
-    (tmp_path / LAST).write_bytes(content[: len(content) // 2])
-    with pytest.raises(CheckpointError, match=r'cannot read'):
-        load_checkpoint(tmp_path / LAST)

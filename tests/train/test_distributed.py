@@ -14,10 +14,11 @@ import torch
 
 import hydra_vision
 from hydra_vision.errors import ConfigError
-from hydra_vision.train import build, data
+from hydra_vision.train import build
 from hydra_vision.train.checkpoint import BEST, LAST, load_checkpoint
 from hydra_vision.train.config import Config
 from hydra_vision.train.distributed import World, world_from_environment
+from hydra_vision.train.sampling import local_batch
 
 ROOT = Path(hydra_vision.__file__).parents[1]
 # Nothing that each process draws by itself: one and two processes do the same sums in another order.
@@ -71,7 +72,7 @@ def test_gradients_in_bfloat16_are_close_to_those_in_float32(tiny, processes, tm
 def test_processes_that_are_killed_go_on_bit_by_bit(tiny, processes, tmp_path, assert_same_run, strategy):
     random = ('--set', 'model.drop_path_rate=0.3', '--set', 'augment.mixup=0.2', '--set', 'augment.erase_prob=0.5')
     command = (*tiny, *random, '--set', f'distributed.strategy={strategy}', '--set', 'checkpoint.every_steps=1')
-    command = (*command, '--set', 'log.every=1')
+    command = (*command, '--set', 'log.every=1', '--epochs', 2)
     whole = processes(*command, '--output', 'whole', world=2)
     assert whole.wait() == [0, 0], whole.output()
     killed = processes(*command, '--output', 'parts', world=2)
@@ -201,10 +202,10 @@ def test_the_learning_rate_follows_the_batch_of_all_processes():
     config = Config.from_dict(
         {'optim': {'lr': 1e-3, 'lr_batch_size': 1024, 'accum_steps': 2}, 'data': {'batch_size': 256}}
     )
-    assert build.scaled_lr(config) == pytest.approx(5e-4)  # 512 images an update on any number of processes
-    assert data.local_batch(config, World(0, 8, 0)) == 32
+    assert config.lr_scale == 0.5  # 512 images per step on any number of processes
+    assert local_batch(256, 8, mixes=False) == 32
     with pytest.raises(ConfigError, match='multiples of 3'):
-        data.local_batch(config, World(0, 3, 0))
+        local_batch(256, 3, mixes=False)
 
 
 @pytest.mark.parametrize(
@@ -225,9 +226,12 @@ def test_an_environment_that_does_not_fit(monkeypatch, variables, message):
         world_from_environment()
 
 
-def test_one_device_for_several_processes_is_refused():
+def test_every_process_needs_a_gpu_of_its_own(monkeypatch):
     with pytest.raises(ConfigError, match="'cuda:0' is one device for 2 processes"):
         build.pick_device(Config.from_dict({'run': {'device': 'cuda:0'}}), World(1, 2, 1))
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    with pytest.raises(ConfigError, match='process 1 of this machine has no GPU: it has 1'):
+        build.pick_device(Config.from_dict({'run': {'device': 'cuda'}}), World(1, 2, 1))
 
 
 def test_sharding_needs_several_processes(tiny, fails):

@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hydra_vision.eval.classification import evaluate
-from hydra_vision.train import engine
+from hydra_vision.train import engine, tasks
 from hydra_vision.train.checkpoint import LAST, load_checkpoint
 
 
@@ -31,13 +30,32 @@ def test_a_resume_takes_changed_settings_and_says_so(tiny, run, tmp_path):
     assert {group['weight_decay'] for group in state['optimizer']['param_groups']} == {0.0, 0.3}
 
 
-def test_a_finished_run_is_not_trained_again(tiny, run, tmp_path):
-    assert run(*tiny, '--output', 'run')[0] == 0
-    before = (tmp_path / 'run' / LAST).read_bytes()
-    code, out, _ = run(*tiny, '--output', 'run', '--resume', 'auto')
-    assert code == 0
-    assert 'best: ' in out
-    assert (tmp_path / 'run' / LAST).read_bytes() == before
+def break_losses(monkeypatch, batch: int) -> None:
+    """Makes the loss of one batch NaN, counted from 0 over the run."""
+    create = tasks.create_loss
+
+    def create_loss(config):
+        loss, calls = create(config), iter(range(10**6))
+
+        class Breaking(torch.nn.Module):
+            def forward(self, logits, targets):
+                return loss(logits, targets) * (math.nan if next(calls) == batch else 1)
+
+        return Breaking()
+
+    monkeypatch.setattr(tasks, 'create_loss', create_loss)
+
+
+def spoil_gradients(monkeypatch, updates: set[int], value: float = math.nan) -> None:
+    """Makes one gradient bad before the given optimizer steps."""
+    before = engine.Learner.update
+
+    def step(self, measure=False):
+        if self.updates + 1 in updates:
+            next(self.model.parameters()).grad.view(-1)[0] = value
+        before(self, measure)
+
+    monkeypatch.setattr(engine.Learner, 'update', step)
 
 
 @pytest.mark.parametrize('check_every', [1, 4])
@@ -45,18 +63,7 @@ def test_a_loss_that_is_nan_stops_the_run_with_the_last_good_checkpoint(
     tiny, fails, tmp_path, monkeypatch, check_every
 ):
     monkeypatch.setitem(engine._CHECK_EVERY, 'cpu', check_every)
-    build_loss = engine.build.create_loss
-
-    def create_loss(config):
-        loss, calls = build_loss(config), iter(range(10**6))
-
-        class Breaking(torch.nn.Module):
-            def forward(self, logits, targets):
-                return loss(logits, targets) * (math.nan if next(calls) == 8 else 1)  # 6 batches an epoch
-
-        return Breaking()
-
-    monkeypatch.setattr(engine.build, 'create_loss', create_loss)
+    break_losses(monkeypatch, 8)  # 6 batches per epoch
     error = fails(*tiny, '--output', 'run', code=1)
     assert 'the loss became nan at step 9 (epoch 2, batch 3)' in error
     assert f'the last good checkpoint is {Path("run") / LAST} (epoch 1)' in error
@@ -66,11 +73,50 @@ def test_a_loss_that_is_nan_stops_the_run_with_the_last_good_checkpoint(
     assert (tmp_path / 'run' / 'curve.png').is_file()
 
 
+def test_a_loss_that_is_nan_is_left_out_of_the_mean_where_steps_may_be_skipped(tiny, run, tmp_path, monkeypatch):
+    break_losses(monkeypatch, 8)
+    assert run(*tiny, '--set', 'optim.skip_nonfinite=1', '--output', 'run')[0] == 0
+    state = load_checkpoint(tmp_path / 'run' / LAST)
+    assert state['skipped'] == 1
+    assert all(math.isfinite(row['train_loss']) for row in state['history'])
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_bad_steps_are_skipped_up_to_a_limit(tiny, run, fails, tmp_path, monkeypatch, value):
+    spoil_gradients(monkeypatch, {3, 9}, value)
+    assert run(*tiny, '--set', 'optim.skip_nonfinite=2', '--set', 'log.every=6', '--output', 'run')[0] == 0
+    state = load_checkpoint(tmp_path / 'run' / LAST)
+    assert (state['updates'], state['skipped']) == (18, 2)
+    assert all(value.isfinite().all() for value in state['state_dict'].values())
+    with open(tmp_path / 'run' / 'steps.csv', newline='') as file:
+        assert [row['skipped'] for row in csv.DictReader(file)] == ['1', '2', '2']
+    error = fails(*tiny, '--set', 'optim.skip_nonfinite=1', '--output', 'other', code=1)
+    assert '2 steps had a loss or a gradient that is NaN or infinite, the latest at step 9' in error
+    assert 'optim.skip_nonfinite=1' in error
+    assert 'the last good checkpoint is other/last.pt (epoch 1)' in error
+
+
+def test_a_skipped_step_changes_neither_weights_nor_averages(tiny, run, tmp_path, monkeypatch):
+    seen = []
+    update = engine.Learner.update
+
+    def spy(self, measure=False):
+        before = [tensor.clone() for tensor in (*self.model.parameters(), *self.ema.parameters())]
+        update(self, measure)
+        after = (*self.model.parameters(), *self.ema.parameters())
+        seen.append(all(torch.equal(first, second) for first, second in zip(before, after, strict=True)))
+
+    monkeypatch.setattr(engine.Learner, 'update', spy)
+    spoil_gradients(monkeypatch, {4})
+    assert run(*tiny, '--epochs', '2', '--set', 'optim.skip_nonfinite=1', '--output', 'run')[0] == 0
+    assert [number for number, unchanged in enumerate(seen, start=1) if unchanged] == [4]
+
+
 def test_too_little_memory_says_what_would_need_less(tiny, fails, monkeypatch):
-    def backward(*_):
+    def backward(*_, **__):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1 GiB.')
 
-    monkeypatch.setattr(engine.Trainer, '_backward', backward)
+    monkeypatch.setattr(engine.Trainer, 'forward_backward', backward)
     assert 'a smaller --batch-size with a larger --accum-steps' in fails(*tiny, code=1)
 
 
@@ -137,13 +183,13 @@ def test_accumulated_batches_give_the_update_of_one_large_batch(tiny, run, tmp_p
 def test_an_update_with_fewer_batches_weighs_them_fully(tiny, run, tmp_path, monkeypatch):
     """6 batches in groups of 4: the last group holds 2, and its gradient is their mean, not half of it."""
     seen = []
-    backward = engine.Trainer._backward
+    backward = engine.Trainer.forward_backward
 
     def spy(self, images, targets, group, last):
         seen.append((group, last))
         return backward(self, images, targets, group, last)
 
-    monkeypatch.setattr(engine.Trainer, '_backward', spy)
+    monkeypatch.setattr(engine.Trainer, 'forward_backward', spy)
     assert run(*tiny, '--accum-steps', 4, '--output', 'run')[0] == 0
     assert seen == [(4, False), (4, False), (4, False), (4, True), (2, False), (2, True)] * 3
     assert load_checkpoint(tmp_path / 'run' / LAST)['updates'] == 6
@@ -227,27 +273,16 @@ def test_validation_may_be_rarer_than_epochs(tiny, run, tmp_path):
     assert [row['val_top1'] != '' for row in summary(tmp_path / 'run')] == [False, True, True]
 
 
-def test_evaluation_counts_each_image_once_and_leaves_out_masked_ones():
-    logits = torch.eye(6)
-    batches = [(logits[:4], torch.tensor([0, 1, -1, 0])), (logits[4:], torch.tensor([5, 5]))]
-    result = evaluate({'a': torch.nn.Identity()}, batches, torch.device('cpu'))['a']
-    assert result['images'] == 5
-    assert result['top1'] == pytest.approx(100 * 3 / 5)
-    assert result['top5'] == pytest.approx(100 * 5 / 5)
-    expected = torch.nn.functional.cross_entropy(logits[[0, 1, 3, 4, 5]], torch.tensor([0, 1, 0, 5, 5]))
-    assert result['loss'] == pytest.approx(float(expected), rel=1e-6)
-
-
 @pytest.mark.parametrize('stopped', [False, True])
 def test_a_run_that_ended_leaves_no_loader_process_behind(tiny, run, monkeypatch, stopped):
     """Without waiting for Python to look for cycles: others may train next in this process."""
-    update = engine.Trainer._update
+    update = engine.Trainer._optimizer_step
 
     def note(self, *arguments):
         self.signals.received = signal.SIGTERM if stopped else 0
         update(self, *arguments)
 
-    monkeypatch.setattr(engine.Trainer, '_update', note)
+    monkeypatch.setattr(engine.Trainer, '_optimizer_step', note)
     gc.collect()
     gc.disable()
     try:
@@ -262,3 +297,17 @@ def test_the_curve_is_a_picture(tiny, run, tmp_path):
     with Image.open(tmp_path / 'run' / 'curve.png') as image:
         assert image.width >= 1000
         assert len(np.unique(np.asarray(image.convert('RGB')).reshape(-1, 3), axis=0)) > 20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('amp', ['bf16', 'fp16'])
+def test_half_precision_learns_and_resumes(tiny, run, tmp_path, amp):
+    arguments = [word for word in tiny if word != 'cpu']
+    command = (*arguments, '--device', 'cuda', '--amp', amp, '--epochs', '3')
+    assert run(*command, '--output', 'run')[0] == 0
+    state = load_checkpoint(tmp_path / 'run' / LAST)
+    assert state['history'][-1]['train_loss'] < state['history'][0]['train_loss']
+    assert bool(state['scaler']) == (amp == 'fp16')
+    assert run('--resume', 'run', '--epochs', '4')[0] == 0
+    if amp == 'fp16':
+        assert load_checkpoint(tmp_path / 'run' / LAST)['scaler']['scale'] == state['scaler']['scale']

@@ -8,12 +8,11 @@ import torch
 from torch import nn
 
 from hydra_vision.errors import ConfigError, NonFiniteError
-from hydra_vision.train import build
+from hydra_vision.train import build, tasks
 from hydra_vision.train.config import Config
 from hydra_vision.train.distributed import World
-from hydra_vision.train.guard import Guard
+from hydra_vision.train.guard import EpochProgress, NonFiniteGuard
 from hydra_vision.train.learner import Learner
-from hydra_vision.train.progress import Progress
 
 CPU = torch.device('cpu')
 IMAGES, TARGETS = torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
@@ -26,7 +25,10 @@ def network() -> nn.Module:
 
 def learner(*, amp: torch.dtype | None = None, state: dict | None = None, epochs_done: int = 0, **sections) -> Learner:
     config = Config.from_dict({'run': {'device': 'cpu'}, **sections})
-    return Learner(config, network(), CPU, amp, 5, state=state, epochs_done=epochs_done)
+    one = Learner(config, network(), CPU, amp, 5)
+    if state is not None:
+        one.load_state_dict(state, epochs_done)
+    return one
 
 
 def train(learner: Learner, updates: int, factor: float = 1.0, group: int = 1) -> None:
@@ -75,14 +77,14 @@ def test_fp16_leaves_out_steps_that_overflow_and_goes_on_with_its_scale():
     assert one.scaler.get_scale() == 2.0**15  # halved
     train(one, 1)
     assert not torch.equal(weights(one), before)
-    again = learner(amp=torch.float16, state=copy.deepcopy(one.state()))
+    again = learner(amp=torch.float16, state=copy.deepcopy(one.state_dict()))
     assert again.scaler.get_scale() == 2.0**15
 
 
 def test_bad_batches_of_one_update_count_as_one_skipped_step():
     one = learner(amp=torch.float16, optim={'accum_steps': 2, 'skip_nonfinite': 2})
-    guard = Guard(one.config, one, World())
-    progress = Progress(batches=4, losses=[torch.tensor(value) for value in (math.nan, math.nan, 1.0, math.inf)])
+    guard = NonFiniteGuard(one.config.optim, one, World())
+    progress = EpochProgress(batches=4, losses=[torch.tensor(value) for value in (math.nan, math.nan, 1.0, math.inf)])
     guard.check_losses(progress, epoch=0, batches=4)
     assert one.skipped == 2
     assert (progress.checked, progress.last_loss) == (1, 1.0)
@@ -91,9 +93,9 @@ def test_bad_batches_of_one_update_count_as_one_skipped_step():
 def test_the_step_of_a_bad_loss_is_named():
     """6 batches an epoch in groups of 4: the fifth batch of the second epoch belongs to update 2 + 2."""
     one = learner(optim={'accum_steps': 4})
-    progress = Progress(batches=5, losses=[torch.tensor(1.0), torch.tensor(math.nan)])
+    progress = EpochProgress(batches=5, losses=[torch.tensor(1.0), torch.tensor(math.nan)])
     with pytest.raises(NonFiniteError, match=r'became nan at step 4 \(epoch 2, batch 5\)'):
-        Guard(one.config, one, World()).check_losses(progress, epoch=1, batches=6)
+        NonFiniteGuard(one.config.optim, one, World()).check_losses(progress, epoch=1, batches=6)
 
 
 def test_statistics_of_a_norm_that_broke_are_noticed():
@@ -103,7 +105,7 @@ def test_statistics_of_a_norm_that_broke_are_noticed():
     assert one.skipped == 1
     assert all(parameter.isfinite().all() for parameter in one.model.parameters())
     with pytest.raises(NonFiniteError, match='a weight or a running statistic is no longer finite after step 1'):
-        Guard(one.config, one, World()).check_weights(epoch=0)
+        NonFiniteGuard(one.config.optim, one, World()).check_weights(epoch=0)
 
 
 def test_a_probe_trains_in_evaluation_mode():
@@ -134,12 +136,12 @@ def test_every_kind_of_optimizer_goes_on_where_it_was(name):
     sections = {'optim': {'name': name, 'lr': 1e-2}, 'ema': {'decay': 0.9, 'warmup': True}}
     whole = learner(**sections)
     train(whole, 7)
-    parts = learner(**sections, state=copy.deepcopy(whole.state()))
+    parts = learner(**sections, state=copy.deepcopy(whole.state_dict()))
     assert (parts.lr, parts.updates) == (whole.lr, 7)
     for one in (whole, parts):
         train(one, 6)  # Lookahead looks back at its 6th and 12th step
     assert torch.equal(weights(whole), weights(parts))
-    for first, second in zip(whole.ema.module.state_dict().values(), parts.ema.module.state_dict().values()):
+    for first, second in zip(whole.ema.state_dict().values(), parts.ema.state_dict().values()):
         assert torch.equal(first, second)
 
 
@@ -154,7 +156,7 @@ def test_the_learning_rate_of_every_update(per_update):
             train(one, 1)
             rates.append(one.lr)
             if (epoch, step) == (1, 2):
-                one = learner(**sections, state=copy.deepcopy(one.state()), epochs_done=1)
+                one = learner(**sections, state=copy.deepcopy(one.state_dict()), epochs_done=1)
                 assert one.lr == rates[-1]
         one.end_epoch(epoch + 1)
 
@@ -171,10 +173,10 @@ def test_the_average_warms_up_only_where_it_is_asked_to():
     for warmup, decay in ((True, 1 - 3 ** -(2 / 3)), (False, 0.99)):
         one = learner(ema={'decay': 0.99, 'warmup': warmup})
         train(one, 2)
-        before = one.ema.module[3].weight.clone()
+        before = one.ema[3].weight.clone()
         train(one, 1)
         expected = decay * before + (1 - decay) * one.model[3].weight
-        torch.testing.assert_close(one.ema.module[3].weight, expected)
+        torch.testing.assert_close(one.ema[3].weight, expected)
 
 
 def test_optimizers_get_their_settings_or_are_refused():
@@ -199,3 +201,19 @@ def test_gradients_travel_once_an_update(monkeypatch):
     monkeypatch.setattr(type(one.task), 'no_sync', lambda self: NoSync())
     train(one, 2, group=3)
     assert len(quiet) == 4  # of 6 batches, all but the last of each update
+
+
+def test_z_loss_adds_the_mean_squared_logsumexp():
+    config = Config.from_dict({'optim': {'z_loss': 0.5}})
+    logits, targets = torch.randn(4, 7), torch.tensor([0, 6, 2, 2])
+    plain = tasks.create_loss(Config.from_dict({}))(logits, targets)
+    expected = plain + 0.5 * logits.exp().sum(dim=1).log().square().mean()
+    torch.testing.assert_close(tasks.create_loss(config)(logits, targets), expected)
+
+
+def test_a_vanishing_scale_of_fp16_stops_the_run():
+    """What the guard looks at: the scale, when it has been halved again and again."""
+    one = learner()
+    one.scaler, one.updates = torch.amp.GradScaler('cpu', init_scale=0.5), 50
+    with pytest.raises(NonFiniteError, match='the loss scale of fp16 fell below 1 at step 50'):
+        NonFiniteGuard(one.config.optim, one, World()).check_steps()

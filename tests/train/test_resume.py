@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from hydra_vision.train import checkpoint, engine, saving
-from hydra_vision.train.checkpoint import BEST, KEPT, LAST, load_checkpoint, save_checkpoint
-from hydra_vision.train.fields import CheckpointConfig
+from hydra_vision.train import checkpoint, engine
+from hydra_vision.train.checkpoint import BEST, KEPT, LAST, CheckpointSchedule, load_checkpoint, save_checkpoint
 
 # Everything that is random at once: dropout, stochastic depth, augmentation, erasing, mixing, order.
 RANDOM = (
@@ -46,7 +45,7 @@ def shake_generators() -> None:
 
 
 @pytest.mark.parametrize(
-    ('workers', 'every', 'where'), [(0, None, ', from epoch 2 on'), (2, 1, ', from epoch 2 and 2 steps')]
+    ('workers', 'every', 'where'), [(0, None, ', from epoch 2 on'), (2, 1, ', from epoch 2 and 2 batches')]
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(
     tiny, run, tmp_path, monkeypatch, assert_same_run, workers, every, where
@@ -158,10 +157,10 @@ def test_checkpoints_by_the_clock(tiny, run, tmp_path, monkeypatch):
 
 def test_the_clock_asks_once_for_a_checkpoint():
     """Several processes follow a wish one update later: asked again by then, they would write each checkpoint twice."""
-    saver = saving.Saver(CheckpointConfig(every_minutes=1))
-    assert not saver.due_by_clock()
-    saver.saved -= 61
-    assert [saver.due_by_clock(), saver.due_by_clock()] == [True, False]
+    schedule = CheckpointSchedule(every_steps=None, every_minutes=1)
+    assert not schedule.due_by_clock()
+    schedule.saved -= 61
+    assert [schedule.due_by_clock(), schedule.due_by_clock()] == [True, False]
 
 
 def improving(monkeypatch, scores: list[float]) -> None:
@@ -192,7 +191,7 @@ def test_a_kill_between_the_files_of_a_checkpoint_leaves_none_behind(tiny, run, 
     """The checkpoint of epoch 2 is written; what names or tells it is not."""
     improving(monkeypatch, [10.0, 30.0, 20.0])
     with monkeypatch.context() as patch:
-        for module, function in ((checkpoint, 'link'), (saving.report, 'write_summary')):
+        for module, function in ((checkpoint, 'link'), (engine.report, 'write_summary')):
             patch.setattr(module, function, stopping(getattr(module, function), name, tmp_path / 'run'))
         assert run(*tiny, '--output', 'run')[0] == 130
     (tmp_path / 'run' / KEPT / '.step-000000015.pt.tmp').write_bytes(b'half')  # killed while it was written
@@ -210,7 +209,7 @@ def test_a_run_that_goes_on_before_its_best_epoch_does_not_take_it_for_its_own(t
     assert run(*tiny, '--output', 'run')[0] == 0
     code, out, _ = run('--resume', 'run/checkpoints/step-000000012.pt', '--set', 'optim.lr=1e-3')
     assert code == 0
-    assert 'set aside: run/best.pt.old' in out
+    assert 'renamed: run/best.pt.old' in out
     assert load_checkpoint(tmp_path / 'run' / 'best.pt.old')['best']['top1'] == 30
     state = load_checkpoint(tmp_path / 'run' / LAST)
     assert (state['best']['top1'], state['best']['epoch']) == (20, 1)
@@ -230,7 +229,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_run_goes_on_before_it(
     assert code == 0
     assert 'warning: ' in out
     assert 'step-000000012.pt' in out
-    assert 'going on from' in out
+    assert 'continuing from' in out
     assert 'step-000000006.pt' in out
     assert newest.with_name('step-000000012.pt.old').is_file()
     assert load_checkpoint(tmp_path / 'parts' / LAST)['epoch'] == 3
@@ -257,7 +256,7 @@ def test_a_run_that_goes_on_before_its_end_sets_later_checkpoints_aside(tiny, ru
     whole = load_checkpoint(tmp_path / 'run' / LAST)
     code, out, _ = run('--resume', 'run/checkpoints/step-000000012.pt', '--set', 'optim.lr=1e-3')
     assert code == 0
-    assert 'set aside' in out
+    assert 'renamed: ' in out
     assert load_checkpoint(tmp_path / 'run' / LAST)['updates'] == whole['updates']
     assert load_checkpoint(tmp_path / 'run' / KEPT / 'step-000000018.pt.old')['config']['optim']['lr'] == 2e-3
 
@@ -295,8 +294,11 @@ def test_what_is_left_of_a_run_without_a_checkpoint_is_used_again(tiny, run, tmp
 @pytest.mark.parametrize('epochs', [2, 3])
 def test_a_run_with_all_its_epochs_done_says_so(tiny, run, tmp_path, epochs):
     assert run(*tiny, '--output', 'run')[0] == 0
+    before = (tmp_path / 'run' / LAST).read_bytes()
     code, out, _ = run('--resume', 'run', '--epochs', epochs)
     assert code == 0
+    assert (tmp_path / 'run' / LAST).read_bytes() == before
+    assert 'best: ' in out
     assert f'run     {epochs} epochs: nothing to train, the checkpoint has 3 epochs already' in out
 
 

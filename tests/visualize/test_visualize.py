@@ -19,7 +19,7 @@ from hydra_vision.visualize.receptive_field import field_side
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = f'local-dir:{ROOT / "weights" / "hydra_vit_nano_digits"}'
-RANDOM = ['--model', 'test_hydra_vit', '--random-init', '--img-size', '32,64', '--device', 'cpu']
+RANDOM = ['--model', 'test_hydra_vit', '--random-init', '--img-size', '32x64', '--device', 'cpu']
 
 
 def small(name: str = 'test_hydra_vit', **kwargs) -> torch.nn.Module:
@@ -97,7 +97,7 @@ def test_similarity():
     assert maps[0, 3, 5] == pytest.approx(1)
     expected = torch.cosine_similarity(features[1, :, 2, 1], features[0, :, 3, 5], dim=0)
     torch.testing.assert_close(maps[1, 2, 1], expected)
-    with pytest.raises(FeatureError, match=r'patch = \(4, 0\) is outside of the grid; allowed: rows 0 to 3'):
+    with pytest.raises(FeatureError, match=r'patch=\(4, 0\) is outside of the grid; allowed: rows 0 to 3'):
         similarity_map(features, (4, 0))
 
 
@@ -173,7 +173,7 @@ def test_reshape_transform_of_a_vit_and_bad_input():
     torch.testing.assert_close(reshape_transform(vit, (32, 64))(tokens), expected)
     with pytest.raises(FeatureError, match='9 of them fit images'):
         reshape_transform(vit, (32, 64))(tokens[:, 1:])
-    with pytest.raises(FeatureError, match='block = 4 is out of range'):
+    with pytest.raises(FeatureError, match='block=4 is out of range'):
         reshape_transform(small(), (32, 64), block=4)
     with pytest.raises(FeatureError, match='ResNet has no tokens'):
         reshape_transform(timm.create_model('test_resnet'), (32, 64))
@@ -313,19 +313,22 @@ def test_gallery_is_what_the_page_shows(tmp_path, capsys):
         (['pcaa', 'photo.png', *RANDOM], "nearest valid name is 'pca'"),
         (['pca', 'photo.png', '--target', '3', *RANDOM], '--target is for gradcam'),
         (['pca', 'photo.png', '--index', '1', *RANDOM], 'image 1 is out of range'),
-        (['pca', 'photo.png', '--index', '0', '--output', 'p.jpg', *RANDOM], 'pictures are .png'),
+        (['pca', 'photo.png', '--index', '0', '--output', 'p.jpg', *RANDOM], 'must end in .png'),
         (['pca', 'photo.png', '--index', '0', '--output', 'no/p.png', *RANDOM], "there is no folder 'no'"),
-        (['pca', 'photo.png', '--index', '0', '--output', 'photo.png', *RANDOM], 'photo.png exists'),
+        (['pca', 'photo.png', '--index', '0', '--output', 'photo.png', *RANDOM], 'exists already'),
         (['pca', 'photo.png', '--index', '0', '--layer', '4', *RANDOM], 'layer 4 is out of range'),
         (['pca', 'photo.png', '--output', '/proc/self/p.png', *RANDOM], 'cannot be written: '),
         (['pca', 'photo.png', '--crop-pct', '0.5', *RANDOM], '--crop-pct'),  # pictures show whole images
         (['matrix', 'photo.png', '--index', '0,0', *RANDOM], 'matrix draws one image'),
-        (['matrix', 'photo.png', '--index', '0', '--layer', '4', *RANDOM], 'block = 4'),
+        (['matrix', 'photo.png', '--index', '0', '--layer', '4', *RANDOM], 'block=4'),
         (['matrix', 'photo.png', '--index', '0', '--patch', '2,0', *RANDOM], 'outside of the grid'),
         (['gradcam', 'photo.png', '--index', '0', '--target', 'cat', *RANDOM], 'no class names'),
         (['gradcam', 'photo.png', '--index', '0', '--target', '1000', *RANDOM], '0 to 999'),
         (['gallery', 'photo.png', '--output', 'photo.png', *RANDOM], 'a gallery needs one'),
         (['pca', 'photo.png'], 'no model'),
+        (['pca', 'photo.png', '--dpi', '100000', *RANDOM], 'allowed: 10 to 1200'),
+        (['pca', 'photo.png', '--img-size', '1000000', *RANDOM], 'is not a size'),
+        (['pca', 'photo.png', '--output', '', *RANDOM], 'is empty'),
     ],
 )
 def test_command_says_what_is_wrong(argv, match, photo, tmp_path, monkeypatch, capsys):

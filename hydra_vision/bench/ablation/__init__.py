@@ -1,1 +1,0 @@
-"""The mixer ablation: one recipe, one number of parameters, many mixers."""

@@ -1,1 +1,0 @@
-"""From which sequence length on a mixer is cheaper than attention."""
