@@ -28,7 +28,7 @@ _ATTENTIONS = (
 
 
 class MixerAttention(nn.Module):
-    """A mixer where a timm block has its attention: ``attn(x)``, (B, L, C) -> (B, L, C).
+    """A mixer where a timm block has its attention: `attn(x)`, (B, L, C) -> (B, L, C).
 
     Args:
         mixer: The mixer.
@@ -71,7 +71,7 @@ class MixerAttention(nn.Module):
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What ``swap_mixers`` did.
+    """What `swap_mixers` did.
 
     Attributes:
         mixer: Name of the mixer; of several, in their order, separated by commas.
@@ -125,17 +125,17 @@ def swap_mixers(
 
     Args:
         model: The model; changed in place, and only when all mixers could be built.
-        mixer: A name of ``hydra_vision.mixers.list_mixers()``, or a sequence of names that repeats over the replaced
+        mixer: A name of `hydra_vision.mixers.list_mixers()`, or a sequence of names that repeats over the replaced
             modules.
         blocks: Which of the attention modules, in the model's order, negative from the end; None for all.
         drop_position: Needed where the attention itself encodes positions (RoPE, relative position bias), which a mixer
             cannot take over: True leaves the encoding out.
-        **mixer_kwargs: The mixers' own arguments (``hydra_vision.mixers.arguments(mixer)``), all of them to each.
-            ``grid_size`` and ``num_prefix_tokens`` come from the model. A data-independent mixer fits the model's
+        **mixer_kwargs: The mixers' own arguments (`hydra_vision.mixers.arguments(mixer)`), all of them to each.
+            `grid_size` and `num_prefix_tokens` come from the model. A data-independent mixer fits the model's
             present input size.
 
     Returns:
-        The model, with ``model.swap_report``, a ``SwapReport`` whose text is a table of the parameters.
+        The model, with `model.swap_report`, a `SwapReport` whose text is a table of the parameters.
 
     Raises:
         ValueError: No attention that can be swapped, a mixer or an index that does not exist, a position encoding that
@@ -145,17 +145,17 @@ def swap_mixers(
     found = [(name, module) for name, module in model.named_modules() if type(module) in _ATTENTIONS]
     if not found:
         raise ValueError(
-            f'model = {type(model).__name__}: no attention that can be swapped; supported are the token attentions of '
+            f'model={type(model).__name__}: no attention that can be swapped; supported are the token attentions of '
             "timm's vit, deit, eva, beit and relpos blocks (not fused attention-MLP blocks, windows or feature maps)"
         )
     wanted = _wanted(blocks, len(found))
     for name in ('grid_size', 'num_prefix_tokens', 'prefix_position'):
         if name in mixer_kwargs:
-            raise ValueError(f'{name} = {mixer_kwargs[name]}; the model knows its tokens, leave it out')
+            raise ValueError(f'{name}={mixer_kwargs[name]}; the model knows its tokens, leave it out')
     has_position = _hands_over_positions(model) or any(_has_relative_position(found[i][1]) for i in wanted)
     if has_position and not drop_position:
         raise ValueError(
-            f'model = {type(model).__name__}: its attention encodes positions (rotary or relative), which no mixer can '
+            f'model={type(model).__name__}: its attention encodes positions (rotary or relative), which no mixer can '
             'take over; drop_position=True leaves the encoding out'
         )
     if drop_position and not has_position:
@@ -193,7 +193,7 @@ def _wanted(blocks: Optional[Sequence[int]], count: int) -> Sequence[int]:
         return range(count)
     for block in blocks:
         if not -count <= block < count:
-            raise ValueError(f'blocks = {list(blocks)}: there are {count} attention modules')
+            raise ValueError(f'blocks={list(blocks)}: there are {count} attention modules')
     if not blocks:
         raise ValueError('blocks is empty: nothing would be replaced')
     return sorted({block % count for block in blocks})
@@ -217,7 +217,7 @@ def _layout(model: nn.Module, arguments: Tuple[str, ...]) -> dict:
         grid = getattr(getattr(model, 'patch_embed', None), 'grid_size', None)
         if grid is None:
             raise ValueError(
-                f'model = {type(model).__name__} has no patch grid of fixed size; choose a mixer that needs none'
+                f'model={type(model).__name__} has no patch grid of fixed size; choose a mixer that needs none'
             )
         layout['grid_size'] = tuple(grid)
     if 'num_prefix_tokens' in arguments:

@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 import platform
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 
@@ -17,7 +17,7 @@ __all__ = ['device_name', 'environment', 'precision', 'versions']
 _PACKAGES = ('triton', 'timm', 'torchvision', 'mamba_ssm')
 
 
-def versions() -> dict[str, Optional[str]]:
+def versions() -> dict[str, str | None]:
     """Name -> version, None for a package that is not installed. Nothing is imported for it."""
     found = {'hydra_vision': __version__, 'python': platform.python_version(), 'torch': torch.__version__}
     for name in _PACKAGES:
@@ -75,7 +75,7 @@ def environment() -> dict[str, Any]:
     """Versions, devices, backends and defaults as plain JSON values.
 
     Raises:
-        UserError: ``HYDRA_VISION_BACKEND`` holds an unknown name.
+        UserError: `HYDRA_VISION_BACKEND` holds an unknown name.
     """
     devices = _devices()
     reasons = backend_reasons()

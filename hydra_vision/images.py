@@ -171,8 +171,8 @@ class ImageRules:
 
     Args:
         mode: PIL mode of the result, 'L' or 'RGB'.
-        exif_rotation: turn an image as its EXIF tag says. timm and torchvision do not.
-        convert_unusual: convert CMYK, 16-bit, palette and transparent images and take the first frame of an animation;
+        exif_rotation: Turn an image as its EXIF tag says. timm and torchvision do not.
+        convert_unusual: Convert CMYK, 16-bit, palette and transparent images and take the first frame of an animation;
             False makes each of them an unreadable image.
     """
 
@@ -184,11 +184,11 @@ class ImageRules:
         """The decoded image in `mode`.
 
         Raises:
-            ValueError: unusual where that is not allowed, or pixels without a defined range (float, 32 bits).
-            OSError: truncated or damaged.
+            ValueError: Unusual where that is not allowed, or pixels without a defined range (float, 32 bits).
+            OSError: Truncated or damaged.
         """
         if not self.convert_unusual:
-            _refuse_unusual(image)
+            _reject_unusual(image)
         if self.exif_rotation:
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith('I'):  # 16 bits: Pillow's own conversion clips everything above 255 to white
@@ -200,7 +200,7 @@ class ImageRules:
         return image.convert(self.mode)
 
 
-def _refuse_unusual(image: Image.Image) -> None:
+def _reject_unusual(image: Image.Image) -> None:
     if image.mode not in ('L', 'RGB', '1'):
         raise ValueError(f'mode {image.mode} (data.unusual_images=unreadable)')
     if any(';16' in str(tile[3]) for tile in getattr(image, 'tile', ())):  # opened as mode RGB

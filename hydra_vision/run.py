@@ -8,7 +8,6 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
-from typing import Optional
 
 import hydra_vision  # noqa: F401  registers the models
 
@@ -21,11 +20,11 @@ Runs the script or module as `python SCRIPT.py ...` or `python -m MODULE ...` do
 models are then known to timm. Under torchrun: torchrun --nproc-per-node 8 -m hydra_vision.run SCRIPT.py ..."""
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run what the arguments name; returns, or exits as the script does.
 
     Args:
-        argv: arguments without the program's name; None takes them from the command line.
+        argv: Arguments without the program's name; None takes them from the command line.
 
     Raises:
         SystemExit: 2 for wrong arguments, 0 after --help, otherwise the script's own.
@@ -38,7 +37,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if as_module:
         argv = argv[1:]
     if not argv or argv[0].startswith('-'):
-        _refuse(f'unknown option {argv[0]}' if argv else 'nothing to run')
+        _fail(f'unknown option {argv[0]}' if argv else 'nothing to run')
     target = argv[0]
     if as_module:
         sys.argv = argv  # run_module puts the module's file in front
@@ -46,7 +45,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         runpy.run_module(target, run_name='__main__', alter_sys=True)
         return
     if not os.path.isfile(target):
-        _refuse(f'no script {target!r}')
+        _fail(f'no script {target!r}')
     sys.argv = argv
     _look_first_in(os.path.dirname(os.path.abspath(target)))
     runpy.run_path(target, run_name='__main__')
@@ -58,7 +57,7 @@ def _look_first_in(folder: str) -> None:
         sys.path[0] = folder
 
 
-def _refuse(message: str) -> None:
+def _fail(message: str) -> None:
     print(f'python -m hydra_vision.run: error: {message}\n{_USAGE}', file=sys.stderr)
     raise SystemExit(2)
 

@@ -4,7 +4,7 @@ import contextlib
 import io
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -27,10 +27,10 @@ class PyramidBackbone(nn.Module):
     def __init__(self, model: nn.Module, strides: tuple[int, ...], out_channels: int, pool: bool) -> None:
         """
         Args:
-            model: from `isotropic_backbone`.
-            strides: of the levels.
-            out_channels: of every level.
-            pool: one more level, the coarsest subsampled by 2.
+            model: From `isotropic_backbone`.
+            strides: Of the levels.
+            out_channels: Of every level.
+            pool: One more level, the coarsest subsampled by 2.
         """
         super().__init__()
         info = model.feature_info[-1]
@@ -56,7 +56,7 @@ def detector(
     out_channels: int = 256,
     min_size: int = 800,
     max_size: int = 1333,
-    model_kwargs: Optional[dict[str, Any]] = None,
+    model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """One of torchvision's detectors on a Hydra-ViT (or any isotropic timm model), with ViTDet's feature pyramid.
@@ -64,25 +64,25 @@ def detector(
     Args:
         kind: 'fcos' or 'retinanet' (strides 8, 16, 32, 64) or 'faster_rcnn' (4, 8, 16, 32 and pool).
         model_name: timm backbone.
-        num_classes: as torchvision counts: with the background as class 0.
-        pretrained: load the backbone's weights.
-        out_channels: width of the pyramid and the heads.
-        min_size: the shorter side that images are resized to.
-        max_size: most of the longer side.
-        model_kwargs: of the backbone.
-        **kwargs: of torchvision's detector.
+        num_classes: As torchvision counts: with the background as class 0.
+        pretrained: Load the backbone's weights.
+        out_channels: Width of the pyramid and the heads.
+        min_size: The shorter side that images are resized to.
+        max_size: Most of the longer side.
+        model_kwargs: Of the backbone.
+        **kwargs: Of torchvision's detector.
 
     Returns:
         A `torchvision.models.detection` model: `model(images, targets)` gives losses in training mode,
         `model(images)` boxes, labels and scores in eval mode.
 
     Raises:
-        ValueError: an unknown kind or model, a model that is not isotropic, or fewer than two classes.
+        ValueError: An unknown kind or model, a model that is not isotropic, or fewer than two classes.
     """
     if kind not in _KINDS:
-        raise ValueError(f'kind = {kind!r}; allowed: {", ".join(map(repr, _KINDS))}{nearest(kind, _KINDS)}')
+        raise ValueError(f'kind={kind!r}; allowed: {", ".join(map(repr, _KINDS))}{nearest(kind, _KINDS)}')
     if num_classes < 2:
-        raise ValueError(f'num_classes = {num_classes}; at least 2: the background, class 0, counts')
+        raise ValueError(f'num_classes={num_classes}; at least 2: the background, class 0, counts')
     body = isotropic_backbone(model_name, pretrained=pretrained, **(model_kwargs or {}))
     two_stage = kind == 'faster_rcnn'
     backbone = PyramidBackbone(body, (4, 8, 16, 32) if two_stage else (8, 16, 32, 64), out_channels, pool=two_stage)
@@ -96,7 +96,7 @@ def detector(
         **kwargs,
     }
     if kind == 'fcos':
-        # one anchor a cell, as large as the stride: what FCOS regresses from
+        # one anchor per cell, as large as the stride: what FCOS regresses from
         anchors = AnchorGenerator(tuple((s,) for s in backbone.strides), ((1.0,),) * len(backbone.strides))
         return FCOS(backbone, **{'anchor_generator': anchors, **shared})
     if kind == 'retinanet':
@@ -115,16 +115,16 @@ def coco_scores(
     """Average precision of a detector by pycocotools.
 
     Args:
-        model: a detector on `device`.
-        samples: images (C, H, W) in [0, 1] and targets with 'boxes' (n, 4) as x0 y0 x1 y1 in pixels and 'labels' (n,).
-        device: of the model.
+        model: A detector on `device`.
+        samples: Images (C, H, W) in [0, 1] and targets with 'boxes' (n, 4) as x0 y0 x1 y1 in pixels and 'labels' (n,).
+        device: Of the model.
 
     Returns:
         'ap' (mean over IoU 0.50 to 0.95), 'ap50', 'ap75'; -1 where there is nothing to find.
 
     Raises:
         ImportError: pycocotools is not installed.
-        ValueError: no samples.
+        ValueError: No samples.
     """
     COCO = require('pycocotools.coco', 'det').COCO
     COCOeval = require('pycocotools.cocoeval', 'det').COCOeval

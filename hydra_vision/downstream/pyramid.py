@@ -1,7 +1,6 @@
 """Feature maps of several strides from the one map of an isotropic backbone."""
 
 from collections.abc import Sequence
-from typing import Union
 
 import timm
 import torch
@@ -26,25 +25,25 @@ class SimpleFeaturePyramid(nn.Module):
         in_stride: int = 16,
         *,
         strides: Sequence[int] = (4, 8, 16, 32),
-        out_channels: Union[int, Sequence[int]] = 256,
+        out_channels: int | Sequence[int] = 256,
         pool: bool = False,
     ) -> None:
         """
         Args:
-            dim: channels of the input map.
-            in_stride: pixels a cell of the input map, the patch size of the backbone.
-            strides: pixels a cell of each level, in_stride times a power of two (positive or negative).
-            out_channels: channels of every level, or one number a level.
-            pool: add one more level, the coarsest one subsampled by 2 ('pool', for the proposals of large objects).
+            dim: Channels of the input map.
+            in_stride: Pixels per cell of the input map, the patch size of the backbone.
+            strides: Pixels per cell of each level, in_stride times a power of two (positive or negative).
+            out_channels: Channels of every level, or one number per level.
+            pool: Add one more level, the coarsest one subsampled by 2 ('pool', for the proposals of large objects).
 
         Raises:
-            ValueError: a stride that is no power of two away from in_stride, or the wrong number of channels.
+            ValueError: A stride that is no power of two away from in_stride, or the wrong number of channels.
         """
         super().__init__()
         if isinstance(out_channels, int):
             out_channels = (out_channels,) * len(strides)
         if len(out_channels) != len(strides) or not strides:
-            raise ValueError(f'out_channels = {tuple(out_channels)}; it must have one entry a stride of {strides}')
+            raise ValueError(f'out_channels={tuple(out_channels)}; it must have one entry per stride of {strides}')
         self.strides = tuple(strides)
         self.out_channels = tuple(out_channels)
         self.pool = nn.MaxPool2d(kernel_size=1, stride=2) if pool else None
@@ -54,7 +53,7 @@ class SimpleFeaturePyramid(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """(B, dim, H, W) -> one map a level, finest stride first as given: (B, C, h, w) of the stride."""
+        """(B, dim, H, W) -> one map per level, finest stride first as given: (B, C, h, w) of the stride."""
         maps = [level(x) for level in self.levels]
         return maps if self.pool is None else [*maps, self.pool(maps[-1])]
 
@@ -63,7 +62,7 @@ def _steps(in_stride: int, stride: int) -> int:
     """How often the resolution doubles (negative: halves) from in_stride to stride."""
     ratio = max(in_stride, stride) // min(in_stride, stride)
     if max(in_stride, stride) % min(in_stride, stride) or ratio & (ratio - 1):
-        raise ValueError(f'stride {stride} is no power of two away from in_stride = {in_stride}')
+        raise ValueError(f'stride {stride} is no power of two away from in_stride={in_stride}')
     steps = ratio.bit_length() - 1
     return steps if stride < in_stride else -steps
 
@@ -95,13 +94,13 @@ def isotropic_backbone(name: str, *, in_chans: int = 3, pretrained: bool = False
     """A timm model that serves dense prediction: no head, any image size that the patch divides.
 
     Args:
-        name: a timm model whose blocks all have one stride, or 'local-dir:...', 'hf-hub:...'.
-        in_chans: channels of the images.
-        pretrained: load the weights of that name.
-        **kwargs: of the model.
+        name: A timm model whose blocks all have one stride, or 'local-dir:...', 'hf-hub:...'.
+        in_chans: Channels of the images.
+        pretrained: Load the weights of that name.
+        **kwargs: Of the model.
 
     Raises:
-        ValueError: an unknown name, or a model with several strides.
+        ValueError: An unknown name, or a model with several strides.
     """
     if ':' not in name and not timm.is_model(name):
         raise ValueError(f'unknown model {name!r}{nearest(name, timm.list_models())}')

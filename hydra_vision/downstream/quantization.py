@@ -15,15 +15,15 @@ def quantized(model: nn.Module, kind: str = 'weight_only') -> nn.Module:
     """A copy of a model with int8 linear layers; decays, step sizes, convolutions and norms keep their precision.
 
     Args:
-        model: any timm model, in eval mode.
+        model: Any timm model, in eval mode.
         kind: 'weight_only' (int8 weights, float products) or 'dynamic' (int8 activations as well, scaled per token).
 
     Raises:
         ImportError: torchao is not installed.
-        ValueError: an unknown kind, or a model in training mode.
+        ValueError: An unknown kind, or a model in training mode.
     """
     if kind not in _KINDS:
-        raise ValueError(f'kind = {kind!r}; allowed: {", ".join(map(repr, _KINDS))}')
+        raise ValueError(f'kind={kind!r}; allowed: {", ".join(map(repr, _KINDS))}')
     if model.training:
         raise ValueError('the model is in training mode; call model.eval()')
     torchao = require('torchao.quantization', 'quant')

@@ -196,7 +196,7 @@ def read_classes(root: Path, num_classes: int | None) -> list[str]:
     path = Path(root) / 'classes.txt'
     if not path.is_file():
         if num_classes is None:
-            raise UserError(f'{path} does not exist; write it, one name a line, or pass --num-classes')
+            raise UserError(f'{path} does not exist; write it, one name per line, or pass --num-classes')
         return [f'class {i}' for i in range(num_classes)]
     names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     if num_classes is not None and num_classes != len(names):
@@ -266,7 +266,7 @@ def build_segmenter(
         num_classes: Channels of the output.
         img_size: Height and width that training uses; others work too, unless dynamic_img_size=False.
         pretrained: Load the backbone's weights.
-        **kwargs: of the backbone.
+        **kwargs: Of the backbone.
 
     Raises:
         ImportError: Smp is not installed.
@@ -361,7 +361,7 @@ def train_segmenter(
         ignore_index: Class number without loss.
         device: Of the model.
         amp: Autocast type; None for float32.
-        state: Of an interrupted training, to go on from; `recipe`, `model` and data must be the same. With
+        state: Of an interrupted training, to continue from; `recipe`, `model` and data must be the same. With
             num_workers=0 the result is that of a training without interruption.
         on_epoch: Called with each row of the curve and a function that gives the state after it: numbers and tensors,
             for `torch.save`.

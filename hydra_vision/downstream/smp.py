@@ -20,16 +20,16 @@ def register_smp_encoder(model_name: str, *, name: str = '', **kwargs: Any) -> s
     """Make an isotropic timm model known to smp as an encoder.
 
     Args:
-        model_name: e.g. 'hydra_vit_small', or 'local-dir:FOLDER' with `pretrained=True`.
-        name: under which smp shall know it, by default `model_name`.
-        **kwargs: of the model, `pretrained` included.
+        model_name: E.g. 'hydra_vit_small', or 'local-dir:FOLDER' with `pretrained=True`.
+        name: Under which smp shall know it, by default `model_name`.
+        **kwargs: Of the model, `pretrained` included.
 
     Returns:
         The name, for `smp.Unet(name, encoder_weights=None)` and the like.
 
     Raises:
         ImportError: smp is not installed.
-        ValueError: an unknown model, one that is not isotropic, a name that means another encoder to smp, in_chans.
+        ValueError: An unknown model, one that is not isotropic, a name that means another encoder to smp, in_chans.
     """
     encoders = require('segmentation_models_pytorch', 'seg').encoders.encoders
     if 'in_chans' in kwargs:
@@ -37,7 +37,7 @@ def register_smp_encoder(model_name: str, *, name: str = '', **kwargs: Any) -> s
     name = name or model_name
     taken = name in encoders and encoders[name]['encoder'] is not PyramidEncoder
     if taken or name.startswith(('tu-', 'timm-')):
-        raise ValueError(f'name = {name!r} means another encoder to smp; choose another name=')
+        raise ValueError(f'name={name!r} means another encoder to smp; choose another name=')
     with torch.device('meta'):
         isotropic_backbone(model_name, **{**kwargs, 'pretrained': False})
     params = {'model_name': model_name, 'model_kwargs': kwargs}
@@ -55,17 +55,17 @@ class PyramidEncoder(nn.Module):
     def __init__(self, model_name: str, model_kwargs: dict[str, Any], depth: int = 5, output_stride: int = 32) -> None:
         """
         Args:
-            model_name: an isotropic timm model.
-            model_kwargs: of the model.
-            depth: number of maps, 1 to 5.
-            output_stride: stride that no map exceeds; 8 or 16 for decoders with dilation.
+            model_name: An isotropic timm model.
+            model_kwargs: Of the model.
+            depth: Number of maps, 1 to 5.
+            output_stride: Stride that no map exceeds; 8 or 16 for decoders with dilation.
 
         Raises:
-            ValueError: a depth out of range.
+            ValueError: A depth out of range.
         """
         super().__init__()
         if not 1 <= depth <= 5:
-            raise ValueError(f'encoder_depth = {depth}; allowed: 1 to 5')
+            raise ValueError(f'encoder_depth={depth}; allowed: 1 to 5')
         self._model_name, self._model_kwargs = model_name, model_kwargs
         self.model = isotropic_backbone(model_name, **model_kwargs)
         info = self.model.feature_info[-1]

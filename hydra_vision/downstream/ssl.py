@@ -8,8 +8,6 @@ Attention does not care in which order it gets its tokens; a scan does. What dro
   through, with a step size and a decay of its own.
 """
 
-from typing import Optional, Union
-
 import torch
 
 __all__ = ['random_token_mask']
@@ -20,7 +18,7 @@ def random_token_mask(
     mask_ratio: float = 0.75,
     *,
     num_prefix_tokens: int = 0,
-    device: Optional[Union[torch.device, str]] = None,
+    device: torch.device | str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Random indices of tokens to keep and to mask, both in ascending order: kept tokens stay in scan order.
 
@@ -28,22 +26,22 @@ def random_token_mask(
 
     Args:
         size: (B, L), prefix tokens counted.
-        mask_ratio: share of the patches that is masked.
-        num_prefix_tokens: tokens in front that are always kept (1 with a class token, 0 without).
-        device: of the result.
+        mask_ratio: Share of the patches that is masked.
+        num_prefix_tokens: Tokens in front that are always kept (1 with a class token, 0 without).
+        device: Of the result.
 
     Returns:
         idx_keep (B, K) and idx_mask (B, L - K), int64.
 
     Raises:
-        ValueError: a ratio outside [0, 1), or no patch to keep.
+        ValueError: A ratio outside [0, 1), or no patch to keep.
     """
     if not 0.0 <= mask_ratio < 1.0:
-        raise ValueError(f'mask_ratio = {mask_ratio}; allowed: 0 <= mask_ratio < 1')
+        raise ValueError(f'mask_ratio={mask_ratio}; allowed: 0 <= mask_ratio < 1')
     B, L = size
     keep = int((L - num_prefix_tokens) * (1 - mask_ratio) + 1e-6)  # 100 * (1 - 0.9) is 9.99...
     if keep < 1:
-        raise ValueError(f'mask_ratio = {mask_ratio} keeps none of {L - num_prefix_tokens} patches')
+        raise ValueError(f'mask_ratio={mask_ratio} keeps none of {L - num_prefix_tokens} patches')
     order = torch.rand(B, L - num_prefix_tokens, device=device).argsort(1) + num_prefix_tokens
     prefix = torch.arange(num_prefix_tokens, device=device).expand(B, num_prefix_tokens)
     idx_keep = torch.cat([prefix, order[:, :keep].sort(1).values], dim=1)

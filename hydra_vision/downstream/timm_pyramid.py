@@ -6,7 +6,7 @@ dense prediction (any image size, maps of several strides) has to be part of the
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 import timm
 import torch
@@ -26,18 +26,18 @@ class PyramidFeatures(nn.Module):
     ) -> None:
         """
         Args:
-            model: from `isotropic_backbone`.
-            strides: of all levels.
-            out_channels: of every level.
-            out_indices: the levels that are returned, finest first; negative ones count from the coarsest.
+            model: From `isotropic_backbone`.
+            strides: Of all levels.
+            out_channels: Of every level.
+            out_indices: The levels that are returned, finest first; negative ones count from the coarsest.
 
         Raises:
-            ValueError: an index out of range.
+            ValueError: An index out of range.
         """
         super().__init__()
         wrong = [i for i in out_indices if not -len(strides) <= i < len(strides)]
         if wrong:
-            raise ValueError(f'out_indices = {list(out_indices)}; the pyramid has {len(strides)} levels')
+            raise ValueError(f'out_indices={list(out_indices)}; the pyramid has {len(strides)} levels')
         info = model.feature_info[-1]
         indices = [i % len(strides) for i in out_indices]
         self.model = model
@@ -56,7 +56,7 @@ class PyramidFeatures(nn.Module):
 def register_pyramid(
     model_name: str,
     *,
-    name: Optional[str] = None,
+    name: str | None = None,
     strides: Sequence[int] = (4, 8, 16, 32),
     out_channels: int = 256,
     **kwargs: Any,
@@ -64,26 +64,26 @@ def register_pyramid(
     """Register `features_only` models: an isotropic timm model below a simple feature pyramid, at any image size.
 
     Args:
-        model_name: the backbone.
-        name: of the new model, by default `model_name` + '_pyramid'.
-        strides: of the levels.
-        out_channels: of every level.
-        **kwargs: of the backbone.
+        model_name: The backbone.
+        name: Of the new model, by default `model_name` + '_pyramid'.
+        strides: Of the levels.
+        out_channels: Of every level.
+        **kwargs: Of the backbone.
 
     Returns:
         The name, for `timm.create_model(name, features_only=True)` and `TimmBackboneConfig(backbone=name)`. The name
         lives as long as the process: register it again before a saved model that uses it is opened.
 
     Raises:
-        ValueError: an unknown model, one that is not isotropic, or a name that timm uses already.
+        ValueError: An unknown model, one that is not isotropic, or a name that timm uses already.
     """
     with torch.device('meta'):
         isotropic_backbone(model_name, **{**kwargs, 'pretrained': False})
     name = name or f'{model_name}_pyramid'
     if not name.isidentifier():
-        raise ValueError(f'name = {name!r}; it must be an identifier')
+        raise ValueError(f'name={name!r}; it must be an identifier')
     if timm.is_model(name) and not hasattr(timm.models.model_entrypoint(name), 'pyramid_of'):
-        raise ValueError(f'name = {name!r} is a model of timm already; choose another name=')
+        raise ValueError(f'name={name!r} is a model of timm already; choose another name=')
 
     def entry(pretrained: bool = False, features_only: bool = False, **given: Any) -> PyramidFeatures:
         if not features_only:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 from timm.utils.misc import natural_key
@@ -70,7 +70,7 @@ def check_same(one: str, card: Mapping[str, Any], other: str, other_card: Mappin
             )
 
 
-def class_names(train: Optional[Sequence[str]], test: Optional[Sequence[str]]) -> list[str]:
+def class_names(train: Sequence[str] | None, test: Sequence[str] | None) -> list[str]:
     """Classes to train on, in natural order.
 
     Raises:

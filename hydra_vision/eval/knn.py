@@ -7,7 +7,7 @@ its class with the weight exp(cosine similarity / T), T = 0.07; k = 20 is what i
 
 import math
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +39,9 @@ def knn_probe(
     """
     for each in k:
         if not 1 <= each <= len(train.x):
-            raise FeatureError(f'k = {each}; allowed: 1 to {len(train.x)}, the number of training images')
+            raise FeatureError(f'k={each}; allowed: 1 to {len(train.x)}, the number of training images')
     if not 0 < temperature < math.inf:
-        raise FeatureError(f'temperature = {temperature}; it must be positive')
+        raise FeatureError(f'temperature={temperature}; it must be positive')
     rows = []
     for each in k:
         scores = knn_scores(
@@ -62,7 +62,7 @@ def knn_scores(
     k: int,
     num_classes: int,
     temperature: float = 0.07,
-    chunk: Optional[int] = None,
+    chunk: int | None = None,
 ) -> torch.Tensor:
     """Votes of the k nearest training features.
 

@@ -6,7 +6,7 @@ of the *training* set that is held out for it, and are then trained once on all 
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,11 +35,11 @@ _PROTOCOLS = {
 HEADS = tuple(_PROTOCOLS)
 
 
-def protocol(head: str, values: Optional[Sequence[float]] = None, *, holdout: float, seed: int, **options: int) -> str:
+def protocol(head: str, values: Sequence[float] | None = None, *, holdout: float, seed: int, **options: int) -> str:
     """What is done, in words for the one who reads the numbers.
 
     Args:
-        head: One of ``HEADS``.
+        head: One of `HEADS`.
         values: That are tried; None for the default ones.
         holdout: As in the function of that head, like the other options.
         seed: Likewise.
@@ -130,7 +130,7 @@ def linear_probe(
     from sklearn.preprocessing import StandardScaler
 
     if epochs < 1 or batch_size < 1:
-        raise FeatureError(f'epochs = {epochs}, batch_size = {batch_size}; both must be at least 1')
+        raise FeatureError(f'epochs={epochs}, batch_size={batch_size}; both must be at least 1')
 
     def fit(x: np.ndarray, y: np.ndarray, lr: float) -> Callable[[np.ndarray], np.ndarray]:
         scaler = StandardScaler().fit(x)  # leaves features that never change as they are, sums in float64
@@ -190,18 +190,18 @@ def _sweep(
     from sklearn.model_selection import train_test_split
 
     if not values or min(values) <= 0:
-        raise FeatureError(f'{name} = {list(values)}; give at least one, all positive')
+        raise FeatureError(f'{name}={list(values)}; give at least one, all positive')
     best, sweep = values[0], []
     if len(values) > 1:
         try:
             parts = train_test_split(train.x, train.y, test_size=holdout, stratify=train.y, random_state=seed)
         except ValueError as error:
             raise FeatureError(
-                f'holdout = {holdout} of {len(train.y)} training images is not possible: {error}'
+                f'holdout={holdout} of {len(train.y)} training images is not possible: {error}'
             ) from error
         x, x_held, y, y_held = parts
         if set(y) != set(train.y):
-            raise FeatureError(f'holdout = {holdout} leaves a class without an image to train on')
+            raise FeatureError(f'holdout={holdout} leaves a class without an image to train on')
         for value in sorted(values):
             sweep.append({name: value, **top_accuracy(fit(x, y, value)(x_held), y_held, ks=(1,))})
         best = max(sweep, key=lambda row: row['top1'])[name]

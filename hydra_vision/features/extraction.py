@@ -49,7 +49,7 @@ def extract(
     """Write the features of images to a file, and open it.
 
     Next to `out` appear `out.csv`, a line per image with its row or the reason why it has none, and `out.json`, the
-    metadata: how the features were made. While the work goes on, rows are in shards in the folder `out.partial`: the
+    metadata: how the features were made. Meanwhile, rows are in shards in the folder `out.partial`: the
     same call continues an interrupted one after the last shard (at most ten seconds of work), and no second process may
     write the same file (`out.lock`). Memory holds a batch of images, a shard of rows and the list of names; the disk
     holds the rows twice while the shards are joined.
@@ -135,7 +135,9 @@ def extract(
                 _write(writer, backbone, batch_size, workers, max_unreadable, on_progress)
         except (WriteError, OSError) as error:  # images that cannot be read never come this far
             why = first_line(error) if isinstance(error, WriteError) else error.strerror or error
-            text = f'{target} could not be written ({why}); finished shards are kept, the same call goes on from there'
+            text = (
+                f'{target} could not be written ({why}); finished shards are kept, the same call continues from there'
+            )
             raise WriteError(text) from error
     return load_features(target)
 

@@ -1,7 +1,6 @@
 """What is taken out of a model: which layers, pooled how."""
 
 from collections.abc import Sequence
-from typing import Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +18,12 @@ POOLS = {
 }
 
 
-def check_layers(model: nn.Module, layers: Optional[Sequence[int]]) -> Optional[tuple[int, ...]]:
+def check_layers(model: nn.Module, layers: Sequence[int] | None) -> tuple[int, ...] | None:
     """Layer indices as non-negative numbers, ascending.
 
     Args:
         model: A timm model.
-        layers: Indices of what the model lists in ``feature_info`` (the blocks of a transformer, the stages of a
+        layers: Indices of what the model lists in `feature_info` (the blocks of a transformer, the stages of a
             CNN); negative ones count from the end. None: the model's final features.
 
     Raises:
@@ -43,22 +42,22 @@ def check_layers(model: nn.Module, layers: Optional[Sequence[int]]) -> Optional[
             )
         chosen.append(layer % count)
     if not chosen or len(set(chosen)) < len(chosen):
-        raise FeatureError(f'layers = {list(layers)}; give at least one, and each one once')
+        raise FeatureError(f'layers={list(layers)}; give at least one, and each one once')
     return tuple(sorted(chosen))
 
 
-def image_features(model: nn.Module, x: Tensor, *, pool: str = 'avg', layers: Optional[Sequence[int]] = None) -> Tensor:
+def image_features(model: nn.Module, x: Tensor, *, pool: str = 'avg', layers: Sequence[int] | None = None) -> Tensor:
     """Features of a batch of images, without prefix tokens (class or register tokens) unless asked for them.
 
-    Without ``layers`` they are what the model hands to its pooling (``forward_features``, after the last norm). With
-    ``layers``, the output of each, after the model's last norm where the model can (DINO's evaluation does the same),
-    joined along D in ascending order. ``layers=(last,)`` of an isotropic model equals no ``layers``.
+    Without `layers` they are what the model hands to its pooling (`forward_features`, after the last norm). With
+    `layers`, the output of each, after the model's last norm where the model can (DINO's evaluation does the same),
+    joined along D in ascending order. `layers=(last,)` of an isotropic model equals no `layers`.
 
     Args:
         model: A timm model in eval mode.
         x: Images (B, C, H, W).
-        pool: A key of ``POOLS``.
-        layers: As in ``check_layers``.
+        pool: A key of `POOLS`.
+        layers: As in `check_layers`.
 
     Returns:
         (B, D), (B, h * w, D) or (B, D, h, w).
@@ -68,7 +67,7 @@ def image_features(model: nn.Module, x: Tensor, *, pool: str = 'avg', layers: Op
             pooled.
     """
     if pool not in POOLS:
-        raise FeatureError(f'pool = {pool!r}; allowed: {", ".join(POOLS)}')
+        raise FeatureError(f'pool={pool!r}; allowed: {", ".join(POOLS)}')
     if pool == 'cls' and not _has_class_token(model):
         others = ', '.join(name for name in POOLS if name != 'cls')
         raise FeatureError(f"pool = 'cls': {type(model).__name__} has no class token here; allowed: {others}")
@@ -76,7 +75,7 @@ def image_features(model: nn.Module, x: Tensor, *, pool: str = 'avg', layers: Op
     maps = [_final(model, x, pool)] if layers is None else _intermediates(model, x, layers, pool)
     pooled = [_pool(y, pool) for y in maps]
     if len({tuple(y.shape[1:-1] if pool == 'tokens' else y.shape[2:]) for y in pooled}) > 1:
-        raise FeatureError(f'layers = {list(layers)} have different grids and cannot be joined with pool = {pool!r}')
+        raise FeatureError(f'layers={list(layers)} have different grids and cannot be joined with pool={pool!r}')
     return torch.cat(pooled, dim=-1 if pool == 'tokens' else 1)
 
 
@@ -113,7 +112,7 @@ def _intermediates(model: nn.Module, x: Tensor, layers: Sequence[int], pool: str
     """Maps (B, D, h, w) or class tokens (B, D) of some layers."""
     prefix = {'return_prefix_tokens': True} if pool == 'cls' else {}
     try:
-        outputs: list[Union[Tensor, tuple[Tensor, Tensor]]] = model.forward_intermediates(
+        outputs: list[Tensor | tuple[Tensor, Tensor]] = model.forward_intermediates(
             x, indices=list(layers), norm=True, stop_early=True, intermediates_only=True, output_fmt='NCHW', **prefix
         )
     except (AssertionError, TypeError) as error:  # how timm's models say what they do not offer

@@ -53,7 +53,7 @@ def open_images(source: str | os.PathLike | Images | Any) -> Images:
             - a folder, searched recursively; the folder that holds an image is its class (as timm has it; torchvision
               takes the outermost one), unless images lie directly in the source: then there are no classes;
             - a `.tar` of images, or of tars of images, with classes in the same way (a tar inside is a class);
-            - a `.txt` list with one path a line, optionally a tab and a class; relative paths start at the list;
+            - a `.txt` list with one path per line, optionally a tab and a class; relative paths start at the list;
             - one image file;
             - 'sklearn/digits/train' or 'sklearn/digits/test', the trainer's built-in images, or 'sklearn/photos', the
               two photographs (427 x 640) that come with scikit-learn;
@@ -138,7 +138,7 @@ def _from_list(file: Path) -> Images:
                 classes.append(label)
     labelled = sum(map(bool, classes))
     if 0 < labelled < len(paths):
-        raise FeatureError(f'{file}: {labelled} of {len(paths)} lines have a class; give all of them one, or none')
+        raise FeatureError(f'{file}: {labelled} of {len(paths)} lines have a class; give each one, or none')
     return Images(str(file), paths, classes if labelled else None, partial(_open_file, str(file.parent), paths))
 
 

@@ -63,7 +63,7 @@ def similarity_map(features: Tensor, patch: tuple[int, int]) -> Tensor:
     """
     h, w = features.shape[2:]
     if not (0 <= patch[0] < h and 0 <= patch[1] < w):
-        raise FeatureError(f'patch = {patch} is outside of the grid; allowed: rows 0 to {h - 1}, columns 0 to {w - 1}')
+        raise FeatureError(f'patch={patch} is outside of the grid; allowed: rows 0 to {h - 1}, columns 0 to {w - 1}')
     unit = F.normalize(features.float(), dim=1)
     return torch.einsum('ndhw,d->nhw', unit, unit[0, :, patch[0], patch[1]])
 

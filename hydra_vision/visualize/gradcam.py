@@ -1,7 +1,7 @@
 """Class activation maps through pytorch-grad-cam: which patches speak for a class."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ __all__ = ['grad_cam', 'plot_grad_cam', 'reshape_transform', 'target_layer']
 
 
 def reshape_transform(model: nn.Module, size: tuple[int, int], block: int = -1) -> Callable[[Tensor], Tensor]:
-    """What pytorch-grad-cam calls ``reshape_transform``: tokens to a map, for images that need not be square.
+    """What pytorch-grad-cam calls `reshape_transform`: tokens to a map, for images that need not be square.
 
     Args:
         model: A Hydra-ViT (with any scan order and place of the class token), or a timm ViT.
@@ -34,7 +34,7 @@ def reshape_transform(model: nn.Module, size: tuple[int, int], block: int = -1) 
         raise FeatureError(f'{type(model).__name__} has no tokens on a grid of patches')
     count = len(model.blocks)
     if not -count <= block < count:
-        raise FeatureError(f'block = {block} is out of range; allowed: {-count} to {count - 1}')
+        raise FeatureError(f'block={block} is out of range; allowed: {-count} to {count - 1}')
     h, w = embed.dynamic_feat_size(tuple(size))
     prefix = getattr(model, 'num_prefix_tokens', 0)
     order = torch.arange(prefix + h * w)
@@ -60,7 +60,7 @@ def target_layer(model: nn.Module) -> nn.Module:
 
 
 def grad_cam(
-    model: nn.Module, x: Tensor, *, classes: Optional[Sequence[int]] = None, block: Optional[int] = None
+    model: nn.Module, x: Tensor, *, classes: Sequence[int] | None = None, block: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Grad-CAM (Selvaraju et al., https://arxiv.org/abs/1610.02391) of a classifier.
 
@@ -68,7 +68,7 @@ def grad_cam(
         model: A Hydra-ViT or timm ViT with a head, in eval mode.
         x: Images (n, C, H, W).
         classes: A class for each image; None for the predicted ones.
-        block: Look at this block's output; None for ``target_layer``.
+        block: Look at this block's output; None for `target_layer`.
 
     Returns:
         Maps (n, H, W) in 0..1, and the classes (n,).
@@ -82,7 +82,7 @@ def grad_cam(
     if count < 1:
         raise FeatureError(f'{type(model).__name__} has no classification head')
     if classes is not None and (len(classes) != len(x) or not all(0 <= each < count for each in classes)):
-        raise FeatureError(f'classes = {list(classes)} for {len(x)} images; allowed: one each, 0 to {count - 1}')
+        raise FeatureError(f'classes={list(classes)} for {len(x)} images; allowed: one each, 0 to {count - 1}')
     to_map = reshape_transform(model, tuple(x.shape[2:]), -1 if block is None else block)
     layer = target_layer(model) if block is None else model.blocks[block]
     if classes is None:

@@ -1,13 +1,13 @@
 """Mixing matrices of a model on an image, and where in the image one patch looks.
 
-Every mixer of the family says with ``matrix(u)`` which matrix M (B, H, L, L) it applies, y_i = sum_j M[i, j] x_j. Row i
+Every mixer of the family says with `matrix(u)` which matrix M (B, H, L, L) it applies, y_i = sum_j M[i, j] x_j. Row i
 of M, laid out on the patch grid, shows which patches the output of patch i is made of. M acts on the mixer's own
 convolved and projected tokens: what happens before and after it is not in the picture.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ['BlockMatrix', 'draw_matrix', 'draw_row', 'find_mixers', 'mixing_matrices', 'plot_block']
 
-_COLUMNS = 7  # panels beside each other
+_COLUMNS = 7  # panels next to each other
 _MOST_HEADS = 27  # of one figure, with the image four rows of panels; a mixer may have a head a channel
 _QUANTILE = 0.995  # of |M| off the diagonal is full colour: a few large entries would leave the rest white
 
@@ -51,7 +51,7 @@ class BlockMatrix:
         """The token that holds the patch at (row, column).
 
         Raises:
-            ValueError: outside of the grid.
+            ValueError: Outside of the grid.
         """
         height, width = self.grid
         if not (0 <= row < height and 0 <= column < width):
@@ -68,7 +68,7 @@ class BlockMatrix:
 
 
 def find_mixers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Names and modules of a model's mixers, in its order: the outermost modules that have ``matrix(u)``."""
+    """Names and modules of a model's mixers, in its order: the outermost modules that have `matrix(u)`."""
     found: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f'{outer}.') for outer, _ in found)
@@ -79,7 +79,7 @@ def find_mixers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 @torch.no_grad()
 def mixing_matrices(
-    model: nn.Module, image: Tensor, *, blocks: Optional[Sequence[int]] = None, heads: Optional[Sequence[int]] = None
+    model: nn.Module, image: Tensor, *, blocks: Sequence[int] | None = None, heads: Sequence[int] | None = None
 ) -> list[BlockMatrix]:
     """The matrices that a model's mixers apply to one image.
 
@@ -91,10 +91,10 @@ def mixing_matrices(
         heads: Indices of the heads that are kept; None for all.
 
     Returns:
-        One entry a mixer, in the order of ``blocks``; O(heads * L^2) memory each.
+        One entry a mixer, in the order of `blocks`; O(heads * L^2) memory each.
 
     Raises:
-        ValueError: no mixer with a matrix, an index outside of the model, an image that is not one image.
+        ValueError: No mixer with a matrix, an index outside of the model, an image that is not one image.
     """
     if image.ndim != 4 or image.shape[0] != 1:
         raise ValueError(f'image has shape {tuple(image.shape)}; needed is one image, (1, C, height, width)')
@@ -130,7 +130,7 @@ def mixing_matrices(
 
 def _index(name: str, index: int, count: int) -> int:
     if not -count <= index < count:
-        raise ValueError(f'{name} = {index}; there are {count}: allowed are {-count} to {count - 1}')
+        raise ValueError(f'{name}={index}; there are {count}: allowed are {-count} to {count - 1}')
     return index % count
 
 
@@ -172,7 +172,7 @@ def draw_row(axes: 'Axes', values: Tensor, patch: tuple[int, int], title: str) -
 
 
 def plot_block(
-    block: BlockMatrix, picture: Tensor, patch: tuple[int, int], *, heads: Optional[Sequence[int]] = None, title: str
+    block: BlockMatrix, picture: Tensor, patch: tuple[int, int], *, heads: Sequence[int] | None = None, title: str
 ) -> 'Figure':
     """One figure of one block: for every head its matrix, and below it the row of one patch on the patch grid.
 
@@ -180,10 +180,10 @@ def plot_block(
     more than 27 heads the first 27 get their panels, and the title says so.
 
     Args:
-        block: From ``mixing_matrices``.
+        block: From `mixing_matrices`.
         picture: (height, width, 3) The image as the model sees it, values in 0..1.
         patch: Row and column of the patch on the grid.
-        heads: The heads' numbers for the titles, where ``mixing_matrices`` kept only some.
+        heads: The heads' numbers for the titles, where `mixing_matrices` kept only some.
         title: Of the figure.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg

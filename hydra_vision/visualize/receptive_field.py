@@ -6,7 +6,7 @@ input, averaged over images, here of its projection on a random direction and su
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ['effective_receptive_field', 'field_side', 'plot_receptive_fields']
 
 
-def effective_receptive_field(model: nn.Module, x: Tensor, *, layers: Optional[Sequence[int]] = None) -> Tensor:
+def effective_receptive_field(model: nn.Module, x: Tensor, *, layers: Sequence[int] | None = None) -> Tensor:
     """Mean absolute gradient of the middle patch's feature with respect to the pixels.
 
     The feature is projected on a random direction, the same for every call. Its plain sum would not do: behind a
@@ -29,7 +29,7 @@ def effective_receptive_field(model: nn.Module, x: Tensor, *, layers: Optional[S
     Args:
         model: A timm model in eval mode.
         x: Images (n, C, H, W).
-        layers: One layer, as in ``image_features``; None for the final features.
+        layers: One layer, as in `image_features`; None for the final features.
 
     Returns:
         (H, W), its maximum 1 (all zero only where the feature does not depend on the image).
@@ -51,7 +51,7 @@ def field_side(field: Tensor, share: float = 0.5, grid: tuple[int, int] = (1, 1)
     """Side of a square around the middle patch that holds a share of the field, over the image's side.
 
     Args:
-        field: (H, W) from ``effective_receptive_field``.
+        field: (H, W) from `effective_receptive_field`.
         share: How much of its sum.
         grid: (h, w) of the patches. Of an even number none is in the middle of the image.
 
@@ -71,7 +71,7 @@ def field_side(field: Tensor, share: float = 0.5, grid: tuple[int, int] = (1, 1)
 
 
 def plot_receptive_fields(fields: Sequence[tuple[str, Tensor]], title: str, grid: tuple[int, int] = (1, 1)) -> 'Figure':
-    """Fields with a name each beside each other on one logarithmic scale.
+    """Fields with a name each next to each other on one logarithmic scale.
 
     Args:
         fields: (name, (H, W) field).

@@ -174,13 +174,13 @@ def test_the_test_set_does_not_choose():
 @pytest.mark.parametrize(
     ('run', 'match'),
     [
-        (lambda a, b: knn_probe(a, b, num_classes=4, k=(301,)), 'k = 301; allowed: 1 to 300'),
-        (lambda a, b: knn_probe(a, b, num_classes=4, temperature=0), 'temperature = 0'),
-        (lambda a, b: knn_probe(a, b, num_classes=4, temperature=float('nan')), 'temperature = nan'),
-        (lambda a, b: probe.logistic_probe(a, b, num_classes=4, values=()), r'C = \[\]'),
+        (lambda a, b: knn_probe(a, b, num_classes=4, k=(301,)), 'k=301; allowed: 1 to 300'),
+        (lambda a, b: knn_probe(a, b, num_classes=4, temperature=0), 'temperature=0'),
+        (lambda a, b: knn_probe(a, b, num_classes=4, temperature=float('nan')), 'temperature=nan'),
+        (lambda a, b: probe.logistic_probe(a, b, num_classes=4, values=()), r'C=\[\]'),
         (lambda a, b: probe.linear_probe(a, b, num_classes=4, values=(0.1, -1)), 'all positive'),
-        (lambda a, b: probe.linear_probe(a, b, num_classes=4, epochs=0), 'epochs = 0'),
-        (lambda a, b: probe.logistic_probe(a, b, num_classes=4, holdout=0.001), r'holdout = 0.001 of 300'),
+        (lambda a, b: probe.linear_probe(a, b, num_classes=4, epochs=0), 'epochs=0'),
+        (lambda a, b: probe.logistic_probe(a, b, num_classes=4, holdout=0.001), r'holdout=0.001 of 300'),
     ],
 )
 def test_bad_arguments(run, match):
@@ -224,20 +224,8 @@ def test_command_on_images(tmp_path, capsys):
             for i in range(8):
                 pixels = np.clip(np.array(colour) + rng.integers(-60, 60, (40, 40, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(tmp_path / split / name / f'{i}.png')
-    options = [
-        '--model',
-        'test_hydra_vit',
-        '--random-init',
-        '--img-size',
-        '32',
-        '--workers',
-        '0',
-        '--k',
-        '3',
-        '--device',
-        'cpu',
-        '--json',
-    ]
+    options = ['--model', 'test_hydra_vit', '--random-init', '--img-size', '32']
+    options += ['--workers', '0', '--k', '3', '--device', 'cpu', '--json']
     assert main(['probe', 'knn', str(tmp_path / 'train'), str(tmp_path / 'val'), *options]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result['results'][0]['top1'] == 100
@@ -273,16 +261,8 @@ def test_features_that_do_not_belong_together(digits, tmp_path, capsys, monkeypa
     tokens = extract(DIGITS[1], tmp_path / 'tokens.npy', model=backbone, workers=0, pool='tokens')
     with pytest.raises(FeatureError, match=r'\[16, 128\] values an image'):
         paired_splits(tokens, tokens)
-    model = [
-        '--model',
-        'hydra_vit_nano',
-        '--random-init',
-        '--model-kwargs',
-        'depth=4',
-        'img_size=8',
-        'patch_size=2',
-        'in_chans=1',
-    ]
+    model = ['--model', 'hydra_vit_nano', '--random-init', '--model-kwargs']
+    model += ['depth=4', 'img_size=8', 'patch_size=2', 'in_chans=1']
     assert 'features of another model' in fails(capsys, 'probe', 'knn', str(train.path), DIGITS[1], *model)
     assert 'both sets are features already' in fails(capsys, 'probe', 'knn', str(train.path), str(test.path), *model)
     assert 'no model' in fails(capsys, 'probe', 'knn', *DIGITS)

@@ -99,9 +99,9 @@ def test_heads_are_chosen_and_the_model_is_left_as_it_was():
 
 def test_bad_input():
     model, image = tiny(), torch.randn(1, 3, 64, 96)
-    with pytest.raises(ValueError, match='block = 2; there are 2'):
+    with pytest.raises(ValueError, match='block=2; there are 2'):
         mixing_matrices(model, image, blocks=[2])
-    with pytest.raises(ValueError, match='head = 7'):
+    with pytest.raises(ValueError, match='head=7'):
         mixing_matrices(model, image, heads=[7])
     with pytest.raises(ValueError, match='one image'):
         mixing_matrices(model, image.expand(2, -1, -1, -1))
@@ -149,8 +149,8 @@ def test_command(photo, tmp_path, capsys):
     [
         (['--model', 'hydra_vit_tny'], "'hydra_vit_tiny'"),
         (['--model', 'test_hydra_vit'], 'no published weights'),  # random ones only where they are asked for
-        ([*RANDOM, '--layer', '9'], 'block = 9'),
-        ([*RANDOM, '--heads', '2'], 'head = 2'),
+        ([*RANDOM, '--layer', '9'], 'block=9'),
+        ([*RANDOM, '--heads', '2'], 'head=2'),
         ([*RANDOM, '--patch', '99,0'], 'rows 0 to'),
         ([*RANDOM, '--patch', '1'], 'ROW,COLUMN'),
         ([*RANDOM, '--model-kwargs', 'depht=2'], 'depht'),

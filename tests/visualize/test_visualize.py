@@ -97,7 +97,7 @@ def test_similarity():
     assert maps[0, 3, 5] == pytest.approx(1)
     expected = torch.cosine_similarity(features[1, :, 2, 1], features[0, :, 3, 5], dim=0)
     torch.testing.assert_close(maps[1, 2, 1], expected)
-    with pytest.raises(FeatureError, match=r'patch = \(4, 0\) is outside of the grid; allowed: rows 0 to 3'):
+    with pytest.raises(FeatureError, match=r'patch=\(4, 0\) is outside of the grid; allowed: rows 0 to 3'):
         similarity_map(features, (4, 0))
 
 
@@ -173,7 +173,7 @@ def test_reshape_transform_of_a_vit_and_bad_input():
     torch.testing.assert_close(reshape_transform(vit, (32, 64))(tokens), expected)
     with pytest.raises(FeatureError, match='9 of them fit images'):
         reshape_transform(vit, (32, 64))(tokens[:, 1:])
-    with pytest.raises(FeatureError, match='block = 4 is out of range'):
+    with pytest.raises(FeatureError, match='block=4 is out of range'):
         reshape_transform(small(), (32, 64), block=4)
     with pytest.raises(FeatureError, match='ResNet has no tokens'):
         reshape_transform(timm.create_model('test_resnet'), (32, 64))
@@ -320,7 +320,7 @@ def test_gallery_is_what_the_page_shows(tmp_path, capsys):
         (['pca', 'photo.png', '--output', '/proc/self/p.png', *RANDOM], 'cannot be written: '),
         (['pca', 'photo.png', '--crop-pct', '0.5', *RANDOM], '--crop-pct'),  # pictures show whole images
         (['matrix', 'photo.png', '--index', '0,0', *RANDOM], 'matrix draws one image'),
-        (['matrix', 'photo.png', '--index', '0', '--layer', '4', *RANDOM], 'block = 4'),
+        (['matrix', 'photo.png', '--index', '0', '--layer', '4', *RANDOM], 'block=4'),
         (['matrix', 'photo.png', '--index', '0', '--patch', '2,0', *RANDOM], 'outside of the grid'),
         (['gradcam', 'photo.png', '--index', '0', '--target', 'cat', *RANDOM], 'no class names'),
         (['gradcam', 'photo.png', '--index', '0', '--target', '1000', *RANDOM], '0 to 999'),
