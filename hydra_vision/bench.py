@@ -278,11 +278,16 @@ def time_models(
 
 @contextlib.contextmanager
 def fresh_compiler() -> Iterator[None]:
-    """Compiled code of one group only; many models may share a class, and none may fall back to eager unnoticed."""
+    """Compiled code of one group only; many models may share a class, and none may fall back to eager unnoticed.
+
+    Without the cache of traced graphs: the choice of attention is made while tracing, but is no part of its key.
+    """
     import torch._dynamo  # costs seconds
+    import torch._functorch.config
 
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+    limits = torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
+    with limits, torch._functorch.config.patch(enable_autograd_cache=False):
         yield
     torch._dynamo.reset()
 

@@ -63,31 +63,6 @@ def test_clock_counts_all_calls():
         clock_for(torch.device('meta'))
 
 
-def test_cuda_clock_synchronises(monkeypatch):
-    log: list[str] = []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-            self.name = 'end' if 'created' in log else 'start'
-            log.append('created')
-
-        def record(self) -> None:
-            log.append(f'{self.name}.record')
-
-        def synchronize(self) -> None:
-            log.append(f'{self.name}.synchronize')
-
-        def elapsed_time(self, end: 'Event') -> float:
-            assert (self.name, end.name) == ('start', 'end')
-            return 250.0
-
-    monkeypatch.setattr(torch.cuda, 'Event', Event)
-    monkeypatch.setattr(torch.cuda, 'synchronize', lambda: log.append('synchronize'))
-    assert clock_for(torch.device('cuda'))(lambda: log.append('step'), 2) == 0.25
-    assert log[2:] == ['synchronize', 'start.record', 'step', 'step', 'end.record', 'end.synchronize']
-
-
 def test_columns_and_samples():
     found = Measurement(Timing((0.002, 0.001, 0.003), calls=5), peak_bytes=3 << 29)
     assert found.columns() == {
