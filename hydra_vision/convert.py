@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Optional, Sequence, Set, Tuple
+from typing import Any, Optional, Sequence, Set, Tuple, Union
 
 import timm.layers
 import torch
@@ -74,7 +74,7 @@ class SwapReport:
     """What ``swap_mixers`` did.
 
     Attributes:
-        mixer: Name of the mixer.
+        mixer: Name of the mixer; of several, in their order, separated by commas.
         replaced: Names of the modules that it replaced.
         kept: Names of the attention modules that were left.
         parameters_before: Of the whole model.
@@ -109,7 +109,7 @@ class SwapReport:
 
 def swap_mixers(
     model: nn.Module,
-    mixer: str = 'hydra',
+    mixer: Union[str, Sequence[str]] = 'hydra',
     *,
     blocks: Optional[Sequence[int]] = None,
     drop_position: bool = False,
@@ -125,12 +125,14 @@ def swap_mixers(
 
     Args:
         model: The model; changed in place, and only when all mixers could be built.
-        mixer: A name of ``hydra_vision.mixers.list()``.
+        mixer: A name of ``hydra_vision.mixers.list_mixers()``, or a sequence of names that repeats over the replaced
+            modules.
         blocks: Which of the attention modules, in the model's order, negative from the end; None for all.
         drop_position: Needed where the attention itself encodes positions (RoPE, relative position bias), which a mixer
             cannot take over: True leaves the encoding out.
-        **mixer_kwargs: The mixer's own arguments (``hydra_vision.mixers.arguments(mixer)``). ``grid_size`` and
-            ``num_prefix_tokens`` come from the model. A data-independent mixer fits the model's present input size.
+        **mixer_kwargs: The mixers' own arguments (``hydra_vision.mixers.arguments(mixer)``), all of them to each.
+            ``grid_size`` and ``num_prefix_tokens`` come from the model. A data-independent mixer fits the model's
+            present input size.
 
     Returns:
         The model, with ``model.swap_report``, a ``SwapReport`` whose text is a table of the parameters.
@@ -158,10 +160,10 @@ def swap_mixers(
         )
     if drop_position and not has_position:
         raise ValueError('drop_position = True: the attention of this model encodes no positions')
-    given = dict(mixer_kwargs)
-    if mixers.needs_grid(mixer, **given):
-        given.update(_tokens(model))
-    new = {found[i][0]: _replacement(mixer, found[i], given, drop_position) for i in wanted}
+    new = {}
+    for i, (name, kwargs) in zip(wanted, mixers.repeat_pattern(mixer, mixer_kwargs, len(wanted))):
+        kwargs.update(_layout(model, mixers.layout_arguments(name, **kwargs)))
+        new[found[i][0]] = _replacement(name, found[i], kwargs, drop_position)
 
     before = _count(model)
     attention = sum(_count(found[i][1]) for i in wanted)
@@ -174,7 +176,7 @@ def swap_mixers(
     names = {f'{name}.mixer.{leaf}' for name, module in new.items() for leaf in _no_decay(module.mixer)}
     model.no_weight_decay = partial(_no_weight_decay, getattr(model, 'no_weight_decay', set), frozenset(names))
     model.swap_report = SwapReport(
-        mixer=mixer,
+        mixer=mixer if isinstance(mixer, str) else ', '.join(mixer),
         replaced=tuple(new),
         kept=tuple(name for name, _ in found if name not in new),
         parameters_before=before,
@@ -208,13 +210,19 @@ def _has_relative_position(attention: nn.Module) -> bool:
     return any(getattr(attention, table, None) is not None for table in tables)
 
 
-def _tokens(model: nn.Module) -> dict:
-    grid = getattr(getattr(model, 'patch_embed', None), 'grid_size', None)
-    if grid is None:
-        raise ValueError(
-            f'model = {type(model).__name__} has no patch grid of fixed size; choose a data-dependent mixer'
-        )
-    return {'grid_size': tuple(grid), 'num_prefix_tokens': getattr(model, 'num_prefix_tokens', 0)}
+def _layout(model: nn.Module, arguments: Tuple[str, ...]) -> dict:
+    """What the mixer has to know of the model's tokens: its prefix tokens stand first."""
+    layout = {}
+    if 'grid_size' in arguments:
+        grid = getattr(getattr(model, 'patch_embed', None), 'grid_size', None)
+        if grid is None:
+            raise ValueError(
+                f'model = {type(model).__name__} has no patch grid of fixed size; choose a mixer that needs none'
+            )
+        layout['grid_size'] = tuple(grid)
+    if 'num_prefix_tokens' in arguments:
+        layout['num_prefix_tokens'] = getattr(model, 'num_prefix_tokens', 0)
+    return layout
 
 
 def _replacement(mixer: str, found: Tuple[str, nn.Module], kwargs: dict, drop_position: bool) -> MixerAttention:

@@ -132,6 +132,18 @@ def test_some_blocks():
     assert again.swap_report.replaced == ('blocks.0.attn',)
 
 
+def test_a_pattern_of_mixers():
+    model = build('vit_small_patch14_reg4_dinov2', depth=4)
+    swap_mixers(model, ('hydra', 'checkpoint'), headdim=32)
+    hydra, checkpoint = (model.blocks[i].attn.mixer for i in (2, 3))
+    assert (type(hydra).__name__, type(checkpoint).__name__) == ('Hydra', 'CheckpointAttention')
+    assert checkpoint.tokens.num_prefix_tokens == 5  # class and register tokens
+    assert model.swap_report.mixer == 'hydra, checkpoint'
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+    with pytest.raises(ValueError, match='a pattern of 2 does not divide depth=3'):
+        swap_mixers(build('vit_small_patch14_reg4_dinov2', depth=4), ('hydra', 'checkpoint'), blocks=[0, 1, 2])
+
+
 def test_weight_decay_leaves_out_what_the_mixers_ask_for():
     model = swap_mixers(build('test_vit'), 'dense', headdim=32)
     names = model.no_weight_decay()
@@ -201,7 +213,7 @@ def test_bad_arguments():
         swap_mixers(model, 'hydar')
     with pytest.raises(TypeError, match='d_sate'):
         swap_mixers(model, d_sate=16)
-    with pytest.raises(ValueError, match='headdim = 7'):
+    with pytest.raises(ValueError, match='headdim=7 '):
         swap_mixers(model, headdim=7)
     with pytest.raises(ValueError, match='blocks'):
         swap_mixers(model, blocks=[99])

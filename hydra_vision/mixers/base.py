@@ -1,15 +1,16 @@
-"""What every mixer of the family has around its matrix.
+"""What the mixers share: their contract, and the wrapper around the matrices of the family.
 
     z | v, extras = in_proj(u)
-    v, extras = conv1d(v, extras), depthwise, not causal; SiLU(v), for some classes SiLU(extras)
+    v, extras = conv1d(v, extras), depthwise; SiLU(v), for some classes SiLU(extras)
     y = M v + v                                   (the (semi)separable classes with a free diagonal: y = M v)
     out_proj(RMSNorm(y) * weight * SiLU(z))
 
-M is (L, L), one a head (and image, where it depends on the data). Source: the matrix mixer framework of Hwang, Lahoti,
-Dao, Gu, "Hydra", NeurIPS 2024, section 2, and goombalab/hydra, ``hydra/modules/matrix_mixer.py``.
+M is (L, L), one per head (and image, where it depends on the data). Source: the matrix mixer framework of Hwang,
+Lahoti, Dao, Gu, "Hydra", NeurIPS 2024, section 2, and goombalab/hydra, ``hydra/modules/matrix_mixer.py``.
 """
 
-from typing import ClassVar, Dict, Optional, Set, Tuple
+import inspect
+from typing import Any, ClassVar, Dict, Iterable, Mapping, Optional, Set, Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -17,12 +18,24 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor
 
+from ..errors import nearest
 from ..ops.inner import depthwise_conv
 from ..ops.reference import accumulation_dtype
 from .grid import GridSize, TokenGrid
-from .hydra import GatedRMSNorm
 
-__all__ = ['MatrixMixer', 'apply_matrix']
+__all__ = [
+    'PATTERNS',
+    'GatedMixer',
+    'GatedRMSNorm',
+    'MatrixMixer',
+    'Mixer',
+    'Patterns',
+    'apply_matrix',
+    'causal_conv',
+    'check_arguments',
+    'check_sizes',
+    'keyword_arguments',
+]
 
 
 def apply_matrix(M: Tensor, v: Tensor) -> Tensor:
@@ -32,34 +45,220 @@ def apply_matrix(M: Tensor, v: Tensor) -> Tensor:
     return (M.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
 
 
-class MatrixMixer(nn.Module):
-    """Base of the family, (B, L, d_model) -> (B, L, d_model).
+def causal_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """Depthwise convolution along L of the present and the d_conv - 1 tokens before it.
+
+    Args:
+        x: (B, L, C).
+        weight: (C, 1, d_conv); the last column meets the present token.
+        bias: (C,) or None.
+
+    Returns:
+        (B, L, C), dtype of ``x``.
+    """
+    C, _, K = weight.shape
+    x = F.pad(x, (0, 0, K - 1, 0)).unsqueeze(1).permute(0, 3, 1, 2)  # (B, C, 1, L + K - 1), channels last in memory
+    y = F.conv2d(x, weight.to(x.dtype).unsqueeze(2), None if bias is None else bias.to(x.dtype), groups=C)
+    return y.permute(0, 2, 3, 1).squeeze(1)
+
+
+def keyword_arguments(cls: Type[nn.Module]) -> Dict[str, Any]:
+    """Keyword arguments of a mixer class and of what it passes on, with defaults; without d_model, device and dtype."""
+    found: Dict[str, Any] = {}
+    for base in cls.__mro__:
+        if '__init__' not in vars(base):
+            continue
+        parameters = list(inspect.signature(base.__init__).parameters.values())
+        for p in parameters[1:]:
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in ('d_model', 'device', 'dtype'):
+                found.setdefault(p.name, p.default)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return {name: default for name, default in found.items() if name not in cls.hidden_arguments}
+
+
+def check_arguments(title: str, cls: Type[nn.Module], given: Iterable[str]) -> None:
+    """Raises TypeError for an argument that the mixer class does not take, with the nearest one."""
+    allowed = keyword_arguments(cls)
+    for argument in given:
+        if argument not in allowed:
+            raise TypeError(
+                f'{title} takes no argument {argument!r}{nearest(argument, allowed)}; '
+                f'it takes: {", ".join(sorted(allowed))}'
+            )
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raises ValueError for a size below 1."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f'{name}={value}; it must be at least 1')
+
+
+class GatedRMSNorm(nn.Module):
+    """Weight of y = RMSNorm(y) * weight * SiLU(z); the arithmetic belongs to the mixer."""
+
+    def __init__(self, dim: int, eps: float = 1e-5, device=None, dtype=None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def extra_repr(self) -> str:
+        return f'{self.weight.shape[0]}, eps={self.eps}'
+
+
+# Of the Comprehensive Attention Benchmark (Zhang et al., ICML 2023). Self: among the tokens u. Cross: from tokens
+# ``memory`` to u. Causal: a token of u depends on no later token of u.
+PATTERNS = ('noncausal self', 'causal self', 'noncausal cross', 'causal cross')
+Patterns = Mapping[str, Mapping[str, Any]]  # the supported ones, with the arguments that each needs
+
+
+class Mixer(nn.Module):
+    """Contract of a sequence mixer, (B, L, d_model) -> (B, L, d_model).
+
+    ``forward(u)``, or ``forward(u, grid)`` where ``takes_grid``; ``matrix(u)``, the matrix that it applies; and, for
+    models, what it has to know of their tokens and which of its parameters are not decayed.
+    """
+
+    takes_grid = False  # whether forward takes the (H, W) of the patches
+    needs_row_order = False  # whether the patches have to stand by rows
+    hidden_arguments: ClassVar[Tuple[str, ...]] = ()  # of a parent class, fixed by this one
+    patterns: ClassVar[Patterns] = {'noncausal self': {}}
+    scriptable: ClassVar[bool] = False  # by torch.jit.script, and traced through by torch.fx
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls.scriptable:
+            register_notrace_module(cls)  # its shapes are Python numbers: torch.fx keeps the module as one node
+
+    def __prepare_scriptable__(self):
+        if self.scriptable:
+            return self
+        raise RuntimeError(
+            f'{type(self).__name__} cannot be compiled by torch.jit.script; use torch.compile, torch.export or '
+            "torch.jit.trace (mixer='hydra' can be scripted)"
+        )
+
+    @classmethod
+    def layout_arguments(cls, kwargs: Mapping[str, Any]) -> Tuple[str, ...]:
+        """Which of ``grid_size``, ``num_prefix_tokens`` and ``prefix_position`` a mixer with these arguments takes."""
+        return ()
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Parameters, relative to this module, that should not use weight decay."""
+        return set()
+
+    @torch.jit.ignore
+    def matrix(self, u: Tensor) -> Tensor:
+        """The mixing matrix (B, H, L, L), for tests and pictures. float32, for float64 input float64."""
+        raise NotImplementedError
+
+    def grid_parameters(self) -> Tuple[str, ...]:
+        """Names of the parameters that belong to the positions of ``self.tokens``."""
+        return ()
+
+    @torch.jit.ignore
+    def resampled_parameters(self, grid_size: GridSize) -> Dict[str, Tensor]:
+        """Values of the position parameters at another grid. The mixer stays as it is.
+
+        Raises:
+            ValueError: They cannot be resampled to it.
+        """
+        return {}
+
+    @torch.jit.ignore
+    def set_input_size(self, grid_size: GridSize) -> None:
+        """Make the mixer one for another grid, with its position parameters resampled to it.
+
+        Raises:
+            ValueError: They cannot be resampled to it; the mixer stays as it was.
+        """
+        if self.takes_grid:
+            self.tokens = self.tokens.resized(grid_size)
+
+
+class GatedMixer(Mixer):
+    """Mixer with an input projection, a depthwise convolution, a gated RMSNorm and an output projection.
+
+    Args:
+        d_model: Width of the tokens.
+        expand: ``d_inner = expand * d_model``; need not be whole.
+        headdim: Head width P; divides ``d_inner``. H = d_inner / headdim.
+        d_conv: Width of the depthwise convolution; odd where it is centred.
+        conv: 'centred', or 'causal' for a convolution that sees no token ahead.
+        bias: Bias of the two projections.
+        conv_bias: Bias of the convolution.
+
+    Raises:
+        ValueError: A size that does not fit.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        expand: float = 2,
+        headdim: int = 64,
+        d_conv: int = 7,
+        conv: str = 'centred',
+        bias: bool = False,
+        conv_bias: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        check_sizes(d_model=d_model, headdim=headdim, d_conv=d_conv)
+        if conv not in ('centred', 'causal'):
+            raise ValueError(f"conv={conv!r}; allowed: 'centred', 'causal'")
+        if conv == 'centred' and d_conv % 2 == 0:
+            raise ValueError(f'd_conv={d_conv}; it must be odd, so that a centred convolution keeps the length')
+        d_inner = round(expand * d_model)  # int() would take 1.14 * 100 for 113
+        if d_inner < 1 or d_inner % headdim:
+            raise ValueError(f'headdim={headdim} does not divide d_inner={d_inner} (expand * d_model)')
+        self.d_model, self.d_inner, self.headdim, self.nheads = d_model, d_inner, headdim, d_inner // headdim
+        self.d_conv, self.conv = d_conv, conv
+        self._bias, self._conv_bias = bias, conv_bias
+
+    def _build_input(self, conv_dim: int, plain_dim: int, **dd) -> None:
+        """in_proj to z, ``conv_dim`` columns that are convolved and ``plain_dim`` that are not; conv1d."""
+        self.in_proj = nn.Linear(self.d_model, self.d_inner + conv_dim + plain_dim, bias=self._bias, **dd)
+        padding = self.d_conv // 2 if self.conv == 'centred' else self.d_conv - 1
+        self.conv1d = nn.Conv1d(
+            conv_dim, conv_dim, self.d_conv, groups=conv_dim, padding=padding, bias=self._conv_bias, **dd
+        )
+
+    def _build_output(self, **dd) -> None:
+        """norm and out_proj."""
+        self.norm = GatedRMSNorm(self.d_inner, **dd)
+        self.out_proj = nn.Linear(self.d_inner, self.d_model, bias=self._bias, **dd)
+
+
+class MatrixMixer(GatedMixer):
+    """Base of the family: the gated wrapper around M v.
 
     A class says how wide its extras are (``_build``), and gives ``mix`` and ``dense``.
 
     Args:
         d_model: Width of the tokens.
         data_dependent: Whether M depends on the tokens.
-        expand: ``d_inner = expand * d_model``; need not be whole.
-        headdim: Head width P; divides ``d_inner``. H = d_inner / headdim.
-        d_conv: Width of the depthwise convolution; odd.
-        bias: Bias of the two projections.
-        conv_bias: Bias of the convolution.
-        grid_size: (H, W) patches, or a number of tokens, for which a data-independent matrix has parameters; it is
-            needed there and nowhere else.
-        num_prefix_tokens: Class and register tokens beside the patches (with ``grid_size``).
+        grid_size: (H, W) patches, or a number of tokens, for which a data-independent matrix has parameters; needed
+            there and nowhere else.
+        num_prefix_tokens: Class and register tokens next to the patches (with ``grid_size``).
         prefix_position: Where they stand: 'first', 'middle' or 'last'.
+        **wrapper: As in ``GatedMixer``.
 
     Raises:
         ValueError: A size that does not fit, a ``grid_size`` that is missing or has no use.
     """
 
-    per_token: ClassVar[str] = 'optional'  # parameters for each token: 'never', 'always', 'optional' (without data)
+    # whether parameters belong to positions: 'never', 'always', or 'if data-independent'
+    position_parameters: ClassVar[str] = 'if data-independent'
     silu_extras: ClassVar[bool] = True
-
-    def __init_subclass__(cls, **kwargs) -> None:
-        super().__init_subclass__(**kwargs)
-        register_notrace_module(cls)  # its shapes are Python numbers: torch.fx keeps the module as one node
 
     def __init__(
         self,
@@ -67,100 +266,86 @@ class MatrixMixer(nn.Module):
         data_dependent: bool,
         /,
         *,
-        expand: float = 2,
-        headdim: int = 64,
-        d_conv: int = 7,
-        bias: bool = False,
-        conv_bias: bool = True,
         grid_size: Optional[GridSize] = None,
         num_prefix_tokens: int = 0,
         prefix_position: str = 'first',
         device=None,
         dtype=None,
+        **wrapper,
     ) -> None:
-        super().__init__()
-        for name, value in (('d_model', d_model), ('headdim', headdim)):
-            if value < 1:
-                raise ValueError(f'{name} = {value}; it must be at least 1')
-        if d_conv < 1 or d_conv % 2 == 0:
-            raise ValueError(f'd_conv = {d_conv}; it must be odd, so that the convolution keeps the length')
-        d_inner = round(expand * d_model)
-        if d_inner < 1 or d_inner % headdim:
-            raise ValueError(f'headdim = {headdim} does not divide d_inner = expand * d_model = {d_inner}')
-        self.d_model, self.d_inner, self.headdim, self.nheads = d_model, d_inner, headdim, d_inner // headdim
+        super().__init__(d_model, device=device, dtype=dtype, **wrapper)
         self.data_dependent = data_dependent
-        self.takes_grid = self.per_token == 'always' or (self.per_token == 'optional' and not data_dependent)
+        self.takes_grid = bool(self.layout_arguments({'data_dependent': data_dependent}))
         if self.takes_grid and grid_size is None:
             raise ValueError(
-                f'{type(self).__name__}: a data-independent matrix has parameters for each token; needed is '
-                'grid_size = (H, W) or a number of tokens'
+                f'{type(self).__name__}: a data-independent matrix has parameters per token and needs '
+                'grid_size=(H, W) or a number of tokens'
             )
         without_use = grid_size is not None or num_prefix_tokens or prefix_position != 'first'
         if without_use and not self.takes_grid:
             raise ValueError(
-                f'{type(self).__name__}: grid_size = {grid_size}, num_prefix_tokens = {num_prefix_tokens}, '
-                f'prefix_position = {prefix_position!r}; nothing in this mixer depends on the number of tokens, leave '
+                f'{type(self).__name__}: grid_size={grid_size}, num_prefix_tokens={num_prefix_tokens}, '
+                f'prefix_position={prefix_position!r}; nothing in this mixer depends on the number of tokens, leave '
                 'them out'
             )
         self.tokens = TokenGrid(grid_size, num_prefix_tokens, prefix_position) if self.takes_grid else None
-        self._projections = dict(d_conv=d_conv, bias=bias, conv_bias=conv_bias, device=device, dtype=dtype)
+        self._factory = {'device': device, 'dtype': dtype}
+
+    @classmethod
+    def layout_arguments(cls, kwargs: Mapping[str, Any]) -> Tuple[str, ...]:
+        data_dependent = kwargs.get('data_dependent', cls.position_parameters != 'always')
+        if cls.position_parameters == 'never' or (cls.position_parameters != 'always' and data_dependent):
+            return ()
+        return ('grid_size', 'num_prefix_tokens', 'prefix_position')
 
     def _build(self, conv_extras: int = 0, plain_extras: int = 0, v_heads: Optional[int] = None) -> None:
-        """Projections, convolution and norm, for so many extra columns with and without convolution."""
-        options = self._projections
-        del self._projections
-        dd = {'device': options['device'], 'dtype': options['dtype']}
+        """Projections, convolution and norm for this many extra columns with and without convolution."""
         self.conv_extras, self.plain_extras = conv_extras, plain_extras
         self.v_heads = self.nheads if v_heads is None else v_heads
-        d_conv, conv_dim = options['d_conv'], self.v_heads * self.headdim + conv_extras
-        self.in_proj = nn.Linear(self.d_model, self.d_inner + conv_dim + plain_extras, bias=options['bias'], **dd)
-        self.conv1d = nn.Conv1d(
-            conv_dim, conv_dim, d_conv, groups=conv_dim, padding=d_conv // 2, bias=options['conv_bias'], **dd
-        )
-        self.norm = GatedRMSNorm(self.d_inner, **dd)
-        self.out_proj = nn.Linear(self.d_inner, self.d_model, bias=options['bias'], **dd)
+        dd = self._factory
+        del self._factory
+        self._build_input(self.v_heads * self.headdim + conv_extras, plain_extras, **dd)
+        self._build_output(**dd)
 
     def no_weight_decay(self) -> Set[str]:
-        """Parameters, relative to this module, that should not use weight decay: those that belong to a token."""
+        """Parameters, relative to this module, that should not use weight decay: those that belong to a position."""
         return set(self.grid_parameters())
 
-    def __prepare_scriptable__(self):
-        raise RuntimeError(
-            f'{type(self).__name__} cannot be compiled by torch.jit.script; use torch.compile, torch.export or '
-            "torch.jit.trace (mixer = 'hydra' can be scripted)"
-        )
-
-    def grid_parameters(self) -> Tuple[str, ...]:
-        """Names of the parameters that belong to the tokens of ``self.tokens``."""
-        return ()
-
-    def forward(self, u: Tensor, grid: Optional[Tuple[int, int]] = None) -> Tensor:
-        """Mix the tokens u (B, L, d_model).
+    def forward(self, u: Tensor, grid: Optional[Tuple[int, int]] = None, memory: Optional[Tensor] = None) -> Tensor:
+        """Mix the tokens.
 
         Args:
-            u: Tokens.
+            u: Tokens (B, L, d_model).
             grid: (H, W) of the patches where they are not those that the mixer has parameters for. Only mixers with
                 ``takes_grid`` have a use for it.
+            memory: Tokens (B, any length, d_model) to mix into u, instead of u itself: only mixers with a cross pattern
+                (``patterns``).
+
+        Returns:
+            (B, L, d_model).
 
         Raises:
-            ValueError: L or ``grid`` does not fit.
+            ValueError: L or ``grid`` does not fit, or the mixer has no cross pattern.
         """
-        return self.out_proj(self._inner(self.in_proj(u), grid))
-
-    def _inner(self, projected: Tensor, grid: Optional[Tuple[int, int]]) -> Tensor:
-        """Everything between the two projections."""
-        tokens = self._check_grid(projected.shape[1], grid)
+        projected = self.in_proj(u)
+        tokens = self._check_grid(u.shape[1], grid)
         z, v, extras = self._unpack(projected)
-        y = self.add_residual(self.mix(v, extras, tokens), v)
+        if memory is None:
+            y = self.mix(v, extras, tokens)
+        else:
+            _, v_memory, extras_memory = self._unpack(self.in_proj(memory))
+            y = self.mix_memory(extras, v_memory, extras_memory)
+        y = self.add_residual(y, v)
         acc = accumulation_dtype(projected.dtype)
         y = F.rms_norm(y.flatten(-2).to(acc), (self.d_inner,), self.norm.weight.to(acc), self.norm.eps)
-        return (y * F.silu(z.to(acc))).to(projected.dtype)
+        return self.out_proj((y * F.silu(z.to(acc))).to(projected.dtype))
 
     def _unpack(self, projected: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """z (B, L, d_inner), v (B, L, H, P) and extras (B, L, conv_extras + plain_extras), convolution done."""
         v_dim = self.v_heads * self.headdim
         z, vx, plain = projected.split([self.d_inner, v_dim + self.conv_extras, self.plain_extras], dim=-1)
-        vx = depthwise_conv(vx, self.conv1d.weight, self.conv1d.bias)
+        convolve = depthwise_conv if self.conv == 'centred' else causal_conv
+        vx = convolve(vx, self.conv1d.weight, self.conv1d.bias)
         if self.silu_extras:
             vx = F.silu(vx)
         v, extras = vx.split([v_dim, self.conv_extras], dim=-1)
@@ -174,17 +359,21 @@ class MatrixMixer(nn.Module):
         """The tokens of this input; None for a mixer that does not depend on their number."""
         if not self.takes_grid:
             if grid is not None:
-                raise ValueError(f'{type(self).__name__}: grid = {grid}; this mixer takes any length and no grid')
+                raise ValueError(f'{type(self).__name__}: grid={grid}; this mixer takes any length and no grid')
             return None
         tokens = self.tokens if grid is None else self.tokens.resized(grid)
         if tokens.num_tokens != L:
-            how = ' (for another size, pass grid = (H, W))' if grid is None else ''
-            raise ValueError(f'{type(self).__name__}: L = {L} tokens; {tokens} are {tokens.num_tokens}{how}')
+            how = ' (for another size, pass grid=(H, W))' if grid is None else ''
+            raise ValueError(f'{type(self).__name__}: L={L} tokens; {tokens} are {tokens.num_tokens}{how}')
         return tokens
 
     def mix(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
         """M v, as fast as the structure allows. v (B, L, H, P) -> (B, L, H, P)."""
         raise NotImplementedError
+
+    def mix_memory(self, extras: Tensor, v: Tensor, extras_memory: Tensor) -> Tensor:
+        """M v for the extras of u and v (B, L_memory, H, P) and extras of the memory: (B, L, H, P)."""
+        raise ValueError(f'memory: {type(self).__name__} with these arguments mixes tokens with themselves only')
 
     def add_residual(self, y: Tensor, v: Tensor) -> Tensor:
         """What leaves the mixer: M v and v."""
@@ -205,7 +394,7 @@ class MatrixMixer(nn.Module):
         M = self.dense(v, extras, tokens).to(accumulation_dtype(projected.dtype))
         return M.expand(u.shape[0], *M.shape[1:])
 
-    def resampled(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
+    def resample(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
         """The parameter ``name`` for the tokens ``new``, given its value for the tokens ``old``."""
         raise NotImplementedError
 
@@ -214,30 +403,19 @@ class MatrixMixer(nn.Module):
         return self.tokens.from_num_tokens(value.shape[0])
 
     def _at(self, name: str, tokens: TokenGrid) -> Tensor:
-        return self.resampled(name, getattr(self, name), self.tokens, tokens)
+        return self.resample(name, getattr(self, name), self.tokens, tokens)
 
     @torch.no_grad()
-    def carried(self, grid_size: GridSize) -> Dict[str, Tensor]:
-        """Values at another grid of the parameters that belong to tokens. The mixer stays as it is.
-
-        Raises:
-            ValueError: They cannot be carried there.
-        """
+    def resampled_parameters(self, grid_size: GridSize) -> Dict[str, Tensor]:
         new = self.tokens.resized(grid_size)
         return {name: self._at(name, new).clone() for name in self.grid_parameters()}
 
     @torch.no_grad()
     def set_input_size(self, grid_size: GridSize) -> None:
-        """Carry the parameters that belong to tokens to another grid, for good.
-
-        Raises:
-            ValueError: They cannot be carried there; the mixer stays as it was.
-        """
-        if not self.takes_grid:
-            return
-        for name, value in self.carried(grid_size).items():
-            setattr(self, name, nn.Parameter(value, requires_grad=getattr(self, name).requires_grad))
-        self.tokens = self.tokens.resized(grid_size)
+        if self.takes_grid:
+            for name, value in self.resampled_parameters(grid_size).items():
+                setattr(self, name, nn.Parameter(value, requires_grad=getattr(self, name).requires_grad))
+        super().set_input_size(grid_size)
 
     def extra_repr(self) -> str:
         text = f'headdim={self.headdim}, nheads={self.nheads}, data_dependent={self.data_dependent}'

@@ -15,14 +15,14 @@ __all__ = ['Dense', 'Fourier']
 
 
 class Dense(MatrixMixer):
-    """m_ij = M[h, i, j] L^-1/2: L^2 parameters a head, resampled over the grid in both i and j.
+    """m_ij = M[h, i, j] L^-1/2: L^2 parameters per head, resampled over the grid in both i and j.
 
     Args:
         d_model: Width of the tokens.
         **wrapper: As in ``MatrixMixer``; ``grid_size`` is needed.
     """
 
-    per_token = 'always'
+    position_parameters = 'always'
 
     def __init__(self, d_model: int, *, device=None, dtype=None, **wrapper) -> None:
         super().__init__(d_model, False, device=device, dtype=dtype, **wrapper)
@@ -38,7 +38,7 @@ class Dense(MatrixMixer):
     def grid_parameters(self) -> Tuple[str, ...]:
         return ('M',)
 
-    def resampled(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
+    def resample(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
         return old.tokens(old.tokens(value, new, dim=1), new, dim=2) * amplitude(old, new)
 
     def old_tokens(self, name: str, value: Tensor) -> Optional[TokenGrid]:
@@ -63,11 +63,11 @@ class Fourier(MatrixMixer):
         **wrapper: As in ``MatrixMixer``.
     """
 
-    per_token = 'never'
+    position_parameters = 'never'
 
     def __init__(self, d_model: int, *, kernel: str = 'cosine', device=None, dtype=None, **wrapper) -> None:
         if kernel not in ('cosine', 'hartley'):
-            raise ValueError(f"kernel = {kernel!r}; allowed: 'cosine', 'hartley'")
+            raise ValueError(f"kernel={kernel!r}; allowed: 'cosine', 'hartley'")
         super().__init__(d_model, False, device=device, dtype=dtype, **wrapper)
         self.kernel = kernel
         self._build()

@@ -1,4 +1,4 @@
-"""Parameters tied to the tokens of a patch grid, carried to another grid as position embeddings are: in two dimensions.
+"""Parameters that belong to the positions of a patch grid, resampled in two dimensions as position embeddings are.
 
 Tokens are row-major over an (H, W) grid of patches; class and register tokens ("prefix tokens") stand before, after or
 in the middle of them and keep their values.
@@ -32,13 +32,11 @@ class TokenGrid:
     def __init__(self, size: GridSize, num_prefix_tokens: int = 0, prefix_position: str = 'first') -> None:
         self.size = (1, size) if isinstance(size, int) else tuple(int(n) for n in size)
         if len(self.size) != 2 or min(self.size) < 1:
-            raise ValueError(f'grid_size = {size}; it must be (H, W) or a number of tokens, each at least 1')
+            raise ValueError(f'grid_size={size}; it must be (H, W) or a number of tokens, each at least 1')
         if num_prefix_tokens < 0:
-            raise ValueError(f'num_prefix_tokens = {num_prefix_tokens}; it must not be negative')
+            raise ValueError(f'num_prefix_tokens={num_prefix_tokens}; it must not be negative')
         if prefix_position not in PREFIX_POSITIONS:
-            raise ValueError(
-                f'prefix_position = {prefix_position!r}; allowed: {", ".join(map(repr, PREFIX_POSITIONS))}'
-            )
+            raise ValueError(f'prefix_position={prefix_position!r}; allowed: {", ".join(map(repr, PREFIX_POSITIONS))}')
         self.num_prefix_tokens = num_prefix_tokens
         self.prefix_position = prefix_position
 
@@ -70,7 +68,7 @@ class TokenGrid:
         return {'first': 0, 'middle': self.num_patches // 2, 'last': self.num_patches}[self.prefix_position]
 
     def tokens(self, t: Tensor, new: 'TokenGrid', dim: int = 0) -> Tensor:
-        """``t`` with one entry a token along ``dim``, resampled to the tokens of ``new``: bicubic, antialiased."""
+        """``t`` with one entry per token along ``dim``, resampled to the tokens of ``new``: bicubic, antialiased."""
         if new.size == self.size:
             return t
         t = t.movedim(dim, -1)
@@ -87,7 +85,7 @@ class TokenGrid:
 
 
 def amplitude(old: TokenGrid, new: TokenGrid) -> float:
-    """Factor of a resampled kernel whose mixer scales by L^-1/2: a sum over more tokens shall not be a larger sum."""
+    """Factor of a resampled kernel whose mixer scales by L^-1/2: a sum over more tokens must not be a larger sum."""
     return (old.num_tokens / new.num_tokens) ** 0.5
 
 

@@ -17,6 +17,7 @@ from ..ops import hydra_inner, quasiseparable_matrix
 from ..ops.dispatch import check_backend_name
 from ..ops.inner import unpack_zxbcdt
 from ..ops.reference import accumulation_dtype
+from .base import GatedMixer, check_sizes
 
 __all__ = ['Hydra']
 
@@ -65,12 +66,29 @@ def _hydra_inner(
     )
 
 
-def check_step_sizes(dt_min: float, dt_max: float, dt_limit: Tuple[float, float]) -> None:
-    """Raises ValueError for an empty range of initial step sizes or of the clamp."""
+def check_step_sizes(dt_min: float, dt_max: float) -> None:
+    """Raises ValueError for an empty range of initial step sizes."""
     if not 0 < dt_min <= dt_max:
-        raise ValueError(f'dt_min = {dt_min}, dt_max = {dt_max}; needed is 0 < dt_min <= dt_max')
+        raise ValueError(f'dt_min={dt_min}, dt_max={dt_max}; needed is 0 < dt_min <= dt_max')
+
+
+def check_state_space(
+    d_state: int,
+    ngroups: int,
+    heads: int,
+    dt_min: float,
+    dt_max: float,
+    dt_limit: Tuple[float, float],
+    backend: str,
+) -> None:
+    """Raises ValueError for arguments of a state space model with this many heads that do not fit."""
+    check_sizes(d_state=d_state, ngroups=ngroups)
+    if heads % ngroups:
+        raise ValueError(f'ngroups={ngroups} does not divide the number of heads {heads}')
+    check_step_sizes(dt_min, dt_max)
     if len(dt_limit) != 2 or not 0.0 <= dt_limit[0] <= dt_limit[1]:
-        raise ValueError(f'dt_limit = {dt_limit}; it must be (min, max) with 0 <= min <= max')
+        raise ValueError(f'dt_limit={dt_limit}; it must be (min, max) with 0 <= min <= max')
+    check_backend_name(backend)
 
 
 @torch.no_grad()
@@ -81,23 +99,7 @@ def init_dt_bias_(dt_bias: Tensor, dt_min: float, dt_max: float, floor: float) -
     dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
 
-class GatedRMSNorm(nn.Module):
-    """Weight of y = RMSNorm(y) * weight * SiLU(z); the arithmetic belongs to ``hydra_inner``."""
-
-    def __init__(self, dim: int, eps: float = 1e-5, device=None, dtype=None) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-
-    def extra_repr(self) -> str:
-        return f'{self.weight.shape[0]}, eps={self.eps}'
-
-
-class Hydra(nn.Module):
+class Hydra(GatedMixer):
     """Bidirectional sequence mixer, (B, L, d_model) -> (B, L, d_model), linear in L.
 
     Args:
@@ -123,6 +125,8 @@ class Hydra(nn.Module):
             changes the length).
     """
 
+    scriptable = True
+
     def __init__(
         self,
         d_model: int,
@@ -144,39 +148,20 @@ class Hydra(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__()
-        for name, value in (('d_model', d_model), ('d_state', d_state), ('headdim', headdim), ('ngroups', ngroups)):
-            if value < 1:
-                raise ValueError(f'{name} = {value}; it must be at least 1')
-        if d_conv < 1 or d_conv % 2 == 0:
-            raise ValueError(f'd_conv = {d_conv}; it must be odd, so that the convolution keeps the length')
-        d_inner = round(expand * d_model)  # int() would take 1.14 * 100 for 113
-        if d_inner < 1 or d_inner % headdim:
-            raise ValueError(f'headdim = {headdim} does not divide d_inner = expand * d_model = {d_inner}')
-        nheads = d_inner // headdim
-        if nheads % ngroups:
-            raise ValueError(f'ngroups = {ngroups} does not divide the number of heads {nheads}')
-        check_step_sizes(dt_min, dt_max, dt_limit)
-        check_backend_name(backend)
         dd = {'device': device, 'dtype': dtype}
-        self.d_model, self.d_inner, self.nheads = d_model, d_inner, nheads
-        self.d_state, self.d_conv, self.headdim, self.ngroups = d_state, d_conv, headdim, ngroups
+        super().__init__(d_model, expand=expand, headdim=headdim, d_conv=d_conv, bias=bias, conv_bias=conv_bias, **dd)
+        d_inner, nheads = self.d_inner, self.nheads
+        check_state_space(d_state, ngroups, nheads, dt_min, dt_max, dt_limit, backend)
+        self.d_state, self.ngroups, self.share_bc, self.backend = d_state, ngroups, share_bc, backend
         self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
         self.dt_limit_min, self.dt_limit_max = float(dt_limit[0]), float(dt_limit[1])
-        self.share_bc = share_bc
-        self.backend = backend
 
-        conv_dim = d_inner + (2 if share_bc else 4) * ngroups * d_state
-        self.in_proj = nn.Linear(d_model, d_inner + conv_dim + 2 * nheads, bias=bias, **dd)
-        self.conv1d = nn.Conv1d(
-            conv_dim, conv_dim, kernel_size=d_conv, groups=conv_dim, padding=d_conv // 2, bias=conv_bias, **dd
-        )
+        self._build_input(d_inner + (2 if share_bc else 4) * ngroups * d_state, 2 * nheads, **dd)
         self.dt_bias = nn.Parameter(torch.empty(nheads, **dd))
         self.A_log = nn.Parameter(torch.empty(nheads, **dd))
         self.D = nn.Parameter(torch.empty(nheads, **dd))
         self.fc_D = nn.Linear(d_inner, nheads, bias=False, **dd)
-        self.norm = GatedRMSNorm(d_inner, **dd)
-        self.out_proj = nn.Linear(d_inner, d_model, bias=bias, **dd)
+        self._build_output(**dd)
         if learnable_init_states:
             self.init_states = nn.Parameter(torch.empty(nheads, headdim, d_state, **dd))
         else:

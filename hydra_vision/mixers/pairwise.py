@@ -99,9 +99,9 @@ class Cauchy(_PairwiseMixer):
     """
 
     def __init__(
-        self, d_model: int, qk_dim: int = 16, *, data_dependent: bool = True, device=None, dtype=None, **wrapper
+        self, d_model: int, qk_dim: int = 16, *, data_dependent: bool = True, device=None, dtype=None, **kwargs
     ) -> None:
-        super().__init__(d_model, qk_dim, data_dependent=data_dependent, device=device, dtype=dtype, **wrapper)
+        super().__init__(d_model, qk_dim, data_dependent=data_dependent, device=device, dtype=dtype, **kwargs)
         if data_dependent:
             self.c = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
             self.reset_parameters()
@@ -114,7 +114,7 @@ class Cauchy(_PairwiseMixer):
     def no_weight_decay(self) -> Set[str]:
         return super().no_weight_decay() | ({'c'} if self.data_dependent else set())
 
-    def resampled(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
+    def resample(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
         # 1 / (e^(q - log s) + e^(k - log s)) = s / (e^q + e^k)
         return old.tokens(value, new) - math.log(amplitude(old, new))
 
@@ -123,7 +123,8 @@ class Cauchy(_PairwiseMixer):
         if self.data_dependent:
             a = a + 2 * self.c.to(a.dtype).clamp(min=0)
         M = _sum_of_reciprocals if torch.jit.is_tracing() else _SumOfReciprocals.apply  # a trace could not be saved
-        return M(a + 1e-8, b) * (v.shape[1] * self.qk_dim) ** -0.5
+        M = M(a + 1e-8, b) * self._scale(v, v.shape[1])
+        return torch.tril(M) if self.causal else M
 
 
 class Vandermonde(_PairwiseMixer):
@@ -131,7 +132,7 @@ class Vandermonde(_PairwiseMixer):
 
     Data-independent: the same entry with parameters q and k, drawn from a standard normal distribution, as the columns
     of tokens are at first. The released data-independent module mixes nothing and its gradient is zero; this one is the
-    definition. It refuses another grid than its own: its powers count tokens along the sequence.
+    definition. It cannot be resampled to another grid: its powers count tokens along the sequence.
     """
 
     eps = 1e-3
@@ -141,10 +142,10 @@ class Vandermonde(_PairwiseMixer):
             nn.init.normal_(self.q)
             nn.init.normal_(self.k)
 
-    def resampled(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
+    def resample(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
         if old.size != new.size:
             raise ValueError(
-                f'Vandermonde: parameters for {old} cannot be carried to {new}; data_dependent=True takes any size'
+                f'Vandermonde: parameters for {old} cannot be resampled to {new}; data_dependent=True takes any size'
             )
         return value
 
@@ -152,4 +153,5 @@ class Vandermonde(_PairwiseMixer):
         q, k = (2 * math.pi * self.eps * t for t in self._wide(extras, tokens))
         total = _sum_of_cosines if torch.jit.is_tracing() else _SumOfCosines.apply  # a trace could not be saved
         M = total(q) - total(k).mT
-        return M * (2 * v.shape[1] * self.qk_dim) ** -0.5
+        M = M * (self._scale(v, v.shape[1]) * 2**-0.5)
+        return torch.tril(M) if self.causal else M

@@ -2,12 +2,11 @@
 
     SS(x)_i = sum_{j <= i} C_i . B_j exp(A sum_{k=j+1}^{i} dt_k) dt_j x_j
 
-All of them run on the quasiseparable operator, whose forward half is SS read one token later: over a sequence with one
-empty token appended, row i + 1 of its lower triangle is row i of SS. Paper: Hwang et al., "Hydra", NeurIPS 2024,
-tables 3 and 10.
+With shift they are the quasiseparable operator, without it one or two calls of the semiseparable one. Paper: Hwang
+et al., "Hydra", NeurIPS 2024, tables 3 and 10.
 """
 
-from typing import Optional, Set, Tuple
+from typing import ClassVar, Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -15,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import quasiseparable_matrix, quasiseparable_mix
-from ..ops.dispatch import check_backend_name, choose_backend
+from ..ops.dispatch import choose_backend
 from ..ops.reference import accumulation_dtype
-from .base import MatrixMixer
+from ..ops.semiseparable import semiseparable_matrix, semiseparable_mix
+from .base import MatrixMixer, Patterns
 from .grid import TokenGrid
-from .hydra import check_step_sizes, init_dt_bias_
+from .hydra import check_state_space, init_dt_bias_
 
 __all__ = ['Quasiseparable', 'Semiseparable']
 
@@ -30,7 +30,7 @@ _KERNEL_WIDTHS = (16, 32, 64, 128)  # head and state widths of the Triton kernel
 class Semiseparable(MatrixMixer):
     """Matrix from the state space model SS, in one of these variants (SS_b: the same from right to left):
 
-        causal            y = SS(v) + v                     (Mamba-2)
+        causal            y = SS(v) + v                     (Mamba-2, with the causal convolution)
         add               y = SS(v) + SS_b(v) + v
         mult              y = SS(v) * SS_b(v) + v
         concat            y = [SS(v) + v, SS_b(v) + v]      v half as wide
@@ -38,13 +38,17 @@ class Semiseparable(MatrixMixer):
         add_shift         y = shift(SS(v)) + shift(SS_b(v)) + v
         quasiseparable    y = shift(SS(v)) + shift(SS_b(v)) + D v     (Hydra)
 
-    with D_i = fc_D(v_i) + D, a free diagonal a head, and shift by one token in the direction of the scan. dt_bias and A
-    are shared by the directions, B and C with ``share_bc``. ``mult`` is not linear in v given M: ``matrix`` returns the
-    two directions' matrices one after the other along the heads (2H of them, to be multiplied after they are applied);
-    for ``concat`` they are the heads themselves.
+    with D_i = fc_D(v_i) + D, a free diagonal per head, and shift by one token in the direction of the scan. dt_bias and
+    A are shared by the directions, B and C with ``share_bc``. ``mult`` is not linear in v given M: ``matrix`` returns
+    the two directions' matrices one after the other along the heads (2H of them, to be multiplied after they are
+    applied); for ``concat`` they are the heads themselves.
 
-    Linear in L. Except for add_shift and quasiseparable the two directions are two calls of the operator, each with one
-    half of it empty.
+    Linear in L. Without shift each direction is a call of its own, which costs one direction in PyTorch; the Triton
+    kernels compute both directions and so do twice the work there.
+
+    The causal variant has a causal convolution by default, so that no token sees what comes after it; the others have
+    the centred one of the family. With ``conv='centred'`` the matrix is causal and the module still sees
+    d_conv // 2 tokens ahead.
 
     Args:
         d_model: Width of the tokens.
@@ -52,6 +56,7 @@ class Semiseparable(MatrixMixer):
         ngroups: Groups G of B and C; divides H.
         variant: See above.
         share_bc: Both directions share B and C.
+        conv: 'centred' or 'causal'; None for 'causal' where the variant is.
         data_dependent: B, C and dt from the tokens; or B and C parameters of each token's place, dt of each head. At
             another grid B and C are resampled; decay stays a matter of tokens.
         dt_min: Smallest step size at initialisation.
@@ -65,6 +70,8 @@ class Semiseparable(MatrixMixer):
         ValueError: A size that does not fit, an unknown variant or backend.
     """
 
+    patterns: ClassVar[Patterns] = {'noncausal self': {}, 'causal self': {'variant': 'causal'}}
+
     def __init__(
         self,
         d_model: int,
@@ -73,6 +80,7 @@ class Semiseparable(MatrixMixer):
         *,
         variant: str = 'add',
         share_bc: bool = False,
+        conv: Optional[str] = None,
         data_dependent: bool = True,
         dt_min: float = 0.001,
         dt_max: float = 0.1,
@@ -84,20 +92,16 @@ class Semiseparable(MatrixMixer):
         **wrapper,
     ) -> None:
         if variant not in VARIANTS:
-            raise ValueError(f'variant = {variant!r}; allowed: {", ".join(map(repr, VARIANTS))}')
-        super().__init__(d_model, data_dependent, device=device, dtype=dtype, **wrapper)
+            raise ValueError(f'variant={variant!r}; allowed: {", ".join(map(repr, VARIANTS))}')
+        if conv is None:
+            conv = 'causal' if variant == 'causal' else 'centred'
+        super().__init__(d_model, data_dependent, conv=conv, device=device, dtype=dtype, **wrapper)
         if variant == 'causal' and share_bc:
-            raise ValueError("share_bc = True: variant = 'causal' has one direction, with nothing to share")
+            raise ValueError("share_bc=True: variant='causal' has one direction, with nothing to share")
         if variant == 'concat' and self.nheads % 2:
-            raise ValueError(f"variant = 'concat' needs an even number of heads, d_inner / headdim is {self.nheads}")
+            raise ValueError(f"variant='concat' needs an even number of heads, d_inner / headdim is {self.nheads}")
         heads = self.nheads // 2 if variant == 'concat' else self.nheads
-        for name, value in (('d_state', d_state), ('ngroups', ngroups)):
-            if value < 1:
-                raise ValueError(f'{name} = {value}; it must be at least 1')
-        if heads % ngroups:
-            raise ValueError(f'ngroups = {ngroups} does not divide the number of heads {heads}')
-        check_step_sizes(dt_min, dt_max, dt_limit)
-        check_backend_name(backend)
+        check_state_space(d_state, ngroups, heads, dt_min, dt_max, dt_limit, backend)
         self.d_state, self.ngroups, self.backend = d_state, ngroups, backend
         self.variant, self.share_bc = variant, share_bc
         self.dt_min, self.dt_max, self.dt_init_floor, self.dt_limit = dt_min, dt_max, dt_init_floor, tuple(dt_limit)
@@ -136,11 +140,11 @@ class Semiseparable(MatrixMixer):
     def grid_parameters(self) -> Tuple[str, ...]:
         return () if self.data_dependent else ('BC',)
 
-    def resampled(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
+    def resample(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
         value = old.tokens(value, new)
         if old.size == new.size:
             return value
-        # columns [B, C] or [B_f, C_f, B_b, C_b]: B writes less a token where there are more tokens
+        # columns [B, C] or [B_f, C_f, B_b, C_b]: B writes less per token where there are more tokens
         B, C = value.unflatten(-1, (-1, 2, self.ngroups * self.d_state)).unbind(-2)
         return torch.stack([B * (old.num_tokens / new.num_tokens), C], dim=-2).flatten(-3)
 
@@ -176,9 +180,8 @@ class Semiseparable(MatrixMixer):
             return y[..., :P]
         ys = []
         for reverse, (dt, B, C) in enumerate(scans):
-            args = _with_empty_token(bool(reverse), x, dt, self._widened(B), self._widened(C))
-            y = quasiseparable_mix(*_one_direction(bool(reverse), A, *args), backend=self.backend)
-            ys.append((y[:, :-1] if reverse else y[:, 1:])[..., :P])
+            args = (self._widened(B), self._widened(C))
+            ys.append(semiseparable_mix(x, dt, A, *args, reverse=bool(reverse), backend=self.backend)[..., :P])
         if self.variant == 'mult':
             return ys[0] * ys[1]
         if self.variant == 'concat':
@@ -198,11 +201,7 @@ class Semiseparable(MatrixMixer):
         if self.shifted:
             (dt_f, B_f, C_f), (dt_b, B_b, C_b) = scans
             return quasiseparable_matrix(dt_f, dt_b, A, B_f, C_f, B_b, C_b, diagonal)
-        Ms = []
-        for reverse, (dt, B, C) in enumerate(scans):
-            args = _with_empty_token(bool(reverse), None, dt, B, C)
-            M = quasiseparable_matrix(*_one_direction(bool(reverse), A, *args)[1:])
-            Ms.append(M[..., :-1, 1:] if reverse else M[..., 1:, :-1])
+        Ms = [semiseparable_matrix(dt, A, B, C, reverse=bool(n)) for n, (dt, B, C) in enumerate(scans)]
         if self.variant in ('mult', 'concat'):
             return torch.cat(Ms, dim=1)
         M = sum(Ms)
@@ -237,18 +236,7 @@ class Quasiseparable(Semiseparable):
     """
 
     hidden_arguments = ('variant',)
+    patterns: ClassVar[Patterns] = {'noncausal self': {}}
 
     def __init__(self, d_model: int, d_state: int = 64, ngroups: int = 1, **kwargs) -> None:
         super().__init__(d_model, d_state, ngroups, variant='quasiseparable', **kwargs)
-
-
-def _with_empty_token(reverse: bool, *tensors: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
-    """One token of zeros behind each (B, L, ...), or in front of it."""
-    edge = (1, 0) if reverse else (0, 1)
-    return tuple(None if t is None else F.pad(t, (0, 0) * (t.ndim - 2) + edge) for t in tensors)
-
-
-def _one_direction(reverse: bool, A: Tensor, x: Optional[Tensor], dt: Tensor, B: Tensor, C: Tensor) -> Tuple:
-    """Arguments of the quasiseparable operator with one half empty: a token with dt = 0 writes nothing."""
-    none = torch.zeros_like(dt)
-    return x, *((none, dt) if reverse else (dt, none)), A, B, C, B, C

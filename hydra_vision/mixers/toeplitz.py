@@ -61,10 +61,10 @@ def _fast_length(n: int) -> int:
 
 
 class Toeplitz(MatrixMixer):
-    """m_ij = t_{i-j} * L^-1/2 / 2, a matrix a head.
+    """m_ij = t_{i-j} * L^-1/2 / 2, one matrix per head.
 
     Data-dependent: the coefficients of offsets 0 ... L-1 and of 0, -1 ... -(L-1) are two more columns of the tokens,
-    convolved like v. Any length. Data-independent: 2L - 1 parameters a head; at another grid the kernel over (dy, dx)
+    convolved like v. Any length. Data-independent: 2L - 1 parameters per head; at another grid the kernel over (dy, dx)
     is resampled in two dimensions (``resample_offsets``), without prefix tokens, which have no place on the grid.
 
     The released module computes t_{i-j+1}, with the last coefficient wrapped around, and swaps tokens with the channels
@@ -92,7 +92,7 @@ class Toeplitz(MatrixMixer):
     def grid_parameters(self) -> Tuple[str, ...]:
         return () if self.data_dependent else ('t',)
 
-    def resampled(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
+    def resample(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
         if old.size != new.size and old.num_prefix_tokens:
             raise ValueError(
                 f'Toeplitz: from {old} to {new}; a coefficient that also stands for the offset to a class token cannot '

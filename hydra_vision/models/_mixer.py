@@ -1,77 +1,76 @@
 """From a model's arguments to its mixers, and from a checkpoint's mixers to the model's."""
 
-import inspect
 from functools import partial
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 
 from .. import mixers
 
-__all__ = ['mixer_factory', 'resample_mixer_parameter']
+__all__ = ['mixer_factories', 'resample_mixer_parameter']
 
 
-def mixer_factory(
-    mixer: str,
+def mixer_factories(
+    mixer: Union[str, Sequence[str]],
     options: Dict[str, Any],
-    mixer_kwargs: Optional[Dict[str, Any]],
+    mixer_kwargs: Union[Mapping[str, Any], Sequence[Optional[Mapping[str, Any]]], None],
     *,
-    model: Callable,
+    depth: int,
     grid_size: Tuple[int, int],
     num_prefix_tokens: int,
     prefix_position: str,
     patch_drop_rate: float,
-) -> Callable[..., nn.Module]:
-    """A callable (d_model, device=, dtype=) that makes the mixer of one block.
+) -> List[Callable[..., nn.Module]]:
+    """A callable (d_model, device=, dtype=) per block that makes its mixer.
 
     Args:
-        mixer: A name of `hydra_vision.mixers.list()`.
-        options: The model's own arguments for its mixer, by name. Those that this mixer takes go to it.
-        mixer_kwargs: The mixer's arguments by their own names.
-        model: The model's class, whose signature says what the defaults of `options` are.
+        mixer: Name of the mixer, or a pattern of names (`mixers.repeat_pattern`).
+        options: The model's own arguments for its mixers, by the mixers' names. Each that is not None goes to the
+            mixers that have it.
+        mixer_kwargs: The mixers' arguments by their own names, or a pattern of them.
+        depth: Number of blocks.
         grid_size: Patches that the model is made for.
         num_prefix_tokens: Class tokens.
         prefix_position: Where they stand.
         patch_drop_rate: Of the model.
 
     Raises:
-        ValueError: An unknown mixer; an option with another value than its default that the mixer does not have, or
-            that is in `mixer_kwargs` as well; dropped patches with a mixer that has parameters for each patch.
-        TypeError: `mixer_kwargs` is no dict, or has a key that the mixer does not take.
+        ValueError: An unknown mixer; an option that no mixer has, or that is in `mixer_kwargs` with another value;
+            dropped patches with a mixer that has to know the grid.
+        TypeError: `mixer_kwargs` holds something else than dicts, or a key that the mixer does not take.
     """
-    if not isinstance(mixer_kwargs, (dict, type(None))):
-        raise TypeError(f'mixer_kwargs = {mixer_kwargs!r}; it must be a dict')
-    given = dict(mixer_kwargs or {})
-    for argument in ('grid_size', 'num_prefix_tokens', 'prefix_position'):
-        if argument in given:
-            raise ValueError(f'mixer_kwargs: {argument} = {given[argument]}; the model knows its tokens, leave it out')
-    defaults = inspect.signature(model).parameters
-    changed = {
-        option
-        for option, value in options.items()
-        if value != (tuple(defaults[option].default) if isinstance(value, tuple) else defaults[option].default)
-    }
-    options = {'bias' if option == 'mixer_bias' else option: (option, value) for option, value in options.items()}
-    allowed = mixers.arguments(mixer)
-    for argument, (option, value) in options.items():
-        if argument not in allowed:
-            if option in changed:
+    options = {argument: value for argument, value in options.items() if value is not None}
+    layout = dict(grid_size=grid_size, num_prefix_tokens=num_prefix_tokens, prefix_position=prefix_position)
+    blocks = mixers.repeat_pattern(mixer, mixer_kwargs, depth)
+    names = list(dict.fromkeys(name for name, _ in blocks))
+    allowed = {name: mixers.arguments(name) for name in names}
+    for argument, value in options.items():
+        if not any(argument in allowed[name] for name in names):
+            have = '; '.join(f'{name!r} takes: {", ".join(sorted(allowed[name]))}' for name in names)
+            raise ValueError(f'{_option(argument)}={value}: no {argument} in mixer={mixer!r}; {have}')
+    factories = []
+    for name, given in blocks:
+        for argument in layout:
+            if argument in given:
                 raise ValueError(
-                    f'{option} = {value}: the mixer {mixer!r} has no {argument}; it takes: {", ".join(sorted(allowed))}'
+                    f'mixer_kwargs: {argument}={given[argument]}; the model knows its tokens, leave it out'
                 )
-        elif argument not in given:
-            given[argument] = value
-        elif option in changed and given[argument] != value:
-            raise ValueError(f'{option} = {value}, but mixer_kwargs has {argument} = {given[argument]}')
-    if mixers.needs_grid(mixer, **given):
-        if patch_drop_rate > 0:
+        for argument, value in options.items():
+            if argument in allowed[name] and given.setdefault(argument, value) != value:
+                raise ValueError(f'{_option(argument)}={value}, but mixer_kwargs has {argument}={given[argument]}')
+        known = mixers.layout_arguments(name, **given)
+        if 'grid_size' in known and patch_drop_rate > 0:
             raise ValueError(
-                f'patch_drop_rate = {patch_drop_rate}: this mixer ({mixer!r}) has parameters for each patch, none may '
-                'be dropped'
+                f'patch_drop_rate={patch_drop_rate}: mixer={name!r} works on the grid of patches, none may be dropped'
             )
-        given.update(grid_size=grid_size, num_prefix_tokens=num_prefix_tokens, prefix_position=prefix_position)
-    return partial(mixers.create, mixer, **given)
+        factories.append(partial(mixers.create, name, **given, **{argument: layout[argument] for argument in known}))
+    return factories
+
+
+def _option(argument: str) -> str:
+    """The model's name for a mixer's argument."""
+    return 'mixer_bias' if argument == 'bias' else argument
 
 
 def resample_mixer_parameter(key: str, value: torch.Tensor, model: nn.Module) -> torch.Tensor:
@@ -84,9 +83,9 @@ def resample_mixer_parameter(key: str, value: torch.Tensor, model: nn.Module) ->
         mixer = model.get_submodule(path)
     except AttributeError:
         return value
-    if not getattr(mixer, 'takes_grid', False) or name not in mixer.grid_parameters():
+    if not isinstance(mixer, mixers.MatrixMixer) or name not in mixer.grid_parameters():
         return value
     if value.shape == getattr(mixer, name).shape:
         return value
     old = mixer.old_tokens(name, value)
-    return value if old is None else mixer.resampled(name, value, old, mixer.tokens)
+    return value if old is None else mixer.resample(name, value, old, mixer.tokens)

@@ -17,7 +17,7 @@ No weights of ImageNet size are published yet; every variant is tagged `untraine
 
 import math
 from functools import partial
-from typing import Any, Callable, Dict, Final, List, Literal, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, Final, List, Literal, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -39,19 +39,15 @@ from timm.layers import (
 )
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
 from timm.models._manipulate import checkpoint
 from timm.models.vision_transformer import global_pool_nlc
 
-from ..mixers.blockdiag import BlockDiagonalMlp
+from ..mixers import BlockDiagonalLinear, MonarchLinear, StructuredMlp
 from ._layer_norm import BlockNorm
-from ._mixer import mixer_factory, resample_mixer_parameter
+from ._mixer import mixer_factories, resample_mixer_parameter
 from ._patch_embed import PatchEmbed
 from .scan_order import SCAN_ORDERS, block_order, reorder
-
-try:
-    from timm.models._input import update_model_input_size
-except ImportError:  # timm < 1.0.31 keeps no record of a resize
-    update_model_input_size = None
 
 __all__ = ['HydraViT']
 
@@ -83,7 +79,7 @@ class HydraBlock(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         self.norm1 = norm_layer(dim, **dd)
         self.mixer = mixer_layer(dim, **dd)
-        self.takes_grid = getattr(self.mixer, 'takes_grid', False)
+        self.takes_grid = self.mixer.takes_grid
         self.drop1 = nn.Dropout(proj_drop) if proj_drop > 0 else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         if mlp_ratio > 0:
@@ -122,23 +118,23 @@ class HydraViT(nn.Module):
         embed_dim: int = 768,
         depth: int = 24,
         mlp_ratio: float = 0.0,
-        d_state: int = 64,
-        d_conv: int = 7,
-        expand: float = 2,
-        headdim: int = 64,
-        ngroups: int = 1,
-        share_bc: bool = False,
-        learnable_init_states: bool = False,
-        dt_min: float = 0.001,
-        dt_max: float = 0.1,
-        dt_init_floor: float = 1e-4,
-        dt_limit: Tuple[float, float] = (0.0, float('inf')),
-        mixer_bias: bool = False,
-        conv_bias: bool = True,
-        backend: str = 'auto',
-        mixer: str = 'hydra',
-        mixer_kwargs: Optional[Dict[str, Any]] = None,
-        mlp: Literal['dense', 'blockdiag'] = 'dense',
+        d_state: Optional[int] = None,
+        d_conv: Optional[int] = None,
+        expand: Optional[float] = None,
+        headdim: Optional[int] = None,
+        ngroups: Optional[int] = None,
+        share_bc: Optional[bool] = None,
+        learnable_init_states: Optional[bool] = None,
+        dt_min: Optional[float] = None,
+        dt_max: Optional[float] = None,
+        dt_init_floor: Optional[float] = None,
+        dt_limit: Optional[Tuple[float, float]] = None,
+        mixer_bias: Optional[bool] = None,
+        conv_bias: Optional[bool] = None,
+        backend: Optional[str] = None,
+        mixer: Union[str, Sequence[str]] = 'hydra',
+        mixer_kwargs: Union[Dict[str, Any], Sequence[Optional[Dict[str, Any]]], None] = None,
+        mlp: Literal['dense', 'blockdiag', 'monarch'] = 'dense',
         mlp_blocks: int = 4,
         pos_embed: Literal['none', 'learn'] = 'none',
         class_token: bool = False,
@@ -166,24 +162,29 @@ class HydraViT(nn.Module):
             embed_dim: Width of the tokens (d_model of the mixer).
             depth: Number of blocks.
             mlp_ratio: Ratio of mlp hidden dim to embedding dim; 0 (the paper) for blocks without MLP.
-            d_state: State size of the mixer.
-            d_conv: Width of the mixer's depthwise convolution, odd.
-            expand: Inner width of the mixer over embed_dim; need not be whole.
-            headdim: Head width of the mixer.
-            ngroups: Groups of B and C in the mixer.
-            share_bc: Both directions of the mixer share B and C.
-            learnable_init_states: The mixer learns the states from which it starts.
-            dt_min: Smallest step size at initialisation.
-            dt_max: Largest step size at initialisation.
-            dt_init_floor: Lower bound of the initial step size.
-            dt_limit: Clamp of the step size.
-            mixer_bias: Bias of the mixer's projections.
-            conv_bias: Bias of the mixer's convolution.
-            backend: Backend of the mixer, see `hydra_vision.ops.quasiseparable_mix`.
-            mixer: Name of the mixer, one of `hydra_vision.mixers.list()`. The options above go to it as far as it has
-                them; one that it does not have must keep its default.
-            mixer_kwargs: Further arguments of the mixer, see `hydra_vision.mixers.arguments(mixer)`.
-            mlp: 'dense', or 'blockdiag' for the block-diagonal MLP of Monarch Mixer (with mlp_ratio).
+            d_state: State size of the mixer (64). None for this and the following options, down to backend, is the
+                mixer's own default, in brackets for 'hydra'.
+            d_conv: Width of the mixer's depthwise convolution (7).
+            expand: Inner width of the mixer over embed_dim; need not be whole (2).
+            headdim: Head width of the mixer (64).
+            ngroups: Groups of B and C in the mixer (1).
+            share_bc: Both directions of the mixer share B and C (False).
+            learnable_init_states: The mixer learns the states from which it starts (False).
+            dt_min: Smallest step size at initialisation (0.001).
+            dt_max: Largest step size at initialisation (0.1).
+            dt_init_floor: Lower bound of the initial step size (1e-4).
+            dt_limit: Clamp of the step size (none).
+            mixer_bias: Bias of the mixer's projections (False).
+            conv_bias: Bias of the mixer's convolution (True).
+            backend: Backend of the mixer, see `hydra_vision.ops.quasiseparable_mix` ('auto').
+            mixer: Name of the mixer, one of `hydra_vision.mixers.list_mixers()`; or a sequence of names that repeats
+                from block to block, as many as divide depth: ('hydra', 'hydra', 'hydra', 'vit_attention') has attention
+                in every fourth block. The options above go to the mixers that have them; one that none has must be
+                None.
+            mixer_kwargs: Further arguments of the mixer, see `hydra_vision.mixers.arguments(mixer)`; or a sequence of
+                them (None for no arguments) that repeats likewise.
+            mlp: 'dense'; 'blockdiag' for the block-diagonal MLP of Monarch Mixer; 'monarch' for layers of two
+                block-diagonal factors (both with mlp_ratio).
             mlp_blocks: Blocks of its layers.
             pos_embed: Type of position embedding: 'none' (the paper) or 'learn'.
             class_token: Use class token.
@@ -208,17 +209,17 @@ class HydraViT(nn.Module):
         _check_choice('class_token_position', class_token_position, _TOKEN_POSITIONS)
         _check_choice('scan_order', scan_order, SCAN_ORDERS)
         if scan_order == 'alternate' and patch_drop_rate > 0:
-            raise ValueError("scan_order = 'alternate' needs the whole grid in each block; set patch_drop_rate=0")
+            raise ValueError("scan_order='alternate' needs the whole grid in each block; set patch_drop_rate=0")
         if not class_token:
             if global_pool == 'token':
-                raise ValueError("global_pool = 'token' needs class_token=True")
+                raise ValueError("global_pool='token' needs class_token=True")
             if class_token_position != 'first':
-                raise ValueError(f'class_token_position = {class_token_position!r} needs class_token=True')
+                raise ValueError(f'class_token_position={class_token_position!r} needs class_token=True')
         if depth < 1 or embed_dim < 1:
-            raise ValueError(f'depth = {depth}, embed_dim = {embed_dim}; both must be at least 1')
+            raise ValueError(f'depth={depth}, embed_dim={embed_dim}; both must be at least 1')
         if mlp_ratio != 0 and mlp_ratio * embed_dim < 1:
             raise ValueError(
-                f'mlp_ratio = {mlp_ratio}; it must be 0 (no MLP) or at least 1 / embed_dim = {1 / embed_dim:.3g}'
+                f'mlp_ratio={mlp_ratio}; it must be 0 (no MLP) or at least 1 / embed_dim={1 / embed_dim:.3g}'
             )
         for name, rate in (
             ('drop_rate', drop_rate),
@@ -228,14 +229,14 @@ class HydraViT(nn.Module):
             ('drop_path_rate', drop_path_rate),
         ):
             if not 0 <= rate < 1:
-                raise ValueError(f'{name} = {rate}; allowed: 0 <= {name} < 1')
-        _check_choice('mlp', mlp, ('dense', 'blockdiag'))
-        if mlp == 'blockdiag' and mlp_ratio == 0:
-            raise ValueError("mlp = 'blockdiag' needs an mlp_ratio above 0")
+                raise ValueError(f'{name}={rate}; allowed: 0 <= {name} < 1')
+        _check_choice('mlp', mlp, ('dense', 'blockdiag', 'monarch'))
+        if mlp != 'dense' and mlp_ratio == 0:
+            raise ValueError(f'mlp={mlp!r} needs an mlp_ratio above 0')
         if mlp == 'dense' and mlp_blocks != 4:
-            raise ValueError(f"mlp_blocks = {mlp_blocks} needs mlp = 'blockdiag'")
+            raise ValueError(f"mlp_blocks={mlp_blocks} needs mlp='blockdiag' or 'monarch'")
         norm_layer = get_norm_layer(norm_layer) or LayerNorm
-        block_norm_layer = partial(BlockNorm, backend=backend) if norm_layer is LayerNorm else norm_layer
+        block_norm_layer = partial(BlockNorm, backend=backend or 'auto') if norm_layer is LayerNorm else norm_layer
         act_layer = get_act_layer(act_layer) or nn.GELU
 
         self.num_classes = num_classes
@@ -274,15 +275,13 @@ class HydraViT(nn.Module):
         self.reg_token = None
         self.pos_embed = nn.Parameter(torch.empty(1, num_patches, embed_dim, **dd)) if pos_embed == 'learn' else None
         self.pos_drop = nn.Dropout(p=pos_drop_rate)
-        if patch_drop_rate > 0:
-            # ordered: a scan over shuffled tokens is a different model
-            self.patch_drop = PatchDropout(patch_drop_rate, num_prefix_tokens=0, ordered=True)
-        else:
-            self.patch_drop = nn.Identity()
+        # ordered: a scan over shuffled tokens is a different model
+        patch_drop = partial(PatchDropout, patch_drop_rate, num_prefix_tokens=0, ordered=True)
+        self.patch_drop = patch_drop() if patch_drop_rate > 0 else nn.Identity()
         self.norm_pre = nn.Identity()
 
         dpr = calculate_drop_path_rates(drop_path_rate, depth)  # stochastic depth decay rule
-        mixer_layer = mixer_factory(
+        mixer_layers = mixer_factories(
             mixer,
             dict(
                 d_state=d_state,
@@ -295,24 +294,26 @@ class HydraViT(nn.Module):
                 dt_min=dt_min,
                 dt_max=dt_max,
                 dt_init_floor=dt_init_floor,
-                dt_limit=tuple(dt_limit),
-                mixer_bias=mixer_bias,
+                dt_limit=None if dt_limit is None else tuple(dt_limit),
+                bias=mixer_bias,
                 conv_bias=conv_bias,
                 backend=backend,
             ),
             mixer_kwargs,
-            model=HydraViT,
+            depth=depth,
             grid_size=grid_size,
             num_prefix_tokens=self.num_prefix_tokens,
             prefix_position=class_token_position,
             patch_drop_rate=patch_drop_rate,
         )
+        structured = {'blockdiag': BlockDiagonalLinear, 'monarch': MonarchLinear}
+        mlp_layer = Mlp if mlp == 'dense' else partial(StructuredMlp, layer=structured[mlp], blocks=mlp_blocks)
         self.blocks = nn.Sequential(
             *[
                 HydraBlock(
                     dim=embed_dim,
-                    mixer_layer=mixer_layer,
-                    mlp_layer=Mlp if mlp == 'dense' else partial(BlockDiagonalMlp, blocks=mlp_blocks),
+                    mixer_layer=mixer_layers[i],
+                    mlp_layer=mlp_layer,
                     mlp_ratio=mlp_ratio,
                     proj_drop=proj_drop_rate,
                     drop_path=dpr[i],
@@ -323,10 +324,12 @@ class HydraViT(nn.Module):
                 for i in range(depth)
             ]
         )
-        if scan_order != 'row' and dynamic_img_size and self.blocks[0].takes_grid:
+        if scan_order != 'row' and any(blk.mixer.needs_row_order for blk in self.blocks):
+            raise ValueError(f"scan_order={scan_order!r}: mixer={mixer!r} needs patches by rows, scan_order='row'")
+        if scan_order != 'row' and dynamic_img_size and any(blk.takes_grid for blk in self.blocks):
             raise ValueError(
-                f'scan_order = {scan_order!r}: parameters a patch of the mixer {mixer!r} are carried to another grid '
-                'by rows; set dynamic_img_size=False'
+                f'scan_order={scan_order!r}: position parameters of mixer={mixer!r} are resampled by rows; set '
+                'dynamic_img_size=False'
             )
         self.feature_info = [dict(module=f'blocks.{i}', num_chs=embed_dim, reduction=reduction) for i in range(depth)]
         self.norm = norm_layer(embed_dim, **dd)
@@ -361,7 +364,9 @@ class HydraViT(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
         """Set of parameters (patterns) that should not use weight decay."""
-        return {'pos_embed', 'cls_token'} | {f'*.mixer.{name}' for name in self.blocks[0].mixer.no_weight_decay()}
+        return {'pos_embed', 'cls_token'} | {
+            f'*.mixer.{name}' for blk in self.blocks for name in blk.mixer.no_weight_decay()
+        }
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Union[str, List]]:
@@ -401,7 +406,7 @@ class HydraViT(nn.Module):
         """
         if global_pool is not None:
             # asserts, as in timm: callers that probe for supported poolings catch AssertionError
-            assert global_pool in _POOLS, f'global_pool = {global_pool!r}; allowed: {_POOLS}'
+            assert global_pool in _POOLS, f'global_pool={global_pool!r}; allowed: {_POOLS}'
             assert global_pool != 'token' or self.has_class_token, 'Token pooling needs the class token.'
             self.global_pool = global_pool
         dd = get_device_dtype(self)
@@ -422,8 +427,8 @@ class HydraViT(nn.Module):
             patch_size: New patch size, if None existing patch size is used.
 
         Raises:
-            ValueError: A size that does not fit, or to which the mixer's parameters cannot be carried; the model stays
-                as it was.
+            ValueError: A size that does not fit, or to which a mixer's parameters cannot be resampled; the model
+                stays as it was.
         """
         prev_grid_size = self.patch_embed.grid_size
         grid_size = _check_grid_size(
@@ -432,13 +437,15 @@ class HydraViT(nn.Module):
             self.pos_embed is not None and not self.dynamic_img_size,
             self.patch_embed.dynamic_img_pad,
         )
-        if self.blocks[0].takes_grid and grid_size != self.blocks[0].mixer.tokens.size:
-            if self.scan_order != 'row':
+        grid_mixers = [blk.mixer for blk in self.blocks if blk.takes_grid]
+        for mixer in grid_mixers:  # reject before anything is changed
+            if grid_size == mixer.tokens.size:
+                continue
+            if self.scan_order != 'row' and mixer.grid_parameters():
                 raise ValueError(
-                    f"scan_order = {self.scan_order!r}: this mixer's parameters a patch are carried to another grid by "
-                    'rows'
+                    f"scan_order={self.scan_order!r}: this mixer's position parameters are resampled by rows only"
                 )
-            self.blocks[0].mixer.carried(grid_size)  # what it refuses it refuses before anything is changed
+            mixer.resampled_parameters(grid_size)
         self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
         if self.pos_embed is not None and self.patch_embed.grid_size != prev_grid_size:
             self.pos_embed = nn.Parameter(
@@ -451,15 +458,13 @@ class HydraViT(nn.Module):
                 ),
                 requires_grad=self.pos_embed.requires_grad,
             )
-        for blk in self.blocks:
-            if blk.takes_grid:
-                blk.mixer.set_input_size(grid_size)
+        for mixer in grid_mixers:
+            mixer.set_input_size(grid_size)
         if patch_size is not None:
             reduction = self.patch_embed.feat_ratio()
             for info in self.feature_info:
                 info['reduction'] = reduction
-        if update_model_input_size is not None:
-            update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
+        update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
 
     def _grid(self, x: torch.Tensor) -> Optional[Tuple[int, int]]:
         """Grid of the embedded patches where it may differ from the model's own, for mixers that depend on it."""
@@ -624,9 +629,7 @@ class HydraViT(nn.Module):
 
         # For dictionary output, handle prefix tokens separately
         if output_dict:
-            result_dict = {}
-            # Intermediates are always included
-            result_dict['image_intermediates'] = intermediates
+            result_dict = {'image_intermediates': intermediates}
             if prefix_tokens is not None and return_prefix_tokens:
                 result_dict['image_intermediates_prefix'] = prefix_tokens
             # Only include features if not intermediates_only
@@ -739,20 +742,17 @@ class HydraViT(nn.Module):
         Returns:
             Output tensor.
         """
-        x = self.pool(x)
-        x = self.head_drop(x)
+        x = self.head_drop(self.pool(x))
         return x if pre_logits else self.head(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Forward pass: images (B, in_chans, H, W) to logits (B, num_classes)."""
-        x = self.forward_features(x)
-        x = self.forward_head(x)
-        return x
+        return self.forward_head(self.forward_features(x))
 
 
 def _check_choice(name: str, value: str, allowed: Tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f'{name} = {value!r}; allowed: {", ".join(map(repr, allowed))}')
+        raise ValueError(f'{name}={value!r}; allowed: {", ".join(map(repr, allowed))}')
 
 
 def _check_grid_size(
@@ -765,16 +765,16 @@ def _check_grid_size(
     sizes = {'img_size': to_2tuple(img_size), 'patch_size': to_2tuple(patch_size)}
     for name, size in sizes.items():
         if len(size) != 2 or min(size) < 1:
-            raise ValueError(f'{name} = {size}; it must be a number or (H, W), each at least 1')
+            raise ValueError(f'{name}={size}; it must be a number or (H, W), each at least 1')
     (H, W), (h, w) = sizes.values()
     grid_size = H // h, W // w
     if min(grid_size) < 1:
-        raise ValueError(f'img_size = {img_size} is smaller than patch_size = {patch_size}')
+        raise ValueError(f'img_size={img_size} is smaller than patch_size={patch_size}')
     padded = math.ceil(H / h), math.ceil(W / w)
     if fixed_pos_embed and dynamic_img_pad and padded != grid_size:
         raise ValueError(
-            f"pos_embed = 'learn' with dynamic_img_pad=True needs dynamic_img_size=True where patch_size = "
-            f'{patch_size} does not divide img_size = {img_size}'
+            "pos_embed='learn' with dynamic_img_pad=True needs dynamic_img_size=True where "
+            f'patch_size={patch_size} does not divide img_size={img_size}'
         )
     return padded if dynamic_img_pad else grid_size
 
@@ -817,7 +817,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: HydraViT) -> Dict[st
 
 def _create_hydra_vit(variant: str, pretrained: bool = False, **kwargs) -> HydraViT:
     out_indices = kwargs.pop('out_indices', 3)
-    model = build_model_with_cfg(
+    return build_model_with_cfg(
         HydraViT,
         variant,
         pretrained,
@@ -825,10 +825,6 @@ def _create_hydra_vit(variant: str, pretrained: bool = False, **kwargs) -> Hydra
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )
-    if update_model_input_size is None:  # how the model was built, for saving; newer versions record it
-        factory = ('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir', 'device', 'dtype')
-        model._model_args = {k: v for k, v in kwargs.items() if k not in factory}
-    return model
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:

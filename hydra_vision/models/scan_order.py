@@ -47,7 +47,7 @@ def raster_index(order: str, height: int, width: int) -> List[int]:
         else:
             cells = _hilbert(0, 0, 0, height, width, 0)
         return [y * width + x for x, y in cells]
-    raise ValueError(f'order = {order!r}; allowed: row, column, snake, hilbert')
+    raise ValueError(f'order={order!r}; allowed: row, column, snake, hilbert')
 
 
 def _hilbert(x: int, y: int, ax: int, ay: int, bx: int, by: int) -> Iterator[Tuple[int, int]]:

@@ -36,9 +36,14 @@ def check_backend_name(name: str, argument: str = 'backend') -> None:
 def _triton_reason() -> Optional[str]:
     if importlib.util.find_spec('triton') is None:
         return 'the package triton is not installed'
-    from .triton import unavailable_reason
-
-    return unavailable_reason()
+    if os.environ.get('TRITON_INTERPRET') == '1':
+        return None
+    if not torch.cuda.is_available():
+        return 'no CUDA device is visible (TRITON_INTERPRET=1 runs the kernels in the interpreter)'
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f'the CUDA device has compute capability {capability[0]}.{capability[1]}; needed is 8.0 or newer'
+    return None
 
 
 def _mamba_ssm_reason() -> Optional[str]:

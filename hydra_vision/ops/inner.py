@@ -10,7 +10,7 @@ from .dispatch import choose_backend
 from .quasiseparable import mix_unchecked
 from .reference import accumulation_dtype, scale
 
-__all__ = ['hydra_inner', 'split_zxbcdt', 'unpack_zxbcdt']
+__all__ = ['hydra_inner', 'hydra_inner_late', 'scale_rows', 'split_zxbcdt', 'unpack_zxbcdt']
 
 NO_DT_LIMIT = (0.0, float('inf'))
 
@@ -69,6 +69,57 @@ def hydra_inner(
         TypeError: ``zxbcdt`` is not a floating-point tensor.
         RuntimeError: the named backend cannot run here.
     """
+    return hydra_inner_late(
+        zxbcdt,
+        conv_weight,
+        conv_bias,
+        dt_bias,
+        A_log,
+        D,
+        fc_D_weight,
+        norm_weight,
+        headdim=headdim,
+        d_state=d_state,
+        ngroups=ngroups,
+        share_bc=share_bc,
+        dt_limit=dt_limit,
+        init_states=init_states,
+        eps=eps,
+        backend=backend,
+        late=False,
+    )[0]
+
+
+def hydra_inner_late(
+    zxbcdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Optional[Tensor],
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    fc_D_weight: Tensor,
+    norm_weight: Tensor,
+    *,
+    headdim: int,
+    d_state: int,
+    ngroups: int = 1,
+    share_bc: bool = False,
+    dt_limit: Tuple[float, float] = NO_DT_LIMIT,
+    init_states: Optional[Tensor] = None,
+    eps: float = 1e-5,
+    backend: str = 'auto',
+    late: bool = True,
+) -> Tuple[Tensor, Optional[Tensor]]:
+    """``hydra_inner`` that may leave the norm's division for after out_proj: a factor a token commutes with it.
+
+    Arguments as in ``hydra_inner``. late: False for what ``hydra_inner`` returns, and None.
+
+    Returns:
+        out (B, L, d_inner) and None; or, where the backend fuses the gate with the mixing, y * norm_weight * SiLU(z)
+        without the norm and its factors (B, L), float32: ``scale_rows`` multiplies the rows of out_proj's result
+        (without bias) by them. They are constants to autograd: the gradient of what they depend on is part of that of
+        out, so out must go nowhere else.
+    """
     if dt_bias.ndim != 1:
         raise ValueError(f'dt_bias has shape {tuple(dt_bias.shape)}; it must be (H,)')
     H = dt_bias.shape[0]
@@ -92,7 +143,7 @@ def hydra_inner(
     )
     name = choose_backend(backend, zxbcdt.device)
     if name == 'triton':
-        from .triton import hydra_inner as fused  # lazily: importing hydra_vision must not import Triton
+        from .triton.api import hydra_inner as fused  # lazily: importing hydra_vision must not import Triton
 
         return fused(
             zxbcdt,
@@ -110,6 +161,7 @@ def hydra_inner(
             dt_limit=dt_limit,
             init_states=init_states,
             eps=eps,
+            late=late,
         )
 
     dtype, acc = zxbcdt.dtype, accumulation_dtype(zxbcdt.dtype)
@@ -132,7 +184,14 @@ def hydra_inner(
     y = y.to(acc)
     mean_square = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square() / d_inner
     y = scale(scale(y, torch.rsqrt(mean_square + eps)), norm_weight.to(acc))
-    return scale(y, F.silu(z.to(acc))).to(dtype)
+    return scale(y, F.silu(z.to(acc))).to(dtype), None
+
+
+def scale_rows(x: Tensor, factors: Tensor) -> Tensor:
+    """x (B, L, D) with its rows multiplied by the factors (B, L) of ``hydra_inner_late``; in x's dtype."""
+    from .triton.api import scale_rows as fused  # only Triton's backend returns factors
+
+    return fused(x, factors)
 
 
 def unpack_zxbcdt(

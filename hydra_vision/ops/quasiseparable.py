@@ -96,7 +96,7 @@ def mix_unchecked(
 ) -> Tensor:
     """The operator on arguments known to fit, by a backend that can run. Autocast does not reach inside."""
     if name == 'triton':
-        from .triton import quasiseparable_mix as mix  # lazily: importing hydra_vision must not import Triton
+        from .triton.api import quasiseparable_mix as mix  # lazily: importing hydra_vision must not import Triton
     elif name == 'chunked' and (torch.compiler.is_exporting() or isinstance(x.shape[1], torch.SymInt)):
         mix = mix_exported
     else:

@@ -40,7 +40,7 @@ def digits(tmp_path):
 def test_packaged_families(name, count):
     family = read_family(name)
     assert len({row.name for row in family.rows}) == len(family.rows) == count
-    assert {row.mixer for row in family.rows} <= set(__import__('hydra_vision').mixers.list())
+    assert {row.mixer for row in family.rows} <= set(__import__('hydra_vision').mixers.list_mixers())
 
 
 def test_rows_get_the_parameters_of_the_reference():

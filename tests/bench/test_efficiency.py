@@ -67,7 +67,7 @@ def test_fitted_crossing():
 
 def test_every_mixer_of_the_family_is_there():
     names = {name for name, _ in variants().values()}
-    assert names == set(mixers.list()) - {'vit_attention'}
+    assert names == set(mixers.list_mixers()) - {'vit_attention'}
     assert grid_of(128) == (8, 16)
     assert grid_of(7) == (1, 7)
 

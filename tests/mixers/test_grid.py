@@ -94,7 +94,7 @@ def test_more_tokens_write_less_each():
     mixer = mixers.create('quasiseparable', 8, d_state=2, headdim=4, data_dependent=False, grid_size=(4, 5))
     with torch.no_grad():
         mixer.BC.fill_(1.0)
-    B_f, C_f, B_b, C_b = mixer.carried((8, 10))['BC'].unflatten(-1, (4, 2)).unbind(-2)
+    B_f, C_f, B_b, C_b = mixer.resampled_parameters((8, 10))['BC'].unflatten(-1, (4, 2)).unbind(-2)
     for C in (C_f, C_b):
         torch.testing.assert_close(C, torch.ones(80, 2))
     for B in (B_f, B_b):
@@ -117,7 +117,7 @@ def test_grid_of_a_checkpoint_from_its_shape(case):
 
 def test_what_cannot_be_carried_is_refused():
     mixer = mixers.create('vandermonde', 8, headdim=4, data_dependent=False, grid_size=(4, 4))
-    with pytest.raises(ValueError, match='Vandermonde: parameters for 4 x 4 patches cannot be carried to 5 x 5'):
+    with pytest.raises(ValueError, match='Vandermonde: parameters for 4 x 4 patches cannot be resampled to 5 x 5'):
         mixer(torch.randn(1, 25, 8), (5, 5))
     mixer = make('toeplitz', (4, 4), num_prefix_tokens=1)
     assert mixer(torch.randn(1, 17, 8, dtype=torch.float64)).shape == (1, 17, 8)
@@ -128,11 +128,11 @@ def test_what_cannot_be_carried_is_refused():
 @pytest.mark.parametrize(
     ('kwargs', 'message'),
     [
-        (dict(size=(0, 4)), r'grid_size = \(0, 4\)'),
+        (dict(size=(0, 4)), r'grid_size=\(0, 4\)'),
         (dict(size=(2, 3, 4)), 'it must be .H, W. or a number'),
-        (dict(size=0), 'grid_size = 0'),
-        (dict(size=4, num_prefix_tokens=-1), 'num_prefix_tokens = -1'),
-        (dict(size=4, prefix_position='front'), "prefix_position = 'front'; allowed: 'first'"),
+        (dict(size=0), 'grid_size=0'),
+        (dict(size=4, num_prefix_tokens=-1), 'num_prefix_tokens=-1'),
+        (dict(size=4, prefix_position='front'), "prefix_position='front'; allowed: 'first'"),
     ],
 )
 def test_bad_grids(kwargs, message):

@@ -82,7 +82,7 @@ def _scaled(value: Optional[float], factor: float, digits: int) -> Optional[floa
 def variants() -> dict[str, tuple[str, dict[str, Any]]]:
     """Every mixer of the family by the name in tables: its registered name and arguments."""
     found: dict[str, tuple[str, dict[str, Any]]] = {}
-    for name in mixers.list():
+    for name in mixers.list_mixers():
         if name == 'vit_attention':  # it is what the others are compared with
             continue
         if name == 'attention':

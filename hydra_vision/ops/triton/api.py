@@ -5,10 +5,10 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .function import HydraInner, QuasiseparableMix, refuse_transforms
+from .function import HydraInner, QuasiseparableMix, ScaleRows, refuse_transforms
 from .library import hydra_inner_op, quasiseparable_mix_op
 
-__all__ = ['hydra_inner', 'quasiseparable_mix']
+__all__ = ['hydra_inner', 'quasiseparable_mix', 'scale_rows']
 
 
 def quasiseparable_mix(
@@ -47,16 +47,29 @@ def hydra_inner(
     dt_limit: tuple[float, float],
     init_states: Optional[Tensor],
     eps: float,
-) -> Tensor:
-    """(B, L, d_inner), ready for out_proj. Arguments as in ``hydra_vision.ops.hydra_inner``."""
+    late: bool = False,
+) -> tuple[Tensor, Optional[Tensor]]:
+    """(B, L, d_inner), ready for out_proj, and None. Arguments as in ``hydra_vision.ops.hydra_inner``.
+
+    late: the norm's factors may come apart, (B, L) float32, for the rows of out_proj's result; as ``scale_rows`` does.
+    """
     low, high = float(dt_limit[0]), float(dt_limit[1])
     refuse_transforms()
     if torch.compiler.is_compiling():
-        return hydra_inner_op(
+        out, factors, *_ = hydra_inner_op(
             zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states,
-            headdim, d_state, ngroups, share_bc, low, high, eps,
-        )[0]  # fmt: skip
-    return HydraInner.apply(
-        zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states,
-        headdim, d_state, ngroups, share_bc, (low, high), eps,
-    )  # fmt: skip
+            headdim, d_state, ngroups, share_bc, low, high, eps, late,
+        )  # fmt: skip
+    else:
+        out, factors = HydraInner.apply(
+            late, zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states,
+            headdim, d_state, ngroups, share_bc, (low, high), eps,
+        )  # fmt: skip
+    return out, factors if factors.ndim == 2 else None
+
+
+def scale_rows(x: Tensor, factors: Tensor) -> Tensor:
+    """x (B, L, D) with its rows multiplied by factors (B, L) float32, which have no gradient; in x's dtype."""
+    if torch.compiler.is_compiling():
+        return (x * factors.unsqueeze(-1)).to(x.dtype)
+    return ScaleRows.apply(x, factors)

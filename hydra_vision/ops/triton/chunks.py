@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .decay import DT_TINY, _head_decay, _load_dt, _softplus
 from .launch import launch
+from .plan import Plan, architecture, launch_is_forced
 from .scores import load_cols, load_rows
 
 
@@ -199,143 +200,6 @@ def row_scale_kernel(
     h = tl.arange(0, HB)
     v = tl.load(squares + (b * H + h[:, None]) * L + t[None, :], mask=(h < H)[:, None] & (t < L)[None, :], other=0.0)
     tl.store(rstd + b * L + t, tl.rsqrt(tl.sum(v, axis=0) / D + EPS), mask=t < L)
-
-
-@triton.jit
-def _pair(
-    dy, x_ptr, table, S, rows_out, cols_out, head, stride_xl, L, first, I: tl.constexpr, J: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, NT: tl.constexpr, acc,
-):  # fmt: skip
-    """Adds the pair of row tile I (R rows) and column tile J (W columns) of one head to the scores' gradient."""
-    i = I * 64 + tl.arange(0, R)
-    j = J * 64 + tl.arange(0, W)
-    x = load_rows(x_ptr, first + j, tl.arange(0, 64), stride_xl, L)  # (W, 64)
-    s = tl.load(S + i[:, None] * (NT * 64) + j[None, :]).to(tl.float32)  # (R, W)
-    side = table + head * 1024
-    if J < I:
-        e = tl.load(side + i)[:, None] - tl.load(side + 256 + j)[None, :]
-    elif J > I:
-        e = tl.load(side + 512 + i)[:, None] - tl.load(side + 768 + j)[None, :]
-    else:
-        e = tl.where(
-            i[:, None] > j[None, :],
-            tl.load(side + i)[:, None] - tl.load(side + 256 + j)[None, :],
-            tl.load(side + 512 + i)[:, None] - tl.load(side + 768 + j)[None, :],
-        )
-        e = tl.minimum(e, 64.0)  # the diagonal alone is not <= 0; S is zero there, and it is dropped at the end
-    grad = tl.dot(dy, tl.trans(x)) * tl.exp2(e)  # (R, W): dM o decay * dt
-    acc += grad
-    grad *= s
-    at = head * ((NT + 1) * 256)
-    if J == I:
-        lower = tl.where(i[:, None] > j[None, :], grad, 0.0)
-        upper = tl.where(i[:, None] < j[None, :], grad, 0.0)
-        tl.store(rows_out + at + I * 256 + i, tl.sum(lower, axis=1))
-        tl.store(rows_out + at + NT * 256 + i, tl.sum(upper, axis=1))
-        tl.store(cols_out + at + I * 256 + j, tl.sum(lower, axis=0))
-        tl.store(cols_out + at + NT * 256 + j, tl.sum(upper, axis=0))
-    else:
-        tl.store(rows_out + at + J * 256 + i, tl.sum(grad, axis=1))
-        tl.store(cols_out + at + I * 256 + j, tl.sum(grad, axis=0))
-    return acc
-
-
-@triton.jit
-def _put_tile(dS, dST, acc, block, I: tl.constexpr, J: tl.constexpr, R: tl.constexpr, W: tl.constexpr, NT: tl.constexpr):
-    i = tl.arange(0, R)
-    j = tl.arange(0, W)
-    if I == J:
-        acc = tl.where(i[:, None] == j[None, :], 0.0, acc)
-    v = acc.to(dS.dtype.element_ty)
-    tl.store(dS + ((block + I) * NT + J) * 4096 + i[:, None] * 64 + j[None, :], v)
-    tl.store(dST + ((block + J) * NT + I) * 4096 + j[None, :] * 64 + i[:, None], v)
-
-
-@triton.jit
-def _row_of_pairs(
-    x_b, dy_b, table, S, rows_out, cols_out, dS, dST, chunk, h0, heads, H, L, first, stride_xl, stride_yl,
-    I: tl.constexpr, R: tl.constexpr, W: tl.constexpr, NT: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """All column tiles of row tile I, heads added up. R, W: rows of this tile, columns of the last one."""
-    i = first + I * 64 + tl.arange(0, R)
-    W0: tl.constexpr = W if NT == 1 else 64
-    W1: tl.constexpr = W if NT == 2 else 64
-    W2: tl.constexpr = W if NT == 3 else 64
-    a0 = tl.zeros((R, W0), tl.float32)
-    a1 = tl.zeros((R, W1), tl.float32)
-    a2 = tl.zeros((R, W2), tl.float32)
-    a3 = tl.zeros((R, W), tl.float32)
-    for k in tl.range(0, heads, num_stages=STAGES):
-        h = h0 + k
-        head = chunk * H + h
-        x_ptr = x_b + h * 64
-        dy = load_rows(dy_b + h * 64, i, tl.arange(0, 64), stride_yl, L)  # (R, 64)
-        a0 = _pair(dy, x_ptr, table, S, rows_out, cols_out, head, stride_xl, L, first, I, 0, R, W0, NT, a0)
-        if NT > 1:
-            a1 = _pair(dy, x_ptr, table, S, rows_out, cols_out, head, stride_xl, L, first, I, 1, R, W1, NT, a1)
-        if NT > 2:
-            a2 = _pair(dy, x_ptr, table, S, rows_out, cols_out, head, stride_xl, L, first, I, 2, R, W2, NT, a2)
-        if NT > 3:
-            a3 = _pair(dy, x_ptr, table, S, rows_out, cols_out, head, stride_xl, L, first, I, 3, R, W, NT, a3)
-    block = chunk * NT
-    _put_tile(dS, dST, a0, block, I, 0, R, W0, NT)
-    if NT > 1:
-        _put_tile(dS, dST, a1, block, I, 1, R, W1, NT)
-    if NT > 2:
-        _put_tile(dS, dST, a2, block, I, 2, R, W2, NT)
-    if NT > 3:
-        _put_tile(dS, dST, a3, block, I, 3, R, W, NT)
-
-
-@triton.jit
-def chunk_score_grads_kernel(
-    x,  # (B, L, H * 64)
-    dy,
-    table,  # (B * nC, H, 4, 256)
-    S,  # (B * nC, 64 NT, 64 NT)
-    rows_out,  # (B * nC, H, NT + 1, 256) float32 out, sums of G = dM o M over columns: [J] of tile J; of the diagonal
-    # tile [I] below, [NT] above the diagonal
-    cols_out,  # the same over rows: [I] of row tile I
-    dS,  # (B * nC, NT, NT, 64, 64) out: [I][J]
-    dST,  # (B * nC, NT, NT, 64, 64) out: [J][I], each tile transposed
-    stride_xb,
-    stride_xl,
-    stride_yb,
-    stride_yl,
-    L,
-    H,
-    nC,
-    NT: tl.constexpr,
-    TAIL: tl.constexpr,  # rows and columns computed of the last tile
-    STAGES: tl.constexpr,
-):
-    """dS[i, j] = sum over heads of (dY_i . X_j) * decay * dt_j; a row tile a program."""
-    pid = tl.program_id(0)
-    I = pid % NT
-    chunk = (pid // NT).to(tl.int64)
-    b = chunk // nC
-    first = ((chunk % nC) * (NT * 64)).to(tl.int32)
-    x_b = x + b * stride_xb
-    dy_b = dy + b * stride_yb
-    S_c = S + chunk * (NT * 64) * (NT * 64)
-    if NT == 1:
-        _row_of_pairs(x_b, dy_b, table, S_c, rows_out, cols_out, dS, dST, chunk, 0, H, H, L, first, stride_xl, stride_yl,
-                      0, TAIL, TAIL, NT, STAGES)  # fmt: skip
-    else:
-        if I == 0:
-            _row_of_pairs(x_b, dy_b, table, S_c, rows_out, cols_out, dS, dST, chunk, 0, H, H, L, first, stride_xl,
-                          stride_yl, 0, 64, TAIL, NT, STAGES)  # fmt: skip
-        elif I == 1:
-            _row_of_pairs(x_b, dy_b, table, S_c, rows_out, cols_out, dS, dST, chunk, 0, H, H, L, first, stride_xl,
-                          stride_yl, 1, TAIL if NT == 2 else 64, TAIL, NT, STAGES)  # fmt: skip
-        elif I == 2:
-            if NT > 2:
-                _row_of_pairs(x_b, dy_b, table, S_c, rows_out, cols_out, dS, dST, chunk, 0, H, H, L, first, stride_xl,
-                              stride_yl, 2, TAIL if NT == 3 else 64, TAIL, NT, STAGES)  # fmt: skip
-        else:
-            if NT > 3:
-                _row_of_pairs(x_b, dy_b, table, S_c, rows_out, cols_out, dS, dST, chunk, 0, H, H, L, first, stride_xl,
-                              stride_yl, 3, TAIL, TAIL, NT, STAGES)  # fmt: skip
 
 
 @triton.jit
@@ -594,7 +458,66 @@ def taps_kernel(weight, bias, taps, C, BC: tl.constexpr, HAS_BIAS: tl.constexpr)
     tl.store(taps + 7 * C + c, value, mask=ok)
 
 
+@triton.jit
+def scale_rows_kernel(
+    x,  # (ROWS, D), rows of stride_x
+    scale,  # (ROWS,) float32
+    out,  # (ROWS, D) contiguous; may be x
+    stride_x,
+    D,
+    DB: tl.constexpr,
+):
+    """out = x * scale, a factor a row."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, DB)
+    value = tl.load(x + row * stride_x + d, mask=d < D, other=0.0).to(tl.float32) * tl.load(scale + row)
+    tl.store(out + row * D + d, value.to(out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def head_dots_kernel(
+    x,  # (B, L, H * 64), rows of any stride
+    dy,
+    dots,  # (B, L, H) float32 out
+    stride_xb,
+    stride_xl,
+    stride_yb,
+    stride_yl,
+    L,
+    H,
+    HB: tl.constexpr,
+):
+    """Sum over each head of x * dy: the gradient of the diagonal. A token a program."""
+    b = tl.program_id(1).to(tl.int64)
+    l = tl.program_id(0)
+    at = tl.arange(0, HB)[:, None] * 64 + tl.arange(0, 64)[None, :]
+    keep = (tl.arange(0, HB) < H)[:, None] & (at >= 0)
+    xv = tl.load(x + b * stride_xb + l * stride_xl + at, mask=keep, other=0.0).to(tl.float32)  # (HB, 64)
+    yv = tl.load(dy + b * stride_yb + l * stride_yl + at, mask=keep, other=0.0).to(tl.float32)
+    h = tl.arange(0, HB)
+    tl.store(dots + (b * L + l) * H + h, tl.sum(xv * yv, axis=1), mask=h < H)
+
+
 HEADS = 12  # most heads a program of the product
+MOST_HEADS = 64  # that fc_D's columns may be in shared memory at once
+
+
+def in_chunks(
+    device: torch.device, dtype: torch.dtype, H: int, P: int, G: int, N: int, d_conv: int = 7, starts: bool = False
+) -> bool:
+    """Whether a problem runs in whole chunks: on Hopper, in the form of the models; elsewhere in tiles.
+
+    Neither batch nor length decides: an image's bits do not depend on them.
+    """
+    fits = dtype == torch.bfloat16 and P == N == 64 and G == 1 and H <= MOST_HEADS and d_conv == 7 and not starts
+    return fits and device.type == 'cuda' and not launch_is_forced() and architecture(device) == 90
+
+
+def chunks_of(plan: Plan, start: Optional[Tensor] = None, d_conv: int = 7) -> Optional['Chunks']:
+    """Sizes, where the problem runs in chunks; None where it runs in tiles with states between them."""
+    if not in_chunks(plan.device, plan.dtype, plan.H, plan.P, plan.G, plan.N, d_conv, start is not None):
+        return None
+    return Chunks(plan.B, plan.L, plan.H, plan.device)
 
 
 @dataclass(frozen=True)
@@ -637,7 +560,8 @@ class Chunks:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
 
-def _narrow(t: Tensor) -> Tensor:
+def narrow(t: Tensor) -> Tensor:
+    """In bfloat16."""
     if t.dtype == torch.bfloat16:
         return t
     out = torch.empty(t.shape, dtype=torch.bfloat16, device=t.device)
@@ -721,6 +645,34 @@ def row_scale(c: Chunks, squares: Tensor, width: int, eps: float) -> Tensor:
     return rstd
 
 
+def scale_rows(x: Tensor, scale: Tensor, out: Tensor) -> None:
+    """out (..., D) contiguous = x (..., D) with rows of one stride, times scale (...) float32."""
+    D = x.shape[-1]
+    launch(scale_rows_kernel, (scale.numel(),),
+        x, scale, out, x.stride(-2), D, DB=triton.next_power_of_2(D), num_warps=4 if D <= 2048 else 8,
+    )  # fmt: skip
+
+
+def head_dots(c: Chunks, x: Tensor, dy: Tensor) -> Tensor:
+    """(B, L, H) float32: sums over the heads of x * dy, both (B, L, >= H * 64)."""
+    dots = c.empty(c.B, c.L, c.H)
+    launch(head_dots_kernel, (c.L, c.B),
+        x, dy, dots, x.stride(0), x.stride(1), dy.stride(0), dy.stride(1), c.L, c.H,
+        HB=triton.next_power_of_2(c.H), num_warps=4,
+    )  # fmt: skip
+    return dots
+
+
+def taps(weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """The convolution's weight (C, 1, 7) and bias (C,) as (8, C) float32, a tap a row."""
+    C = weight.shape[0]
+    out = torch.empty(8, C, dtype=torch.float32, device=weight.device)
+    launch(taps_kernel, (triton.cdiv(C, 256),),
+        weight, weight if bias is None else bias, out, C, BC=256, HAS_BIAS=bias is not None, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
 @dataclass
 class ChunkSums:
     """What the backward of the decays needs, see the kernels."""
@@ -746,7 +698,7 @@ def backward(
     if c.nC > 1:
         entering, _ = states(c, B_f, B_b, x, table, totals)
         leaving, through = states(c, C_f, C_b, dy, table, totals, entering)
-    diagonal = None if fc is None else (_narrow(fc), ddiag)
+    diagonal = None if fc is None else (narrow(fc), ddiag)
     mix_chunks(c, dy, dx, ST, blocks, transposed, diag, leaving, (B_b, B_f), transposed=True, diagonal=diagonal)
     sums = [c.empty(c.B * c.nC, c.H, c.NT + 1, 256) for _ in range(2)]
     dS, dST = (c.empty(c.B * c.nC, c.NT, c.NT, 64, 64, dtype=c.wide) for _ in range(2))

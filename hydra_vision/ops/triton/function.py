@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import chunks
 from .inner import InnerArguments, inner_backward, inner_forward
 from .mixing import DtSource, decays, decays_backward, mix_backward, mix_forward, start_gradient
 from .plan import Plan, make_plan
@@ -13,6 +14,7 @@ from .plan import Plan, make_plan
 __all__ = [
     'HydraInner',
     'QuasiseparableMix',
+    'ScaleRows',
     'mix_backward_all',
     'mix_forward_all',
     'refuse_second_derivatives',
@@ -43,21 +45,46 @@ class HydraInner(torch.autograd.Function):
     """``hydra_inner``. Saves its arguments, its output and rstd; convolution, decays and scores are computed again."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        """Tensors and numbers in the order of ``InnerArguments``."""
+    def forward(ctx: Any, late: bool, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """Tensors and numbers in the order of ``InnerArguments``. Returns out and factors as ``inner_forward``."""
         a = InnerArguments(*arguments)
-        out, *saved = inner_forward(a)
+        out, factors, *saved = inner_forward(a, late)
         ctx.save_for_backward(*arguments[:9], out, *saved)
-        ctx.numbers = arguments[9:]
-        return out
+        ctx.late, ctx.numbers = late, arguments[9:]
+        ctx.mark_non_differentiable(factors)
+        return out, factors
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dout: Tensor, _: Any) -> tuple[Any, ...]:
         """Gradients of the nine tensors; None for the numbers."""
         refuse_second_derivatives()
         *tensors, out, y, rstd, diag = ctx.saved_tensors
-        grads = inner_backward(InnerArguments(*tensors, *ctx.numbers), out, y, rstd, diag, dout)
-        return *grads, *(None for _ in ctx.numbers)
+        grads = inner_backward(InnerArguments(*tensors, *ctx.numbers), ctx.late, out, y, rstd, diag, dout)
+        return None, *grads, *(None for _ in ctx.numbers)
+
+
+class ScaleRows(torch.autograd.Function):
+    """x (..., D) times factors (...) float32 that are constants."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factors: Tensor) -> Tensor:
+        """In x's dtype."""
+        ctx.save_for_backward(factors)
+        return _scaled(x, factors)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        """Gradient of x."""
+        refuse_second_derivatives()
+        return _scaled(g, *ctx.saved_tensors), None
+
+
+def _scaled(x: Tensor, factors: Tensor) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if x.numel():
+        chunks.scale_rows(x, factors.contiguous(), out)
+    return out
 
 
 def _reachable(t: Tensor) -> bool:
@@ -107,8 +134,22 @@ def mix_forward_all(
     plan, x, source, bc, diag = _mix_arguments(x, dt_f, dt_b, A, (B_f, C_f, B_b, C_b), D)
     if plan.B == 0:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    c = chunks.chunks_of(plan, init_states)
+    if c is not None:
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        chunks.forward(c, _in_rows(x), tuple(t[:, :, 0] for t in bc), source, diag, y.flatten(2))
+        return y
     start = None if init_states is None else init_states.float().contiguous()
     return mix_forward(plan, x, bc, decays(plan, source), diag, start)
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """(B, L, H, P) -> (B, L, H * P), a copy where heads do not follow one another in whole 16 bytes."""
+    B, L, H, P = x.shape
+    ready = x.stride(2) == P and not (x.data_ptr() % 16 or x.stride(0) % 8 or x.stride(1) % 8)
+    if not ready:
+        return x.contiguous().view(B, L, H * P)
+    return x.as_strided((B, L, H * P), (x.stride(0), x.stride(1), 1), x.storage_offset())
 
 
 def mix_backward_all(
@@ -129,6 +170,9 @@ def mix_backward_all(
     plan, x, source, bc, diag = _mix_arguments(x, dt_f, dt_b, A, (B_f, C_f, B_b, C_b), D)
     if plan.B == 0:
         return tuple(None if t is None else torch.zeros_like(t) for t in inputs)
+    c = chunks.chunks_of(plan, init_states)
+    if c is not None:
+        return _chunk_mix_backward(c, inputs, _in_rows(x), bc, source, diag, dy.contiguous().flatten(2))
     start = None if init_states is None else init_states.float().contiguous()
     d = decays(plan, source)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -142,6 +186,24 @@ def mix_backward_all(
     dB_f, dC_f, dB_b, dC_b = dbc
     dstart = None if init_states is None else start_gradient(g.dstart, init_states.dtype)
     return dx, ddtf.to(dt_f.dtype), ddtb.to(dt_b.dtype), dA.to(A.dtype), dB_f, dC_f, dB_b, dC_b, dD, dstart
+
+
+def _chunk_mix_backward(
+    c: chunks.Chunks, inputs: tuple[Optional[Tensor], ...], x: Tensor, bc: tuple[Tensor, ...], source: DtSource,
+    diag: Optional[Tensor], dy: Tensor,
+) -> tuple[Optional[Tensor], ...]:  # fmt: skip
+    xin, dt_f, dt_b, A, _, _, _, _, D, _ = inputs
+    dx = torch.empty_like(dy)
+    dbc = tuple(torch.empty(c.B, c.L, 64, dtype=x.dtype, device=x.device) for _ in range(4))
+    g = chunks.backward(c, x, tuple(t[:, :, 0] for t in bc), source, diag, dy, dx, dbc)
+    ddtf, ddtb = (torch.empty(dt_f.shape, dtype=torch.float32, device=x.device) for _ in range(2))
+    dA = chunks.decays_backward(c, source, g, ddtf, ddtb)[0].sum((0, 1))
+    dD = None
+    if D is not None:
+        dots = chunks.head_dots(c, x, dy)
+        dD = (dots.sum((0, 1)) if D.ndim == 1 else dots).to(D.dtype)
+    grads = (ddtf.to(dt_f.dtype), ddtb.to(dt_b.dtype), dA.to(A.dtype))
+    return dx.view(xin.shape), *grads, *(t.unsqueeze(2) for t in dbc), dD, None
 
 
 class QuasiseparableMix(torch.autograd.Function):

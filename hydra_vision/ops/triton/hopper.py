@@ -22,6 +22,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    mma_v2,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -172,10 +173,10 @@ def _fetch_second(
 @gluon.jit
 def _warpgroup(
     v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc,
-    table, diag, weight, squares, left_rows, right_rows, ddiag,
+    table, diag, weight, squares, left_rows, right_rows, ddiag, z,
     S, S_tail, S_diagonal, ring, tables, factors, states, bars,
-    b, c, chunk, row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
-    PI: gl.constexpr, NP: gl.constexpr, JT: gl.constexpr, TAIL: gl.constexpr, GATE: gl.constexpr,
+    b, c, chunk, row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl, stride_zb, stride_zl,
+    PI: gl.constexpr, NP: gl.constexpr, JT: gl.constexpr, TAIL: gl.constexpr, GATE: gl.constexpr, Z_MAP: gl.constexpr,
     HAS_STATE: gl.constexpr, LEFT: gl.constexpr, SHIFT: gl.constexpr, FC: gl.constexpr, DIAGONAL: gl.constexpr,
 ):  # fmt: skip
     """Rows 64 PI .. 64 PI + 63 of the chunk for every head of the program. Warpgroup 0 also fetches."""
@@ -315,26 +316,33 @@ def _warpgroup(
             acc = warpgroup_mma(dd, out._reinterpret(bf, [64 // FC, FC, 64], fc_desc.layout).index(0), acc, is_async=True)
         if GATE:
             wv = gl.load(weight + h * 64 + cols).to(gl.float32)
+            if not Z_MAP:
+                z_at = gl.expand_dims((row0 + rows) * stride_zl, 1) + gl.expand_dims(h * 64 + cols, 0)
+                z_in = gl.expand_dims(row0 + rows < L, 1) & gl.expand_dims(cols >= 0, 0)
+                zv = gl.load(z + b.to(gl.int64) * stride_zb + z_at, mask=z_in, other=0.0)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         if PI > 0:
             _barrier()
             mbarrier.arrive(bars.index(4 + s), count=1)
         flat = out._reinterpret(bf, [64, 64], score_desc.layout)
         if GATE:
-            at = (b * H + h).to(gl.int64) * L + row0 + rows
-            gl.store(squares + at, gl.sum(acc * acc, axis=1), mask=row0 + rows < L)
-            mbarrier.wait(bars.index(2 + s), (k // 2) & 1)
-            half = _mul2(flat.load(mma), gl.full([64, 64], 0.5, bf, mma)).to(gl.float32)
+            square = gl.sum(acc * acc, axis=1)
+            if Z_MAP:
+                mbarrier.wait(bars.index(2 + s), (k // 2) & 1)
+                zv = flat.load(mma)
+            half = _mul2(zv, gl.full([64, 64], 0.5, bf, mma)).to(gl.float32)
             acc = acc * gl.expand_dims(wv, 0) * (half + half * _tanh(half))
         flat.store(acc.to(bf))
         fence_async_shared()
         _barrier()
         tma.async_copy_shared_to_global(out_desc, [b, row0 + R0, h * 64], out)
+        if GATE:  # last: the fence above waits for every store before it
+            gl.store(squares + (b * H + h).to(gl.int64) * L + row0 + rows, square, mask=row0 + rows < L)
         if PI == 0:
             if k + 1 < turns:
                 if NP > 1:
                     mbarrier.wait(bars.index(4 + s), (k // 2) & 1)
-                if GATE or FC > 0:
+                if (GATE and Z_MAP) or FC > 0:
                     _fetch_second(
                         z_desc, fc_desc, ring, bars.index(3 - s), (2 * k) % 3, b, row0, h + groups, NP, GATE, FC
                     )
@@ -359,16 +367,20 @@ def mix_chunk_kernel(
     left_rows,  # (B, L, 64), rows of stride_rl, where HAS_STATE: what multiplies the state on the left
     right_rows,
     ddiag,  # (B, L, H) float32, where FC
+    z,  # as z_desc
     L,
     H,
     turns,  # heads a program
     nC,
     stride_rb,
     stride_rl,
+    stride_zb,
+    stride_zl,
     NP: gl.constexpr,  # warpgroups
     JT: gl.constexpr,  # column tiles of 64
     TAIL: gl.constexpr,  # columns beyond them: 0 or 16
     GATE: gl.constexpr,
+    Z_MAP: gl.constexpr,  # z has rows of whole 16 bytes, as tensor maps need
     HAS_STATE: gl.constexpr,
     LEFT: gl.constexpr,  # the direction (0 forward, 1 backward) whose state is on the left
     SHIFT: gl.constexpr,  # rows between a token and the one whose C it reads: 1, or 0 for B
@@ -403,7 +415,7 @@ def mix_chunk_kernel(
         v_desc, table_desc, state_desc, ring, tables, states, bars.index(0), 0, 0, b, row0, chunk, c, nC,
         h0, H, V_BYTES, NP, LEFT, HAS_STATE,
     )  # fmt: skip
-    if GATE or FC > 0:
+    if (GATE and Z_MAP) or FC > 0:
         _fetch_second(z_desc, fc_desc, ring, bars.index(2), 1, b, row0, h0, NP, GATE, FC)
     if turns > 1:
         _fetch_v(
@@ -421,71 +433,71 @@ def mix_chunk_kernel(
     if NP == 1:
         _warpgroup(
                 v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
+                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
                 row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
-                0, NP, JT, TAIL, GATE, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
+                stride_zb, stride_zl, 0, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
         )  # fmt: skip
     elif NP == 2:
         gl.warp_specialize([
             (_warpgroup, (
                 v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
+                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
                 row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
-                0, NP, JT, TAIL, GATE, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
+                stride_zb, stride_zl, 0, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
             )),
             (_warpgroup, (
                 v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
+                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
                 row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
-                1, NP, JT, TAIL, GATE, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
+                stride_zb, stride_zl, 1, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
             )),
         ], [4], [240])  # fmt: skip
     elif NP == 3:
         gl.warp_specialize([
             (_warpgroup, (
                 v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
+                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
                 row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
-                0, NP, JT, TAIL, GATE, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
+                stride_zb, stride_zl, 0, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
             )),
             (_warpgroup, (
                 v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
+                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
                 row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
-                1, NP, JT, TAIL, GATE, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
+                stride_zb, stride_zl, 1, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
             )),
             (_warpgroup, (
                 v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
+                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
                 row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
-                2, NP, JT, TAIL, GATE, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
+                stride_zb, stride_zl, 2, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
             )),
         ], [4, 4], [168, 168])  # fmt: skip
     elif NP == 4:
         gl.warp_specialize([
             (_warpgroup, (
                 v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
+                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
                 row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
-                0, NP, JT, TAIL, GATE, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
+                stride_zb, stride_zl, 0, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
             )),
             (_warpgroup, (
                 v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
+                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
                 row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
-                1, NP, JT, TAIL, GATE, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
+                stride_zb, stride_zl, 1, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
             )),
             (_warpgroup, (
                 v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
+                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
                 row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
-                2, NP, JT, TAIL, GATE, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
+                stride_zb, stride_zl, 2, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
             )),
             (_warpgroup, (
                 v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
+                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
                 row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
-                3, NP, JT, TAIL, GATE, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
+                stride_zb, stride_zl, 3, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
             )),
         ], [4, 4, 4], [128, 128, 128])  # fmt: skip
 
@@ -597,228 +609,160 @@ def conv_diagonal_kernel(
 
 
 @gluon.jit
-def _fetch_pair(
-    x_desc, y_desc, table_desc, X, Y, tables, bar, s, b, row0, chunk, h, H, I0, NT: gl.constexpr, W: gl.constexpr
+def _fetch_pairs(
+    x_desc, y_desc, table_desc, X, Y, tables, bar, s, b, row0, chunk, h, H, I, NT: gl.constexpr
 ):  # fmt: skip
-    """X of the chunk, dY of the program's row tiles and the exponents of head h."""
-    mbarrier.expect(bar, (NT + W) * 8192 + 4096)
+    """X of the chunk, dY of row tile I and the exponents of head h."""
+    mbarrier.expect(bar, (NT + 1) * 8192 + 4096)
+    tma.async_copy_global_to_shared(y_desc, [b, row0 + 64 * I, h * 64], bar, Y.index(s))
     for j in gl.static_range(NT):
         tma.async_copy_global_to_shared(x_desc, [b, row0 + 64 * j, h * 64], bar, X.index(s * NT + j))
-    for w in gl.static_range(W):
-        tma.async_copy_global_to_shared(y_desc, [b, row0 + 64 * (I0 + w), h * 64], bar, Y.index(s * W + w))
     tma.async_copy_global_to_shared(table_desc, [(chunk * H + h) * 4, 0], bar, tables.index(s))
 
 
 @gluon.jit
-def _pair(
-    a, x, s_tile, col_l, col_r, row_l, row_r, ref, acc, acc_rows, rows_one, rows_two, below, above,
-    I: gl.constexpr, J: gl.constexpr, K: gl.constexpr,
+def _row_sums(g, out, K: gl.constexpr):
+    """Sums over the columns of g (64, K) -> out[:64]."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1], instr_shape=[16, 8])
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    one = gl.full((K, 8), 1.0, gl.bfloat16, right)
+    acc = mma_v2(gl.convert_layout(g, left), one, gl.zeros((64, 8), gl.float32, mma))
+    i = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, mma)), 1)
+    n = gl.expand_dims(gl.arange(0, 8, layout=gl.SliceLayout(0, mma)), 0)
+    gl.store(out + i + n * 0, acc, mask=(n == 0) & (i >= 0))
+
+
+@gluon.jit
+def _column_sums(tile, out, K: gl.constexpr):
+    """Sums over the rows of a tile (64, K) in shared memory, by the warps in turn -> out[: K]."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 4], instr_shape=[16, 8])
+    one = gl.full((16, 64), 1.0, gl.bfloat16, gl.DotOperandLayout(0, mma, 2))
+    acc = mma_v2(one, tile.load(gl.DotOperandLayout(1, mma, 2)), gl.zeros((16, K), gl.float32, mma))
+    i = gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(1, mma)), 1)
+    j = gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, mma)), 0)
+    gl.store(out + i * 0 + j, acc, mask=(i == 0) & (j >= 0))
+
+
+@gluon.jit
+def _column_tile(
+    x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
+    b, chunk, row0, L, H, I,
+    J: gl.constexpr, NT: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr, DIAGONAL: gl.constexpr,
 ):  # fmt: skip
-    """One head's share of a pair of tiles: adds dM o decay * dt to acc (64, K), and the sums of G over columns to acc_rows.
+    """Row tile I of the chunk against column tile J, for every head. Warpgroup 0 also fetches.
 
-    Sums over columns and over rows add the same bfloat16 values: their differences do not feel the rounding.
-
-    Args:
-        a: Left operand (64, 64): dY, for pairs beside the diagonal times its row factors.
-        x: shared memory (K, 64).
-        col_l: shared memory (K,), exponents of the columns for M's lower triangle; col_r: for the upper one.
-        ref: Exponent that the row factors leave to the columns.
-        rows_one: shared memory (8, K), ones in the row that is acc_rows' column; rows_two: of the upper triangle.
-        below: shared memory (64, K) for G, out; above: for its upper triangle, on the diagonal.
-        I: Row tile; J: column tile, of K columns.
+    Sums of G over columns and over rows add the same bfloat16 values: their differences do not feel the rounding.
     """
+    bf: gl.constexpr = gl.bfloat16
+    TAILED: gl.constexpr = TAIL > 0 and J == NT - 1
+    K: gl.constexpr = 16 if TAILED else 64
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, K, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    bf: gl.constexpr = gl.bfloat16
+    row: gl.constexpr = gl.SliceLayout(1, mma)
     column: gl.constexpr = gl.SliceLayout(0, mma)
-    p = warpgroup_mma(a, x.permute((1, 0)), gl.zeros((64, K), gl.float32, mma), use_acc=False, is_async=True)
-    s = gl.convert_layout(s_tile.load(operand), mma).to(gl.float32)
-    i = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, mma)), 1)
+    flat1: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    i = gl.expand_dims(gl.arange(0, 64, layout=row), 1)
     j = gl.expand_dims(gl.arange(0, K, layout=column), 0)
-    if I == J:
-        row_l = gl.expand_dims(gl.convert_layout(row_l, gl.SliceLayout(1, mma)), 1)
-        row_r = gl.expand_dims(gl.convert_layout(row_r, gl.SliceLayout(1, mma)), 1)
-        e_l = row_l - gl.expand_dims(col_l.load(column), 0)
-        e = gl.where(i > j, e_l, row_r - gl.expand_dims(col_r.load(column), 0))
-        factor = _exp2(gl.minimum(e, 64.0))  # the diagonal alone is not <= 0; it is dropped at the end
-    elif J < I:
-        factor = gl.expand_dims(_exp2(ref - col_l.load(column)), 0)
-    else:
-        factor = gl.expand_dims(_exp2(ref - col_r.load(column)), 0)
-    p, acc_rows = warpgroup_mma_wait(0, deps=(p, acc_rows))
-    grad = p * factor
-    acc += grad
-    g = grad * s
-    if I == J:
-        lower = gl.where(i > j, g, 0.0).to(bf)
-        upper = gl.where(i < j, g, 0.0).to(bf)
-        below.store(lower)
-        above.store(upper)
-        acc_rows = warpgroup_mma(gl.convert_layout(lower, operand), rows_one.permute((1, 0)), acc_rows, is_async=True)
-        acc_rows = warpgroup_mma(gl.convert_layout(upper, operand), rows_two.permute((1, 0)), acc_rows, is_async=True)
-    else:
-        small = g.to(bf)
-        below.store(small)
-        acc_rows = warpgroup_mma(gl.convert_layout(small, operand), rows_one.permute((1, 0)), acc_rows, is_async=True)
-    return acc, acc_rows
-
-
-@gluon.jit
-def _column_sums(tile, line, sums, at, K: gl.constexpr):
-    """Sums over the rows of a tile (64, K) in shared memory -> sums[at : at + K]."""
-    narrow: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 8, 16])
-    wide: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 16, 16])
-    if K == 64:
-        acc = gl.zeros((64, 8), gl.float32, narrow)
-        acc = warpgroup_mma(tile.permute((1, 0)), line.permute((1, 0)), acc, use_acc=False, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        j = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, narrow)), 1)
-        n = gl.expand_dims(gl.arange(0, 8, layout=gl.SliceLayout(0, narrow)), 0)
-        gl.store(sums + at + j + n * 0, acc, mask=(n == 0) & (j >= 0))
-    else:
-        acc = gl.zeros((64, K), gl.float32, wide)
-        one = gl.full((64, 64), 1.0, gl.bfloat16, gl.DotOperandLayout(0, wide, 2))
-        acc = warpgroup_mma(one, tile, acc, use_acc=False, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        i = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, wide)), 1)
-        j = gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, wide)), 0)
-        gl.store(sums + at + j + i * 0, acc, mask=(i == 0) & (j >= 0))
-
-
-@gluon.jit
-def _put_scores_grad(dS, dST, acc, block, I: gl.constexpr, J: gl.constexpr, NT: gl.constexpr, K: gl.constexpr):
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, K, 16])
-    i = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, mma)), 1)
-    j = gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, mma)), 0)
-    if I == J:
+    # pairs beside the diagonal: exponents 0 and 1 where the columns come first, 2 and 3 where they follow
+    plane = gl.where(I > J, 0, 2)
+    edge = plane * 256 + 64 * I + gl.where(I > J, 0, 63)
+    acc = gl.zeros((64, K), gl.float32, mma)
+    side = table + (chunk * H).to(gl.int64) * 1024
+    ref_next = gl.load(side + edge)
+    mbarrier.wait(bars.index(2 * STAGES), 0)
+    for h in range(H):
+        s = h % STAGES
+        ref = ref_next
+        side = table + (chunk * H + gl.minimum(h + 1, H - 1)).to(gl.int64) * 1024
+        ref_next = gl.load(side + edge)
+        if J == 0:
+            # the stage that comes two heads later was last read by the head before this one
+            if (h > 0) & (h + STAGES - 1 < H):
+                t = (h + STAGES - 1) % STAGES
+                if NT > 1:
+                    mbarrier.wait(bars.index(STAGES + t), ((h - 1) // STAGES) & 1)
+                _fetch_pairs(
+                    x_desc, y_desc, table_desc, X, Y, tables, bars.index(t), t, b, row0, chunk, h + STAGES - 1, H, I, NT
+                )
+        mbarrier.wait(bars.index(s), (h // STAGES) & 1)
+        if TAILED:
+            lines = tables.index(s)._reinterpret(gl.float32, [64, 16], flat1)
+            x = X.index(s * NT + J)._reinterpret(bf, [64, 64], S.layout).slice(0, 16, dim=0)
+            below = G_tail.index(0)
+            above = G_tail.index(1)
+            s_tile = S_tail
+            STEP: gl.constexpr = 16
+            at: gl.constexpr = 4 * J
+        else:
+            lines = tables.index(s)._reinterpret(gl.float32, [16, 64], flat1)
+            x = X.index(s * NT + J)._reinterpret(bf, [64, 64], S.layout)
+            below = G.index(2 * J + h % 2)
+            above = G.index(2 * (NT if TAIL == 0 else NT - 1))
+            s_tile = S.index(J)
+            STEP: gl.constexpr = 4
+            at: gl.constexpr = J
+        rows = tables.index(s)._reinterpret(gl.float32, [16, 64], flat1)
+        dy = Y.index(s)._reinterpret(bf, [64, 64], S.layout).load(operand)
+        if not DIAGONAL:
+            f = _pack(_exp2(rows.index(4 * plane + I).load(gl.SliceLayout(1, operand)) - ref))
+            dy = _mul2_packed(dy, gl.expand_dims(f, 1).broadcast_to([64, 64]))
+        p = warpgroup_mma(dy, x.permute((1, 0)), gl.zeros((64, K), gl.float32, mma), use_acc=False, is_async=True)
+        if DIAGONAL:
+            e_l = gl.expand_dims(rows.index(I).load(row), 1) - gl.expand_dims(lines.index(STEP + at).load(column), 0)
+            e_r = gl.expand_dims(rows.index(8 + I).load(row), 1) - gl.expand_dims(lines.index(3 * STEP + at).load(column), 0)
+            # the diagonal alone is not <= 0, it may overflow: it is dropped below and at the end
+            factor = _exp2(gl.where(i > j, e_l, e_r))
+        else:
+            factor = gl.expand_dims(_exp2(ref - lines.index(STEP * (plane + 1) + at).load(column)), 0)
+        p = warpgroup_mma_wait(0, deps=(p,))
+        grad = p * factor
+        acc += grad
+        g = grad * gl.convert_layout(s_tile.load(operand), mma).to(gl.float32)
+        head = (chunk * H + h).to(gl.int64) * ((NT + 1) * 256)
+        r_out = row_sums + head + I * 64
+        c_out = col_sums + head + J * 64
+        if DIAGONAL:
+            lower = gl.where(i > j, g, 0.0).to(bf)
+            upper = gl.where(i < j, g, 0.0).to(bf)
+            below.store(lower)
+            above.store(upper)
+            _row_sums(lower, r_out + J * 256, K)
+            _row_sums(upper, r_out + NT * 256, K)
+        else:
+            small = g.to(bf)
+            below.store(small)
+            _row_sums(small, r_out + J * 256, K)
+        _barrier()
+        if J > 0:
+            mbarrier.arrive(bars.index(STAGES + s), count=1)
+        _column_sums(below, c_out + I * 256, K)
+        if DIAGONAL:
+            _column_sums(above, c_out + NT * 256, K)
+    if DIAGONAL:
         acc = gl.where(i == j, 0.0, acc)
-    v = acc.to(gl.bfloat16)
+    v = acc.to(bf)
+    block = chunk.to(gl.int64) * NT
     gl.store(dS + ((block + I) * NT + J) * 4096 + i * 64 + j, v)
     gl.store(dST + ((block + J) * NT + I) * 4096 + j * 64 + i, v)
 
 
 @gluon.jit
-def _score_grads_rows(
-    x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, ones, ones_tail,
-    bars, b, chunk, row0, L, H, I0,
-    I: gl.constexpr, PI: gl.constexpr, W: gl.constexpr, NT: gl.constexpr, TAIL: gl.constexpr,
-):  # fmt: skip
-    """Row tile I of the chunk against all column tiles, for every head. Warpgroup 0 also fetches."""
-    bf: gl.constexpr = gl.bfloat16
-    FULL: gl.constexpr = NT if TAIL == 0 else NT - 1
-    K_LAST: gl.constexpr = 16 if TAIL > 0 else 64
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
-    narrow: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 8, 16])
-    last: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, K_LAST, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    operand_last: gl.constexpr = gl.DotOperandLayout(0, last, 2)
-    blocks: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(2, _blocks(4, 4)))  # (4, 16) of the rows
-    flat2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    flat1: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    row: gl.constexpr = gl.SliceLayout(1, mma)
-    acc = ()
-    for J in gl.static_range(FULL):
-        acc = acc + (gl.zeros((64, 64), gl.float32, mma),)
-    if TAIL > 0:
-        acc = acc + (gl.zeros((64, 16), gl.float32, last),)
-    i8 = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, narrow)), 1)
-    n8 = gl.expand_dims(gl.arange(0, 8, layout=gl.SliceLayout(0, narrow)), 0)
-    side = table + (chunk * H).to(gl.int64) * 1024
-    l_next = gl.load(side + 64 * I)
-    r_next = gl.load(side + 512 + 64 * I + 63)
-    mbarrier.wait(bars.index(4), 0)
-    for h in range(H):
-        s = h % 2
-        ref_l = l_next
-        ref_r = r_next
-        side = table + (chunk * H + gl.minimum(h + 1, H - 1)).to(gl.int64) * 1024
-        l_next = gl.load(side + 64 * I)
-        r_next = gl.load(side + 512 + 64 * I + 63)
-        mbarrier.wait(bars.index(s), (h // 2) & 1)
-        t16 = tables.index(s)._reinterpret(gl.float32, [4, 16, 16], flat2)
-        t64 = tables.index(s)._reinterpret(gl.float32, [16, 64], flat1)
-        few = tables.index(s)._reinterpret(gl.float32, [64, 16], flat1)
-        dy = Y.index(s * W + PI)._reinterpret(bf, [64, 64], S.layout).load(operand)
-        row_l = t64.index(I).load(row)
-        row_r = t64.index(8 + I).load(row)
-        acc_rows = gl.zeros((64, 8), gl.float32, narrow)
-        head = (chunk * H + h).to(gl.int64) * ((NT + 1) * 256)
-        next_acc = ()
-        for J in gl.static_range(NT):
-            x = X.index(s * NT + J)._reinterpret(bf, [64, 64], S.layout)
-            if J < I:
-                f = t16.index(0).slice(4 * I, 4, dim=0).load(blocks) - ref_l
-                a = _mul2_packed(dy, _spread(_pack(_exp2(f)), 4, operand))
-                ref = ref_l
-            elif J > I:
-                f = t16.index(2).slice(4 * I, 4, dim=0).load(blocks) - ref_r
-                a = _mul2_packed(dy, _spread(_pack(_exp2(f)), 4, operand))
-                ref = ref_r
-            else:
-                a = dy
-                ref = ref_l
-            if TAIL > 0 and J == NT - 1:
-                one, acc_rows = _pair(
-                    gl.convert_layout(a, operand_last), x.slice(0, 16, dim=0), S_tail.index(PI), few.index(16 + 4 * J),
-                    few.index(48 + 4 * J), row_l, row_r, ref, acc[J], acc_rows, ones_tail.index(0), ones_tail.index(1),
-                    G_tail.index(2 * PI), G_tail.index(2 * PI + 1), I, J, 16,
-                )  # fmt: skip
-            else:
-                one, acc_rows = _pair(
-                    a, x, S.index(PI * FULL + J), t64.index(4 + J), t64.index(12 + J), row_l, row_r, ref, acc[J],
-                    acc_rows, ones.index(J), ones.index(NT), G.index(2 * PI), G.index(2 * PI + 1), I, J, 64,
-                )  # fmt: skip
-            next_acc = next_acc + (one,)
-            fence_async_shared()
-            _barrier()
-            # of the tile on the diagonal: below it in plane I, above it in plane NT
-            if TAIL > 0 and J == NT - 1:
-                _column_sums(G_tail.index(2 * PI), ones.index(0), col_sums, head + I * 256 + J * 64, 16)
-                if J == I:
-                    _column_sums(G_tail.index(2 * PI + 1), ones.index(0), col_sums, head + NT * 256 + J * 64, 16)
-            else:
-                _column_sums(G.index(2 * PI), ones.index(0), col_sums, head + I * 256 + J * 64, 64)
-                if J == I:
-                    _column_sums(G.index(2 * PI + 1), ones.index(0), col_sums, head + NT * 256 + J * 64, 64)
-            if PI == 0 and J == 0:
-                if (h > 0) & (h + 1 < H):
-                    if W > 1:
-                        mbarrier.wait(bars.index(3 - s), ((h - 1) // 2) & 1)
-                    _fetch_pair(
-                        x_desc, y_desc, table_desc, X, Y, tables, bars.index(1 - s), 1 - s, b, row0, chunk, h + 1, H, I0,
-                        NT, W,
-                    )  # fmt: skip
-        acc = next_acc
-        acc_rows = warpgroup_mma_wait(0, deps=(acc_rows,))
-        gl.store(row_sums + head + I * 64 + n8 * 256 + i8, acc_rows, mask=(n8 < NT + 1) & (i8 >= 0))
-        _barrier()
-        if PI > 0:
-            mbarrier.arrive(bars.index(2 + s), count=1)
-    block = chunk.to(gl.int64) * NT
-    for J in gl.static_range(NT):
-        _put_scores_grad(dS, dST, acc[J], block, I, J, NT, K_LAST if J == NT - 1 else 64)
-
-
-@gluon.jit
 def _score_grads_group(
-    x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, ones, ones_tail,
-    bars, b, chunk, row0, L, H, pair,
-    PI: gl.constexpr, W: gl.constexpr, NT: gl.constexpr, TAIL: gl.constexpr,
+    x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
+    b, chunk, row0, L, H, I,
+    J: gl.constexpr, NT: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The row tile of warpgroup PI: PI of the first pair of tiles, 2 + PI of the second."""
-    # of three tiles the last is done by both warpgroups, with equal results
-    SECOND: gl.constexpr = min(2 + PI, NT - 1)
-    if pair == 0:
-        _score_grads_rows(
-            x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, ones,
-            ones_tail, bars, b, chunk, row0, L, H, pair * W, PI, PI, W, NT, TAIL,
+    if I == J:
+        _column_tile(
+            x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
+            b, chunk, row0, L, H, I, J, NT, TAIL, STAGES, True,
         )  # fmt: skip
-    else:
-        if NT > 2:
-            _score_grads_rows(
-                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, ones,
-                ones_tail, bars, b, chunk, row0, L, H, pair * W, SECOND, PI, W, NT, TAIL,
-            )  # fmt: skip
+    elif NT > 1:
+        _column_tile(
+            x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
+            b, chunk, row0, L, H, I, J, NT, TAIL, STAGES, False,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -839,69 +783,90 @@ def score_grads_kernel(
     nC,
     NT: gl.constexpr,
     TAIL: gl.constexpr,  # columns of the last tile, 16, or 0: all
-    W: gl.constexpr,  # warpgroups, a row tile each
+    STAGES: gl.constexpr,
 ):
-    """dS[i, j] = sum over heads of (dY_i . X_j) * decay * dt_j: two row tiles of a chunk a program, heads in turn."""
+    """dS[i, j] = sum over heads of (dY_i . X_j) * decay * dt_j: a row tile a program, a column tile a warpgroup."""
     bf: gl.constexpr = gl.bfloat16
     FULL: gl.constexpr = NT if TAIL == 0 else NT - 1
-    PAIRS: gl.constexpr = (NT + W - 1) // W
-    S = gl.allocate_shared_memory(bf, [W * FULL, 64, 64], score_desc.layout)
-    S_tail = gl.allocate_shared_memory(bf, [W, 64, 16], tail_desc.layout)
-    X = gl.allocate_shared_memory(bf, [2 * NT, 1, 64, 64], x_desc.layout)
-    Y = gl.allocate_shared_memory(bf, [2 * W, 1, 64, 64], y_desc.layout)
-    tables = gl.allocate_shared_memory(gl.float32, [2, 4, 256], table_desc.layout)
-    G = gl.allocate_shared_memory(bf, [2 * W, 64, 64], score_desc.layout)
-    G_tail = gl.allocate_shared_memory(bf, [2 * W, 64, 16], tail_desc.layout)
-    ones = gl.allocate_shared_memory(bf, [NT + 1, 8, 64], score_desc.layout)
-    ones_tail = gl.allocate_shared_memory(bf, [2, 8, 16], tail_desc.layout)
-    bars = gl.allocate_shared_memory(gl.int64, [5, 1], mbarrier.MBarrierLayout())  # full 0 1, read 2 3, scores 4
-    for i in gl.static_range(5):
-        mbarrier.init(bars.index(i), count=1)
+    S = gl.allocate_shared_memory(bf, [FULL, 64, 64], score_desc.layout)
+    S_tail = gl.allocate_shared_memory(bf, [64, 16], tail_desc.layout)
+    X = gl.allocate_shared_memory(bf, [STAGES * NT, 1, 64, 64], x_desc.layout)
+    Y = gl.allocate_shared_memory(bf, [STAGES, 1, 64, 64], y_desc.layout)
+    tables = gl.allocate_shared_memory(gl.float32, [STAGES, 4, 256], table_desc.layout)
+    G = gl.allocate_shared_memory(bf, [2 * FULL + 1, 64, 64], score_desc.layout)
+    G_tail = gl.allocate_shared_memory(bf, [2, 64, 16], tail_desc.layout)
+    # full, read of each stage; scores
+    bars = gl.allocate_shared_memory(gl.int64, [2 * STAGES + 1, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2 * STAGES + 1):
+        if i >= STAGES and i < 2 * STAGES:
+            mbarrier.init(bars.index(i), count=max(1, NT - 1))
+        else:
+            mbarrier.init(bars.index(i), count=1)
     pid = gl.program_id(0)
-    pair = pid % PAIRS
-    chunk = pid // PAIRS
+    I = pid % NT
+    chunk = pid // NT
     b = chunk // nC
     row0 = (chunk % nC) * (64 * NT)
-    I0 = pair * W
-    wide: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
-    r = gl.expand_dims(gl.arange(0, 8, layout=gl.SliceLayout(1, wide)), 1)
-    k = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(0, wide)), 0)
-    for plane in gl.static_range(NT + 1):
-        ones.index(plane).store(gl.where((r == plane) & (k >= 0), 1.0, 0.0).to(bf))
-    few: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [4, 1], [1, 0])
-    r = gl.expand_dims(gl.arange(0, 8, layout=gl.SliceLayout(1, few)), 1)
-    k = gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(0, few)), 0)
-    ones_tail.index(0).store(gl.where((r == NT - 1) & (k >= 0), 1.0, 0.0).to(bf))
-    ones_tail.index(1).store(gl.where((r == NT) & (k >= 0), 1.0, 0.0).to(bf))
-    fence_async_shared()
-    _barrier()
-    _fetch_pair(x_desc, y_desc, table_desc, X, Y, tables, bars.index(0), 0, b, row0, chunk, 0, H, I0, NT, W)
-    if H > 1:
-        _fetch_pair(x_desc, y_desc, table_desc, X, Y, tables, bars.index(1), 1, b, row0, chunk, 1, H, I0, NT, W)
-    full = bars.index(4)
-    mbarrier.expect(full, W * (FULL * 8192 + (2048 if TAIL > 0 else 0)))
-    for w in gl.static_range(W):
-        to = chunk * (64 * NT) + gl.minimum(I0 + w, NT - 1) * 64
-        for J in gl.static_range(FULL):
-            tma.async_copy_global_to_shared(score_desc, [to, J * 64], full, S.index(w * FULL + J))
-        if TAIL > 0:
-            tma.async_copy_global_to_shared(tail_desc, [to, FULL * 64], full, S_tail.index(w))
-    if W == 1:
+    for k in gl.static_range(STAGES):
+        if k < H:
+            _fetch_pairs(x_desc, y_desc, table_desc, X, Y, tables, bars.index(k), k, b, row0, chunk, k, H, I, NT)
+    full = bars.index(2 * STAGES)
+    mbarrier.expect(full, FULL * 8192 + (2048 if TAIL > 0 else 0))
+    to = chunk * (64 * NT) + I * 64
+    for J in gl.static_range(FULL):
+        tma.async_copy_global_to_shared(score_desc, [to, J * 64], full, S.index(J))
+    if TAIL > 0:
+        tma.async_copy_global_to_shared(tail_desc, [to, FULL * 64], full, S_tail)
+    if NT == 1:
         _score_grads_group(
-            x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, ones,
-            ones_tail, bars, b, chunk, row0, L, H, pair, 0, W, NT, TAIL,
+                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
+                b, chunk, row0, L, H, I, 0, NT, TAIL, STAGES,
         )  # fmt: skip
-    else:
+    elif NT == 2:
         gl.warp_specialize([
             (_score_grads_group, (
-                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, ones,
-                ones_tail, bars, b, chunk, row0, L, H, pair, 0, W, NT, TAIL,
+                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
+                b, chunk, row0, L, H, I, 0, NT, TAIL, STAGES,
             )),
             (_score_grads_group, (
-                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, ones,
-                ones_tail, bars, b, chunk, row0, L, H, pair, 1, W, NT, TAIL,
+                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
+                b, chunk, row0, L, H, I, 1, NT, TAIL, STAGES,
             )),
         ], [4], [240])  # fmt: skip
+    elif NT == 3:
+        gl.warp_specialize([
+            (_score_grads_group, (
+                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
+                b, chunk, row0, L, H, I, 0, NT, TAIL, STAGES,
+            )),
+            (_score_grads_group, (
+                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
+                b, chunk, row0, L, H, I, 1, NT, TAIL, STAGES,
+            )),
+            (_score_grads_group, (
+                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
+                b, chunk, row0, L, H, I, 2, NT, TAIL, STAGES,
+            )),
+        ], [4, 4], [168, 168])  # fmt: skip
+    elif NT == 4:
+        gl.warp_specialize([
+            (_score_grads_group, (
+                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
+                b, chunk, row0, L, H, I, 0, NT, TAIL, STAGES,
+            )),
+            (_score_grads_group, (
+                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
+                b, chunk, row0, L, H, I, 1, NT, TAIL, STAGES,
+            )),
+            (_score_grads_group, (
+                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
+                b, chunk, row0, L, H, I, 2, NT, TAIL, STAGES,
+            )),
+            (_score_grads_group, (
+                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
+                b, chunk, row0, L, H, I, 3, NT, TAIL, STAGES,
+            )),
+        ], [4, 4, 4], [128, 128, 128])  # fmt: skip
 
 
 SIXTEEN = gl.NVMMASharedLayout(32, 16, 2)
@@ -933,21 +898,19 @@ def mix_chunks(
     scores = _flat(S, 64, 64, WHOLE)
     z, weight, squares = (v, table, table) if gate is None else gate
     fc, ddiag = (S, table) if diagonal is None else diagonal
+    z_map = gate is not None and not (z.data_ptr() % 16 or z.stride(0) % 8 or z.stride(1) % 8)
     FC = 0 if diagonal is None else max(16, 1 << (c.H - 1).bit_length())
     launch(mix_chunk_kernel, (c.B * c.nC * (c.H // c.turns),),
-        v_desc, v_desc if gate is None else _rows_of(z, width), _rows_of(out, width), scores,
+        v_desc, _rows_of(z, width) if z_map else v_desc, _rows_of(out, width), scores,
         _flat(S, 64, 16, SIXTEEN), _flat(blocks, 64, 16, SIXTEEN), _flat(table, 4, 256, PLAIN),
         scores if states is None else _flat(states, 64, 64, WHOLE),
         scores if diagonal is None else _flat(fc, FC, 64, WHOLE),
-        table, table if diag is None else diag, weight, squares, *rows, ddiag,
-        c.L, c.H, c.turns, c.nC, rows[0].stride(0), rows[0].stride(1),
-        NP=c.NT, JT=3 if c.NT == 4 else c.NT, TAIL=16 if c.NT == 4 else 0, GATE=gate is not None,
+        table, table if diag is None else diag, weight, squares, *rows, ddiag, z,
+        c.L, c.H, c.turns, c.nC, rows[0].stride(0), rows[0].stride(1), z.stride(0), z.stride(1),
+        NP=c.NT, JT=3 if c.NT == 4 else c.NT, TAIL=16 if c.NT == 4 else 0, GATE=gate is not None, Z_MAP=z_map,
         HAS_STATE=states is not None, LEFT=int(transposed), SHIFT=0 if transposed else 1, FC=FC,
         DIAGONAL=0 if diag is None else min(diag.ndim, 2), num_warps=4, maxnreg=REGISTERS[c.NT],
     )  # fmt: skip
-
-
-CHANNELS = 128
 
 
 def convolve(
@@ -965,7 +928,7 @@ def convolve(
     tiles = -(-L // 64)
     launch(conv_diagonal_kernel, (B * tiles,),
         x, taps, taps if fc is None else fc, D, out, taps if diag is None else diag, x.stride(0), L, H, tiles,
-        SL=x.stride(1), C=C, D=width, HP=32 if H <= 32 else 64, CH=CHANNELS, DIAGONAL=fc is not None,
+        SL=x.stride(1), C=C, D=width, HP=32 if H <= 32 else 64, CH=128 if H % 2 == 0 else 64, DIAGONAL=fc is not None,
         num_warps=8, maxnreg=128,
     )  # fmt: skip
 
@@ -975,9 +938,8 @@ def score_grads(
 ) -> None:
     """The scores' gradient and the sums of G; arguments as in chunks.py."""
     width = c.H * 64
-    W = min(2, c.NT)
-    launch(score_grads_kernel, (c.B * c.nC * -(-c.NT // W),),
+    launch(score_grads_kernel, (c.B * c.nC * c.NT,),
         _rows_of(x, width), _rows_of(dy, width), _flat(S, 64, 64, WHOLE), _flat(S, 64, 16, SIXTEEN),
         _flat(table, 4, 256, PLAIN), table, row_sums, col_sums, dS, dST, c.L, c.H, c.nC,
-        NT=c.NT, TAIL=16 if c.NT == 4 else 0, W=W, num_warps=4, maxnreg=REGISTERS[W],
+        NT=c.NT, TAIL=16 if c.NT == 4 else 0, STAGES=3, num_warps=4, maxnreg=REGISTERS[c.NT],
     )  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from . import chunks
 from .conv import (
     conv7_backward_kernel,
     conv7_kernel,
@@ -89,6 +90,10 @@ class InnerArguments:
         """Channels of the convolution."""
         return self.conv_weight.shape[0]
 
+    def chunks(self, plan: Plan) -> Optional[chunks.Chunks]:
+        """Sizes, where the call runs in whole chunks."""
+        return chunks.chunks_of(plan, self.init_states, self.conv_weight.shape[-1])
+
     def plan(self) -> Plan:
         """Sizes of this call."""
         B, L, _ = self.zxbcdt.shape
@@ -146,8 +151,11 @@ def _diagonal(a: InnerArguments, plan: Plan, xbc: Tensor) -> Tensor:
     return diag
 
 
-def inner_forward(a: InnerArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out (B, L, d_inner); for the backward y, rstd (B, L) float32, the diagonal (B, H, L) float32.
+def inner_forward(a: InnerArguments, late: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out (B, L, d_inner); the factors of its rows (B, L) float32; for the backward y, rstd (B, L), diagonal (B, H, L).
+
+    late: where the kernels allow it, out is y * weight * SiLU(z) and its rows are still to be multiplied by the factors,
+    after out_proj; elsewhere the factors are empty, (0,), and out is complete.
 
     y is (B, L, d_inner) in float16; in other dtypes it is empty, as the backward reads ``out`` instead (norm.py).
     """
@@ -155,8 +163,14 @@ def inner_forward(a: InnerArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if plan.B == 0:
         out = torch.empty(plan.B, plan.L, a.d_inner, dtype=plan.dtype, device=plan.device)
         rstd = torch.empty(plan.B, plan.L, dtype=torch.float32, device=plan.device)
-        return out, out.new_empty(0 if plan.keeps_norm else out.shape), rstd, rstd.new_empty(0, plan.H, plan.L)
-    return _run(a, 'forward', partial(_forward_kernels, a, plan))
+        y = out.new_empty(0 if plan.keeps_norm else out.shape)
+        return out, rstd.new_empty(0), y, rstd, rstd.new_empty(0, plan.H, plan.L)
+    c = a.chunks(plan)
+    if c is None:
+        out, y, rstd, diag = _run(a, 'forward', partial(_forward_kernels, a, plan))
+        return out, rstd.new_empty(0), y, rstd, diag
+    out, rstd, diag = _run(a, 'late' if late else 'normalised', partial(_chunk_forward_kernels, a, plan, c, late))
+    return out, rstd if late else rstd.new_empty(0), out.new_empty(0), rstd, diag
 
 
 def _run(a: InnerArguments, name: str, kernels: partial, *others: Tensor) -> Results:
@@ -184,8 +198,30 @@ def _forward_kernels(a: InnerArguments, plan: Plan) -> tuple[Tensor, Tensor, Ten
     return out, y.new_empty(0) if plan.keeps_norm else y, rstd, diag
 
 
+def _chunk_convolved(a: InnerArguments, plan: Plan, diag: Optional[Tensor]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """SiLU(conv(x, B, C)) (B, L, width), its x part and B_f, C_f, B_b, C_b (B, L, N); fills the diagonal (B, H, L)."""
+    from .hopper import convolve  # lazily: Gluon is looked for only where it runs
+
+    xbc = torch.empty(plan.B, plan.L, a.width, dtype=plan.dtype, device=plan.device)
+    fc = None if diag is None else chunks.narrow(a.fc_D_weight)
+    convolve(a.zxbcdt[..., a.d_inner : a.d_inner + a.width], chunks.taps(a.conv_weight, a.conv_bias), fc, a.D, xbc, diag, a.d_inner)
+    x, bc = a.parts(xbc)
+    return xbc, xbc[..., : a.d_inner], tuple(t[:, :, 0] for t in bc)
+
+
+def _chunk_forward_kernels(a: InnerArguments, plan: Plan, c: chunks.Chunks, late: bool) -> tuple[Tensor, Tensor, Tensor]:
+    diag = torch.empty(plan.B, plan.H, plan.L, dtype=torch.float32, device=plan.device)
+    _, x, bc = _chunk_convolved(a, plan, diag)
+    u = torch.empty(plan.B, plan.L, a.d_inner, dtype=plan.dtype, device=plan.device)
+    squares = chunks.forward(c, x, bc, a.dt_source(), diag, u, a.zxbcdt[..., : a.d_inner], a.norm_weight)
+    rstd = chunks.row_scale(c, squares, a.d_inner, a.eps)
+    if not late:
+        chunks.scale_rows(u, rstd, u)
+    return u, rstd, diag
+
+
 def _norm_backward(
-    a: InnerArguments, plan: Plan, y: Tensor, rstd: Tensor, dout: Tensor, xbc: Tensor, dz: Tensor
+    a: InnerArguments, plan: Plan, y: Tensor, rstd: Tensor, dout: Tensor, xbc: Tensor, dz: Tensor, late: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Writes the z columns of dz; returns dy (B, L, H, P), the diagonal's gradient (B, L, H), shares of w's."""
     z, rows = a.zxbcdt, plan.B * plan.L
@@ -196,7 +232,7 @@ def _norm_backward(
     part = torch.empty(programs, a.d_inner, dtype=torch.float32, device=plan.device)
     launch(norm_gate_backward_kernel, (programs,),
         dout, y, z, a.norm_weight, rstd, xbc, dy, ddiag, dz, part, z.stride(0), z.stride(1), dz.stride(0), dz.stride(1),
-        a.width, plan.L, a.d_inner, rows, per, P=plan.P, DB=triton.next_power_of_2(a.d_inner), KEEPS=plan.keeps_norm,
+        a.width, plan.L, a.d_inner, rows, per, P=plan.P, DB=triton.next_power_of_2(a.d_inner), KEEPS=plan.keeps_norm, LATE=late,
         ALIGN=alignment(z, z.stride(0), z.stride(1)), ALIGN_G=alignment(dz, dz.stride(0), dz.stride(1)),
         **plan.options('norm_backward'),
     )  # fmt: skip
@@ -204,11 +240,12 @@ def _norm_backward(
 
 
 def inner_backward(
-    a: InnerArguments, out: Tensor, y: Tensor, rstd: Tensor, diag: Tensor, dout: Tensor
+    a: InnerArguments, late: bool, out: Tensor, y: Tensor, rstd: Tensor, diag: Tensor, dout: Tensor
 ) -> tuple[Optional[Tensor], ...]:
     """Gradients in the order of ``InnerArguments``: zxbcdt, conv_weight, ..., norm_weight, init_states.
 
-    out, y, rstd, diag: what ``inner_forward`` returned. dout: the gradient of out.
+    late, out, y, rstd, diag: of ``inner_forward``. dout: the gradient of out; where its rows were still to be
+    multiplied by their factors, this is the gradient with the factors taken for constants: what they depend on is here.
     """
     plan = a.plan()
     if plan.B == 0:
@@ -217,9 +254,11 @@ def inner_backward(
         return rows[..., : a.zxbcdt.shape[-1]], *(None if t is None else torch.zeros_like(t) for t in parameters)
     # contiguous as they were returned, unless a hook on saved tensors gave others back
     saved = tuple(t.contiguous() for t in (out if plan.keeps_norm else y, rstd, diag, dout))
-    kernels = partial(_backward_kernels, a, plan, *saved)
+    c = a.chunks(plan)
+    late = late and c is not None
+    kernels = partial(_backward_kernels if c is None else partial(_chunk_backward_kernels, c, late), a, plan, *saved)
     # B's and C's gradients of both directions are added by PyTorch, between kernels
-    results = kernels() if a.share_bc else _run(a, 'backward', kernels, *saved)
+    results = kernels() if a.share_bc else _run(a, 'late backward' if late else 'backward', kernels, *saved)
     rows, xbc, ddiag, norm_part, decay_part, conv_part, dstart = results
     with torch.autocast('cuda' if plan.device.type == 'cuda' else 'cpu', enabled=False):
         flat_x = xbc.view(-1, a.width)[:, : a.d_inner].to(plan.wide)
@@ -256,18 +295,48 @@ def _backward_kernels(a: InnerArguments, plan: Plan, kept: Tensor, rstd: Tensor,
     x, bc = a.parts(xbc)
     dxbc = torch.empty_like(xbc)
     dx, dbc = a.parts(dxbc)
-    shared = None
-    if a.share_bc:
-        shared = torch.empty(4, plan.B, plan.L, plan.G, plan.N, dtype=torch.float32, device=plan.device)
-        dbc = tuple(shared)
+    shared = _shared_grads(a, plan)
+    dbc = dbc if shared is None else tuple(shared)
     g = mix_backward(plan, x, bc, d, diag, a.init_states, dy, dx, dbc, a.fc_D_weight, ddiag)
+    _add_shared(a, dxbc, shared)
+    ddt = dz[..., a.d_inner + a.width :]
+    decay_part = decays_backward(plan, a.dt_source(), g, ddt[..., : a.H], ddt[..., a.H :])
+    return rows, xbc, ddiag, norm_part, decay_part, _conv_backward(a, plan, dxbc, dz), g.dstart
+
+
+def _shared_grads(a: InnerArguments, plan: Plan) -> Optional[Tensor]:
+    """Where both directions share B and C: their gradients (4, B, L, G, N) float32, still apart."""
+    if not a.share_bc:
+        return None
+    return torch.empty(4, plan.B, plan.L, plan.G, plan.N, dtype=torch.float32, device=plan.device)
+
+
+def _add_shared(a: InnerArguments, dxbc: Tensor, shared: Optional[Tensor]) -> None:
     if shared is not None:
         _, (dB, dC, _, _) = a.parts(dxbc)
         dB.copy_(shared[0] + shared[2])
         dC.copy_(shared[1] + shared[3])
+
+
+def _chunk_backward_kernels(
+    c: chunks.Chunks, late: bool, a: InnerArguments, plan: Plan, kept: Tensor, rstd: Tensor, diag: Tensor, dout: Tensor
+) -> Results:
+    """As ``_backward_kernels``."""
+    rows = torch.empty(plan.B, plan.L, padded_row(a.zxbcdt), dtype=plan.dtype, device=plan.device)
+    dz = rows[..., : a.zxbcdt.shape[-1]]
+    xbc, x, bc = _chunk_convolved(a, plan, None)
+    dy, ddiag, norm_part = _norm_backward(a, plan, kept, rstd, dout, xbc, dz, late)
+    dxbc = torch.empty_like(xbc)
+    shared = _shared_grads(a, plan)
+    dbc = a.parts(dxbc)[1] if shared is None else tuple(shared)
+    g = chunks.backward(
+        c, x, bc, a.dt_source(), diag, dy.view(plan.B, plan.L, a.d_inner), dxbc, tuple(t[:, :, 0] for t in dbc),
+        a.fc_D_weight, ddiag,
+    )  # fmt: skip
+    _add_shared(a, dxbc, shared)
     ddt = dz[..., a.d_inner + a.width :]
-    decay_part = decays_backward(plan, a.dt_source(), g, ddt[..., : a.H], ddt[..., a.H :])
-    return rows, xbc, ddiag, norm_part, decay_part, _conv_backward(a, plan, dxbc, dz), g.dstart
+    decay_part = chunks.decays_backward(c, a.dt_source(), g, ddt[..., : a.H], ddt[..., a.H :])
+    return rows, xbc, ddiag, norm_part, decay_part, _conv_backward(a, plan, dxbc, dz), None
 
 
 def _conv_backward(a: InnerArguments, plan: Plan, dxbc: Tensor, dz: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 """torch.library operators: what torch.compile and torch.export see instead of the autograd.Functions of eager mode."""
 
-import inspect
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
+from .chunks import in_chunks
 from .function import mix_backward_all, mix_forward_all
 from .inner import InnerArguments, inner_backward, inner_forward, padded_row
 
@@ -13,8 +13,6 @@ __all__ = ['hydra_inner_op', 'quasiseparable_mix_op']
 
 # Strides are arguments of the kernels: the compiler may leave inputs as they are instead of copying them.
 _ANY_LAYOUT = {'tags': (torch.Tag.flexible_layout,)}
-if 'tags' not in inspect.signature(torch.library.custom_op).parameters:  # torch 2.6
-    _ANY_LAYOUT = {}
 _TENSORS = 9  # of hydra_inner: the rest of its arguments are numbers
 
 
@@ -50,20 +48,24 @@ def hydra_inner_op(
     dt_min: float,
     dt_max: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What ``inner_forward`` returns: out (B, L, d_inner); saved for the backward: out, y, rstd (B, L), diagonal."""
+    late: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What ``inner_forward`` returns."""
     tensors = (zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states)
-    return inner_forward(_arguments(tensors, (headdim, d_state, ngroups, share_bc, dt_min, dt_max, eps)))
+    return inner_forward(_arguments(tensors, (headdim, d_state, ngroups, share_bc, dt_min, dt_max, eps)), late)
 
 
 @hydra_inner_op.register_fake
-def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states, headdim, *numbers):
+def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states, *numbers):
+    headdim, d_state, ngroups, *_, late = numbers
     B, L, _ = zxbcdt.shape
     H = dt_bias.shape[0]
     out = zxbcdt.new_empty(B, L, H * headdim)
     rstd = zxbcdt.new_empty(B, L, dtype=torch.float32)
     y = torch.empty_like(out) if zxbcdt.dtype == torch.float16 else zxbcdt.new_empty(0)
-    return out, y, rstd, zxbcdt.new_empty(B, H, L, dtype=torch.float32)
+    fits = in_chunks(zxbcdt.device, zxbcdt.dtype, H, headdim, ngroups, d_state, conv_weight.shape[-1], init_states is not None)
+    factors = torch.empty_like(rstd) if late and fits else rstd.new_empty(0)
+    return out, factors, y, rstd, zxbcdt.new_empty(B, H, L, dtype=torch.float32)
 
 
 @torch.library.custom_op('hydra_vision::hydra_inner_backward', mutates_args=(), **_ANY_LAYOUT)
@@ -89,10 +91,11 @@ def _hydra_inner_backward(
     dt_min: float,
     dt_max: float,
     eps: float,
+    late: bool,
 ) -> list[Tensor]:
     tensors = (zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states)
     a = _arguments(tensors, (headdim, d_state, ngroups, share_bc, dt_min, dt_max, eps))
-    return _present(inner_backward(a, out, y, rstd, diag, dout), dout)
+    return _present(inner_backward(a, late, out, y, rstd, diag, dout), dout)
 
 
 @_hydra_inner_backward.register_fake
@@ -104,7 +107,8 @@ def _(dout, out, y, rstd, diag, *arguments):
 
 
 def _inner_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:_TENSORS], *output)
+    out, _, *saved = output
+    ctx.save_for_backward(*inputs[:_TENSORS], out, *saved)
     ctx.numbers = inputs[_TENSORS:]
     ctx.mark_non_differentiable(*output[1:])
 

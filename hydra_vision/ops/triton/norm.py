@@ -88,6 +88,7 @@ def norm_gate_backward_kernel(
     P: tl.constexpr,
     DB: tl.constexpr,
     KEEPS: tl.constexpr,
+    LATE: tl.constexpr,  # y is not divided by the norm yet, and dout has its factor rstd already (chunks.py)
     ALIGN: tl.constexpr,
     ALIGN_G: tl.constexpr,
 ):
@@ -111,6 +112,9 @@ def norm_gate_backward_kernel(
             y, z, dout, x, row + 1, end, stride_zb, stride_zl, stride_xl, L, D, d, ok, ALIGN
         )
         r = tl.load(rstd + row)
+        if LATE:
+            yv *= r
+            g /= r
         sig = tl.sigmoid(zv)
         gate = zv * sig
         if KEEPS:

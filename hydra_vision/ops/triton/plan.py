@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .table import Launch, launch_for
 
-__all__ = ['SIZES', 'Plan', 'alignment', 'forced_launch', 'launch_is_forced', 'make_plan']
+__all__ = ['SIZES', 'Plan', 'alignment', 'architecture', 'forced_launch', 'launch_is_forced', 'make_plan']
 
 SIZES = (16, 32, 64, 128)
 ARCH_WITHOUT_DEVICE = 90  # whose launch table is used for tensors that are not on a GPU
@@ -148,7 +148,7 @@ def make_plan(B: int, L: int, H: int, P: int, G: int, N: int, like: Tensor, laun
     """
     arch = ARCH_WITHOUT_DEVICE
     if like.device.type == 'cuda':
-        arch = _architecture(like.device)
+        arch = architecture(like.device)
     interpreted = os.environ.get('TRITON_INTERPRET') == '1'
     launch = launch or _forced
     plan = _plan if launch is None else _plan.__wrapped__  # launches are not hashable
@@ -156,7 +156,8 @@ def make_plan(B: int, L: int, H: int, P: int, G: int, N: int, like: Tensor, laun
 
 
 @cache
-def _architecture(device: torch.device) -> int:
+def architecture(device: torch.device) -> int:
+    """Compute capability times ten."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

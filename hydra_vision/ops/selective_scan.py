@@ -1,0 +1,265 @@
+"""The selective scan of Mamba (S6): a state (N,) per channel, with a step size per token and channel.
+
+    h_t = exp(dt_t A) * h_{t-1} + dt_t x_t B_t          (E, N), elementwise; h_{-1} = 0
+    y_t = sum_n C_t[n] h_t[:, n]
+
+Paper: Gu, Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, https://arxiv.org/abs/2312.00752.
+
+The two-level form cuts the sequence into n chunks of Q tokens and walks over the tokens of all chunks at once: once for
+what each chunk leaves behind, then, after a walk over the n chunks, once more from the states that enter them. Q + n
+steps for the first result and Q for the second; every exponent is <= 0. The backward pass keeps the inputs and the n
+states, and recomputes the others a few chunks at a time.
+"""
+
+import importlib.util
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from .reference import accumulation_dtype
+
+__all__ = ['SCAN_BACKENDS', 'choose_scan_backend', 'scan_recurrence', 'selective_scan', 'selective_scan_matrix']
+
+SCAN_BACKENDS = ('reference', 'chunked', 'mamba_ssm')
+_RECOMPUTED = 64  # tokens whose states the backward pass holds at once
+
+
+def selective_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, reverse: bool = False, backend: str = 'auto'
+) -> Tensor:
+    """The selective scan, linear in L.
+
+    Args:
+        x: (B, L, E), L >= 1.
+        dt: (B, L, E), step sizes after softplus, >= 0 (not checked: it would cost a pass).
+        A: (E, N), < 0 (not checked likewise).
+        B: (B, L, N), shared by all channels.
+        C: (B, L, N).
+        reverse: Scan from the last token to the first.
+        backend: 'chunked' (PyTorch, two levels; what 'auto' takes), 'reference' (a loop over the tokens) or 'mamba_ssm'
+            (its CUDA kernel).
+
+    Computed in float32, for float64 input in float64 (by 'mamba_ssm' always in float32).
+
+    Returns:
+        y (B, L, E), float32 or float64.
+
+    Raises:
+        ValueError: A shape that does not fit, an unknown backend.
+        RuntimeError: The named backend cannot run here.
+    """
+    name = choose_scan_backend(backend, x.device)
+    if x.ndim != 3 or A.ndim != 2 or B.ndim != 3:
+        raise ValueError(
+            f'x has shape {tuple(x.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}; they must be (B, L, E), (E, N) and '
+            '(B, L, N)'
+        )
+    batch, L, E = x.shape
+    N = A.shape[1]
+    for argument, t, shape in (('dt', dt, (batch, L, E)), ('A', A, (E, N)), ('B', B, (batch, L, N)), ('C', C, B.shape)):
+        if t.shape != shape:
+            raise ValueError(f'{argument} has shape {tuple(t.shape)}; it must be {tuple(shape)}')
+    acc = accumulation_dtype(x.dtype)
+    x, dt, A, B, C = (t.to(acc) for t in (x, dt, A, B, C))
+    if reverse:
+        x, dt, B, C = (t.flip(1) for t in (x, dt, B, C))
+    if name == 'mamba_ssm':
+        y = _scan_mamba_ssm(x, dt, A, B, C)
+    elif name == 'reference':
+        y = scan_recurrence(x, dt, A, B, C)
+    elif torch.jit.is_tracing() or (torch.compiler.is_exporting() and not isinstance(L, torch.SymInt)):
+        y, _ = _scan(x, dt, A, B, C)  # plain operators: a graph that can be saved and converted
+    else:
+        y, _ = _two_levels(x, dt, A, B, C)
+    return y.flip(1) if reverse else y
+
+
+def choose_scan_backend(backend: str, device: torch.device) -> str:
+    """The backend that will run for tensors on ``device``.
+
+    Raises:
+        ValueError: Unknown name.
+        RuntimeError: Named but not able to run.
+    """
+    if backend == 'auto':
+        return 'chunked'
+    if backend not in SCAN_BACKENDS:
+        raise ValueError(f"backend={backend!r}; the selective scan has: 'auto', {', '.join(map(repr, SCAN_BACKENDS))}")
+    if backend == 'mamba_ssm':
+        reason = _mamba_ssm_reason() if device.type == 'cuda' else f'the tensors are on {device.type!r}, not on CUDA'
+        if reason is not None:
+            raise RuntimeError(f'backend {backend!r} is not available: {reason}')
+    return backend
+
+
+def _mamba_ssm_reason() -> Optional[str]:
+    """None where mamba_ssm has its CUDA scan, else what is missing: since July 2026 its wheels come without it."""
+    if importlib.util.find_spec('mamba_ssm') is None:
+        return "the package mamba-ssm is not installed (pip install 'hydra-vision[mamba]')"
+    try:
+        from mamba_ssm.ops import selective_scan_interface
+    except ImportError as error:
+        return f'mamba_ssm does not import ({error})'
+    if getattr(selective_scan_interface, 'selective_scan_cuda', None) is None:
+        return (
+            'this mamba_ssm was built without selective_scan_cuda '
+            '(MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm --no-build-isolation)'
+        )
+    return None
+
+
+def _scan_mamba_ssm(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    u, delta, Bt, Ct = (t.mT.contiguous().float() for t in (x, dt, B, C))
+    return selective_scan_fn(u, delta, A.float(), Bt, Ct).mT.to(x.dtype)
+
+
+def selective_scan_matrix(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, reverse: bool = False) -> Tensor:
+    """The matrix of each channel, (B, E, L, L), for tests and pictures: O(E L^2) memory. Arguments as above.
+
+    M[i, j] = sum_n C_i[n] exp(A[e, n] sum_{k=j+1..i} dt_k[e]) B_j[n] dt_j[e] for i >= j (``reverse``: i <= j).
+    """
+    acc = accumulation_dtype(dt.dtype)
+    if reverse:
+        return selective_scan_matrix(*(t.flip(1) if t.ndim == 3 else t for t in (dt, A, B, C))).flip(-1, -2)
+    dt, A, B, C = (t.to(acc) for t in (dt, A, B, C))
+    sums = dt.double().cumsum(1).mT  # (B, E, L)
+    elapsed = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).clamp(min=0).to(acc)
+    M = torch.zeros_like(elapsed)
+    for n in range(A.shape[1]):
+        M += torch.exp(A[:, n, None, None] * elapsed) * (C[:, :, n, None] * B[:, None, :, n]).unsqueeze(1)
+    return torch.tril(M * dt.mT.unsqueeze(-2))
+
+
+def scan_recurrence(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """The definition, token by token: what the other forms are tested against."""
+    h = x.new_zeros(x.shape[0], *A.shape)
+    ys = []
+    for t in range(x.shape[1]):
+        h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * x[:, t]).unsqueeze(-1) * B[:, t, None, :]
+        ys.append((h * C[:, t, None, :]).sum(-1))
+    return torch.stack(ys, 1)
+
+
+def _cut(L: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """(B, L, ...) -> (B, n, Q, ...) with about as many chunks as tokens in each. Padded tokens have dt = 0."""
+    if torch.jit.is_tracing():
+        L = int(L)  # a tensor there
+    chunks = max(1, round(L**0.5))
+    Q = -(-L // chunks)
+    chunks = -(-L // Q)
+    padding = chunks * Q - L
+    if padding:
+        tensors = tuple(torch.nn.functional.pad(t, (0, 0, 0, padding)) for t in tensors)
+    return tuple(t.unflatten(1, (chunks, Q)) for t in tensors)
+
+
+def _step(h: Optional[Tensor], x: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """The state (..., E, N) after a token; before it h, None for zero. x, dt (..., E), B (..., N)."""
+    write = (dt * x).unsqueeze(-1) * B.unsqueeze(-2)
+    return write if h is None else torch.exp(dt.unsqueeze(-1) * A) * h + write
+
+
+def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """y (B, L, E), and the state (B, n, E, N) that enters each chunk."""
+    L = x.shape[1]
+    x, dt, B, C = _cut(L, x, dt, B, C)
+    chunks, Q = x.shape[1:3]
+    h = None
+    if chunks > 1:
+        for q in range(Q):
+            h = _step(h, x[:, :, q], dt[:, :, q], A, B[:, :, q])
+        decay = torch.exp(dt.sum(2).unsqueeze(-1) * A)  # of a whole chunk, (B, n, E, N)
+        entering = [torch.zeros_like(h[:, 0])]
+        for c in range(chunks - 1):
+            entering.append(decay[:, c] * entering[-1] + h[:, c])
+        h = torch.stack(entering, 1)
+    else:
+        h = x.new_zeros(x.shape[0], 1, *A.shape)
+    states, ys = h, []
+    for q in range(Q):
+        h = _step(h, x[:, :, q], dt[:, :, q], A, B[:, :, q])
+        ys.append((h * C[:, :, q].unsqueeze(-2)).sum(-1))
+    return torch.stack(ys, 2).flatten(1, 2)[:, :L], states
+
+
+@torch.library.custom_op('hydra_vision::selective_scan', mutates_args=())
+def _two_levels(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    y, states = _scan(x, dt, A, B, C)
+    return y.contiguous(), states.contiguous()
+
+
+@_two_levels.register_fake
+def _(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    chunks = _cut(x.shape[1], x)[0].shape[1]
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], chunks, *A.shape)
+
+
+@torch.library.custom_op('hydra_vision::selective_scan_backward', mutates_args=())
+def _two_levels_backward(
+    grad: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, A, B, C. With g the gradient of the state, g_t = C_t dy_t + exp(dt_{t+1} A) g_{t+1}:
+
+    dC_t = sum_e dy_t h_t;  dB_t = sum_e g_t dt_t x_t;  dx_t = dt_t sum_n g_t B_t;
+    ddt_t = sum_n g_t (A exp(dt_t A) h_{t-1} + B_t x_t);  dA = sum_t g_t dt_t exp(dt_t A) h_{t-1}
+    """
+    L = x.shape[1]
+    grad, x, dt, B, C = _cut(L, grad, x, dt, B, C)
+    chunks, Q = x.shape[1:3]
+
+    # what a chunk passes on to the one before it: decay times (its own part + what it hears from behind)
+    g = torch.zeros_like(states)
+    for q in reversed(range(Q)):
+        g = g + grad[:, :, q].unsqueeze(-1) * C[:, :, q].unsqueeze(-2)
+        g = g * torch.exp(dt[:, :, q].unsqueeze(-1) * A)
+    decay = torch.exp(dt.sum(2).unsqueeze(-1) * A)
+    behind = [torch.zeros_like(g[:, 0])]
+    for c in reversed(range(1, chunks)):
+        behind.append(g[:, c] + decay[:, c] * behind[-1])
+    behind = torch.stack(behind[::-1], 1)
+
+    grad_x, grad_dt, grad_B, grad_C = (torch.empty_like(t) for t in (x, dt, B, C))
+    grad_A = torch.zeros_like(A)
+    step = max(1, _RECOMPUTED // Q)
+    for first in range(0, chunks, step):
+        part = slice(first, first + step)
+        before = [states[:, part]]
+        for q in range(Q - 1):
+            before.append(_step(before[-1], x[:, part, q], dt[:, part, q], A, B[:, part, q]))
+        g = behind[:, part]
+        for q in reversed(range(Q)):
+            xq, dtq, Bq, dy = x[:, part, q], dt[:, part, q], B[:, part, q], grad[:, part, q]
+            decayed = torch.exp(dtq.unsqueeze(-1) * A)
+            h = decayed * before[q]
+            after = h + (dtq * xq).unsqueeze(-1) * Bq.unsqueeze(-2)
+            g = g + dy.unsqueeze(-1) * C[:, part, q].unsqueeze(-2)
+            grad_C[:, part, q] = (dy.unsqueeze(-1) * after).sum(-2)
+            grad_B[:, part, q] = (g * (dtq * xq).unsqueeze(-1)).sum(-2)
+            read = (g * Bq.unsqueeze(-2)).sum(-1)
+            grad_x[:, part, q] = dtq * read
+            through = g * h
+            grad_dt[:, part, q] = (through * A).sum(-1) + xq * read
+            grad_A += (through * dtq.unsqueeze(-1)).sum((0, 1))
+            g = g * decayed
+    grads = (t.flatten(1, 2)[:, :L].contiguous() for t in (grad_x, grad_dt, grad_B, grad_C))
+    grad_x, grad_dt, grad_B, grad_C = grads
+    return grad_x, grad_dt, grad_A, grad_B, grad_C
+
+
+@_two_levels_backward.register_fake
+def _(grad: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, A, B, C))
+
+
+def _keep_for_backward(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _backward(ctx, grad: Tensor, _: Optional[Tensor]) -> tuple[Tensor, ...]:
+    return _two_levels_backward(grad.contiguous(), *ctx.saved_tensors)
+
+
+_two_levels.register_autograd(_backward, setup_context=_keep_for_backward)

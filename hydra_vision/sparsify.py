@@ -1,0 +1,449 @@
+"""Sparse attention without training: trained timm ViTs that keep every weight and attend to fewer keys.
+
+HiP: Lee et al., "A Training-free Sub-quadratic Cost Transformer Model Serving Framework With Hierarchically Pruned
+Attention", ICLR 2025, https://arxiv.org/abs/2406.09827, written for language models, whose attention is causal.
+Neighbouring keys have similar scores, so that one block of keys speaks for a range of them: a beam search over a binary
+tree of key blocks finds, for each block of queries, the blocks with about the largest scores, and exact attention runs
+on them.
+
+Ours, not the paper's, is what images need: no causal mask; class and register tokens attend to everything and
+everything attends to them; a block of queries attends to its own patches; and patches are taken along a Hilbert curve,
+which keeps neighbours in the image neighbours in the sequence. Rotary embeddings and norms of q and k come before the
+product and stay.
+
+This is plain PyTorch on any device, and promises no speed at the numbers of tokens that images have. What a model loses
+by it depends on how peaked its attention is: `agreement` measures it.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Iterator, Optional, Sequence
+
+import timm.layers
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.models.beit import Attention as BeitAttention
+from timm.models.eva import EvaAttention
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .errors import nearest
+from .models.scan_order import raster_index
+
+__all__ = ['HipSettings', 'SparseAttention', 'agreement', 'select_key_blocks', 'sparsify_attention']
+
+_ATTENTIONS = (timm.layers.Attention, timm.layers.AttentionRope, BeitAttention, EvaAttention)
+_GATHERED = 1 << 24  # numbers gathered at once: query blocks are taken a few at a time
+
+
+@dataclass(frozen=True)
+class HipSettings:
+    """How HiP chooses keys; the paper's defaults where it has them.
+
+    Attributes:
+        keys: Keys that each block of queries attends to, found by the tree; a multiple of ``key_block``.
+        query_block: Queries that share their keys.
+        query_stride: Every which query of a block scores the keys.
+        key_block: Keys that are taken or left together.
+        key_stride: Every which key of a block is scored.
+        window: Whether a block of queries also attends to its own patches (ours).
+        order: Order of the patches before the search, 'hilbert' (ours) or 'row'.
+
+    Raises:
+        ValueError: A number below 1, ``keys`` that are no multiple of ``key_block``, a stride above its block, an
+            unknown order.
+    """
+
+    keys: int = 512
+    query_block: int = 64
+    query_stride: int = 2
+    key_block: int = 2
+    key_stride: int = 1
+    window: bool = True
+    order: str = 'hilbert'
+
+    def __post_init__(self) -> None:
+        for name in ('keys', 'query_block', 'query_stride', 'key_block', 'key_stride'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name}={getattr(self, name)}; it must be at least 1')
+        if self.keys % self.key_block:
+            raise ValueError(f'keys={self.keys}; it must be a multiple of key_block={self.key_block}')
+        for kind in ('query', 'key'):
+            stride, block = getattr(self, f'{kind}_stride'), getattr(self, f'{kind}_block')
+            if stride > block:
+                raise ValueError(f'{kind}_stride={stride}; it must be at most {kind}_block={block}')
+        if self.order not in ('hilbert', 'row'):
+            raise ValueError(f"order={self.order!r}; allowed: 'hilbert', 'row'")
+
+
+class SparseAttention:
+    """Handle of a model whose attention is sparse. A context manager: leaving it restores the model.
+
+    Attributes:
+        model: The model.
+        settings: How keys are chosen.
+        names: Names of the sparse attention modules.
+    """
+
+    def __init__(self, model: nn.Module, settings: HipSettings, modules: dict[str, nn.Module]) -> None:
+        self.model, self.settings, self.names = model, settings, tuple(modules)
+        self._modules = modules
+
+    def restore(self) -> nn.Module:
+        """The model with its dense attention."""
+        for module in self._modules.values():
+            if isinstance(module, _OwnProduct):
+                _uninstall(module)
+        return self.model
+
+    def __enter__(self) -> 'SparseAttention':
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.restore()
+
+
+def sparsify_attention(
+    model: nn.Module, method: str = 'hip', blocks: Optional[Sequence[int]] = None, **settings: Any
+) -> SparseAttention:
+    """Replace the product softmax(q k^T) v in a trained timm ViT by sparse attention, keeping every weight.
+
+    Works on the token attentions of timm's vit, deit3, dinov2, dinov3 and eva models. Class and register tokens, first
+    in the sequence, stay dense. Inference only. The state dict keeps its names.
+
+    Args:
+        model: The model; changed in place.
+        method: 'hip'.
+        blocks: Which of the attention modules, in the model's order, negative from the end; None for all. The authors
+            keep the first three or four dense.
+        **settings: Fields of ``HipSettings``.
+
+    Returns:
+        A handle, with ``restore()``.
+
+    Raises:
+        ValueError: An unknown method, no attention that can be sparse, an index that does not exist, relative position
+            biases, a setting that is not allowed.
+        TypeError: A setting that does not exist.
+    """
+    if method != 'hip':
+        raise ValueError(f"method={method!r}; allowed: 'hip'")
+    fields = HipSettings.__dataclass_fields__
+    for name in settings:
+        if name not in fields:
+            raise TypeError(f'no setting {name!r}{nearest(name, fields)}; there are: {", ".join(fields)}')
+    chosen = HipSettings(**settings)
+    found = [(name, module) for name, module in model.named_modules() if type(module) in _ATTENTIONS]
+    if not found:
+        raise ValueError(
+            f"model={type(model).__name__}: no attention that can be sparse; supported are timm's Attention, "
+            'AttentionRope, EvaAttention and BeitAttention'
+        )
+    wanted = range(len(found)) if blocks is None else blocks
+    for block in wanted:
+        if not -len(found) <= block < len(found):
+            raise ValueError(f'blocks={list(wanted)}: there are {len(found)} attention modules')
+    modules = dict(found[block] for block in wanted)
+    tables = ('relative_position_bias_table', 'rel_pos')
+    biased = any(getattr(module, table, None) is not None for module in modules.values() for table in tables)
+    if biased or any(getattr(model, name, None) is not None for name in ('rel_pos_bias', 'shared_rel_pos')):
+        raise ValueError(f'model={type(model).__name__}: its attention has relative position biases')
+    product = _HipProduct(model, chosen)
+    for module in modules.values():
+        _install(module, product)
+    return SparseAttention(model, chosen, modules)
+
+
+class _OwnProduct:
+    """In front of an attention's class: a product of our own instead of ``scaled_dot_product_attention``."""
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        with self._product:
+            return super().forward(*args, **kwargs)
+
+
+def _install(module: nn.Module, product: '_Product') -> None:
+    """The module's parameters, names and hooks stay: only its class gets a forward in front."""
+    module._was_fused, module.fused_attn = module.fused_attn, True
+    module._product = product
+    cls = type(module)
+    module.__class__ = type(f'Sparse{cls.__name__}', (_OwnProduct, cls), {})
+
+
+def _uninstall(module: nn.Module) -> None:
+    module.__class__ = type(module).__mro__[2]
+    module.fused_attn = module.__dict__.pop('_was_fused')
+    del module._product
+
+
+class _Product(TorchFunctionMode):
+    """Gives q, k and v of every ``scaled_dot_product_attention`` to ``compute``."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        names = ('query', 'key', 'value', 'attn_mask', 'dropout_p', 'is_causal')
+        given = {**dict(zip(names, args)), **kwargs}
+        return self.compute(**given)
+
+    def compute(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        raise NotImplementedError
+
+
+class _HipProduct(_Product):
+    """Sparse attention instead of the dense one."""
+
+    def __init__(self, model: nn.Module, settings: HipSettings) -> None:
+        super().__init__()
+        self.model, self.settings = model, settings
+
+    def compute(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        if options.get('attn_mask') is not None or options.get('is_causal') or options.get('dropout_p'):
+            raise ValueError('attn_mask, is_causal and dropout: sparse attention has none of them')
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+            raise RuntimeError('sparse attention is for inference: call the model under torch.no_grad()')
+        scale = options.get('scale')
+        if scale is not None:
+            query = query * (scale * query.shape[-1] ** 0.5)
+        prefix = getattr(self.model, 'num_prefix_tokens', 0)
+        order = patch_order(self.model, query.shape[2] - prefix, self.settings, query.device)
+        return hip_attention(query, key, value, self.settings, prefix, order)
+
+
+def patch_order(model: nn.Module, patches: int, settings: HipSettings, device: torch.device) -> Optional[Tensor]:
+    """(patches,) Index of the first, second, ... patch of the order; None for rows.
+
+    Raises:
+        ValueError: Patches of no known grid.
+    """
+    if settings.order == 'row':
+        return None
+    grid = tuple(getattr(getattr(model, 'patch_embed', None), 'grid_size', None) or (0, 0))
+    if grid[0] * grid[1] != patches:
+        side = round(patches**0.5)
+        grid = (side, side)
+    if grid[0] * grid[1] != patches:
+        raise ValueError(
+            f"order='hilbert': {patches} patches are not the model's grid and no square; set order='row'"
+        )
+    return torch.tensor(raster_index('hilbert', *grid), device=device)
+
+
+def hip_attention(
+    q: Tensor, k: Tensor, v: Tensor, settings: HipSettings, num_prefix_tokens: int = 0, order: Optional[Tensor] = None
+) -> Tensor:
+    """Attention of each block of queries to prefix tokens, its own patches and the keys that the tree finds.
+
+    Args:
+        q: (B, H, L, P).
+        k: (B, H, L, P).
+        v: (B, H, L, P).
+        settings: How keys are chosen.
+        num_prefix_tokens: Tokens at the start that are dense.
+        order: (patches,) Patches in the order of the search, or None.
+
+    Returns:
+        (B, H, L, P).
+    """
+    n = num_prefix_tokens
+    patches = q.shape[2] - n
+    if patches <= settings.keys:
+        return F.scaled_dot_product_attention(q, k, v)
+    dense = F.scaled_dot_product_attention(q[:, :, :n], k, v)
+    qs, ks, vs = (t[:, :, n:] if order is None else t[:, :, n:].index_select(2, order) for t in (q, k, v))
+    parts = []
+    for part, chosen in _selected(qs, ks, settings):
+        index, valid = _key_index(chosen, part, patches, settings)
+        rows = _query_rows(qs, part, settings)  # (B, H, blocks, b_q, P)
+        size = rows.shape[:3]
+        keys, values = (
+            torch.cat([t[:, :, None, :n].expand(*size, -1, -1), _gather(s, index)], 3) for t, s in ((k, ks), (v, vs))
+        )
+        mask = F.pad(valid, (n, 0), value=True).unsqueeze(-2)
+        rows, keys, values, mask = (t.flatten(0, 2) for t in (rows, keys, values, mask))
+        y = F.scaled_dot_product_attention(rows, keys, values, mask)
+        parts.append(y.unflatten(0, size).flatten(2, 3))
+    y = torch.cat(parts, 2)[:, :, :patches]
+    if order is not None:
+        y = torch.empty_like(y).index_copy_(2, order, y)
+    return torch.cat([dense, y], 2)
+
+
+def select_key_blocks(q: Tensor, k: Tensor, settings: HipSettings) -> Tensor:
+    """The key blocks that the tree search finds for each block of queries.
+
+    With n key blocks and m = keys / key_block of them to keep: m ranges of blocks, edges i n // m. Until every range is
+    one block, split each in the middle and keep the m children whose representative, their middle block, has the
+    largest product of a sampled query and a sampled key.
+
+    Args:
+        q: (B, H, L, P) Queries, in the order of the search.
+        k: (B, H, L, P) Keys likewise.
+        settings: How keys are chosen.
+
+    Returns:
+        (B, H, blocks of queries, m) indices of key blocks, or all of them where there are at most m.
+    """
+    return torch.cat([chosen for _, chosen in _selected(q, k, settings)], 2)
+
+
+def _selected(q: Tensor, k: Tensor, settings: HipSettings) -> Iterator[tuple[slice, Tensor]]:
+    """Some blocks of queries and the key blocks that the tree finds for them, until all have been."""
+    B, H, L, P = q.shape
+    b_k = settings.key_block
+    blocks, n, m = -(-q.shape[2] // settings.query_block), -(-k.shape[2] // b_k), settings.keys // b_k
+    scored = -(-b_k // settings.key_stride)
+    step = max(1, _GATHERED // (B * H * P * max(2 * m * scored, settings.keys + settings.query_block)))
+    offsets = torch.arange(0, b_k, settings.key_stride, device=q.device)
+    for first in range(0, blocks, step):
+        part = slice(first, min(first + step, blocks))
+        shape = (B, H, part.stop - part.start, -1)
+        if n <= m:
+            yield part, torch.arange(n, device=q.device).expand(*shape[:3], n)
+            continue
+        rows = _query_rows(q, part, settings)[..., settings.query_stride - 1 :: settings.query_stride, :]
+        edges = torch.arange(m + 1, device=q.device) * n // m
+        low, high = (t.expand(*shape[:3], m) for t in (edges[:-1], edges[1:]))
+        size = -(-n // m)
+        while size > 1:
+            middle = low + (high - low) // 2
+            low, high = torch.cat([low, middle], -1), torch.cat([middle, high], -1)
+            index = (low + (high - low) // 2).unsqueeze(-1) * b_k + offsets  # (B, H, blocks, 2 m, keys of a block)
+            there = index < k.shape[2]
+            keys = _gather(k, index.clamp(max=k.shape[2] - 1).flatten(-2))
+            score = (rows @ keys.mT).amax(-2).unflatten(-1, index.shape[-2:])
+            score = score.masked_fill(~there, float('-inf')).amax(-1).masked_fill(low == high, float('-inf'))
+            best = score.topk(m, dim=-1).indices
+            low, high = low.gather(-1, best), high.gather(-1, best)
+            size = -(-size // 2)
+        yield part, low
+
+
+def _query_rows(q: Tensor, part: slice, settings: HipSettings) -> Tensor:
+    """(B, H, blocks, b_q, P) of some blocks of queries; behind the last query it is repeated."""
+    b_q = settings.query_block
+    index = torch.arange(part.start * b_q, part.stop * b_q, device=q.device).clamp(max=q.shape[2] - 1)
+    return q.index_select(2, index).unflatten(2, (-1, b_q))
+
+
+def _key_index(chosen: Tensor, part: slice, L: int, settings: HipSettings) -> tuple[Tensor, Tensor]:
+    """Keys (B, H, blocks, keys) of the chosen blocks and of the queries' own patches, and which of them count.
+
+    A chosen key that is one of the own patches counts once.
+    """
+    b_q, b_k = settings.query_block, settings.key_block
+    index = (chosen.unsqueeze(-1) * b_k + torch.arange(b_k, device=chosen.device)).flatten(-2)
+    valid = index < L
+    if settings.window:
+        blocks = torch.arange(part.start, part.stop, device=chosen.device).unsqueeze(-1)
+        valid = valid & (index // b_q != blocks)
+        own = (blocks * b_q + torch.arange(b_q, device=chosen.device)).expand(*chosen.shape[:3], b_q)
+        index, valid = torch.cat([own, index], -1), torch.cat([own < L, valid], -1)
+    return index.clamp(max=L - 1), valid
+
+
+def _gather(t: Tensor, index: Tensor) -> Tensor:
+    """Rows (B, H, blocks, n, P) of t (B, H, L, P) at index (B, H, blocks, n)."""
+    rows = t.gather(2, index.flatten(2).unsqueeze(-1).expand(-1, -1, -1, t.shape[-1]))
+    return rows.unflatten(2, index.shape[2:])
+
+
+@torch.no_grad()
+def agreement(
+    model: nn.Module,
+    images: Tensor,
+    labels: Optional[Tensor] = None,
+    method: str = 'hip',
+    blocks: Optional[Sequence[int]] = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """What sparse attention changes in a dense model, on images.
+
+    Per attention module, on the inputs that the dense model has there: `recall`, the mean over patch queries of the
+    dense weights on the keys that are attended to; `oracle`, the same of as many blocks with the largest weights of a
+    block of queries; `random`, of as many random blocks (both with the same prefix tokens and own patches); `error`,
+    |y_sparse - y| / |y|. Of the whole model: `top1_agreement`, `logit_difference` (mean absolute), `kl` (of the sparse
+    from the dense prediction, nats), `cosine` of the logits; with labels `top1_dense` and `top1_sparse`.
+
+    Args:
+        model: A dense model with a classifier, in eval mode.
+        images: (B, C, H, W).
+        labels: (B,) Classes, or None.
+        method: As in ``sparsify_attention``.
+        blocks: As in ``sparsify_attention``.
+        **settings: As in ``sparsify_attention``.
+
+    Returns:
+        `layers`, a list of dicts with `name` and the numbers above, and the model's numbers.
+
+    Raises:
+        ValueError: As ``sparsify_attention``.
+        TypeError: As ``sparsify_attention``.
+    """
+    with sparsify_attention(model, method, blocks, **settings) as handle:
+        sparse = model(images).float()
+    meters = {name: _Meter(model, handle.settings) for name in handle.names}
+    for name, meter in meters.items():
+        _install(model.get_submodule(name), meter)
+    try:
+        dense = model(images).float()
+    finally:
+        for name in meters:
+            _uninstall(model.get_submodule(name))
+    kl = F.kl_div(sparse.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction='batchmean')
+    found = {
+        'layers': [{'name': name, **meter.found} for name, meter in meters.items()],
+        'top1_agreement': (dense.argmax(-1) == sparse.argmax(-1)).float().mean().item(),
+        'logit_difference': (dense - sparse).abs().mean().item(),
+        'kl': kl.item(),
+        'cosine': F.cosine_similarity(dense, sparse, dim=-1).mean().item(),
+    }
+    if labels is not None:
+        for name, logits in (('top1_dense', dense), ('top1_sparse', sparse)):
+            found[name] = (logits.argmax(-1) == labels).float().mean().item()
+    return found
+
+
+class _Meter(_Product):
+    """Dense attention, and what a sparse one would have found in its place."""
+
+    def __init__(self, model: nn.Module, settings: HipSettings) -> None:
+        super().__init__()
+        self.model, self.settings = model, settings
+        self.found: dict[str, float] = {}
+
+    def compute(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        dense = F.scaled_dot_product_attention(query, key, value, **options)
+        n = getattr(self.model, 'num_prefix_tokens', 0)
+        order = patch_order(self.model, query.shape[2] - n, self.settings, query.device)
+        sparse = hip_attention(query, key, value, self.settings, n, order)
+        self.found = {'error': ((sparse - dense).norm() / dense.norm()).item()}
+        self.found.update(_recall(query, key, self.settings, n, order))
+        return dense
+
+
+def _recall(q: Tensor, k: Tensor, settings: HipSettings, n: int, order: Optional[Tensor]) -> dict[str, float]:
+    """Mean dense weight of patch queries on the keys that are attended to: found, best and random blocks."""
+    qs, ks = (t[:, :, n:] if order is None else t[:, :, n:].index_select(2, order) for t in (q, k))
+    L, b_q, b_k = qs.shape[2], settings.query_block, settings.key_block
+    if settings.keys >= L:
+        return {'recall': 1.0, 'oracle': 1.0, 'random': 1.0}
+    chosen, m = select_key_blocks(qs, ks, settings), settings.keys // b_k
+    generator = torch.Generator().manual_seed(0)
+    sums = {'recall': 0.0, 'oracle': 0.0, 'random': 0.0}
+    for block in range(chosen.shape[2]):
+        rows = qs[:, :, block * b_q : (block + 1) * b_q]
+        scores = rows.float() @ torch.cat([k[:, :, :n], ks], 2).float().mT * q.shape[-1] ** -0.5
+        weights = scores.softmax(-1).sum(2)  # (B, H, n + L), of all queries of the block
+        always, free = weights[..., :n].sum(-1), weights[..., n:].clone()
+        if settings.window:
+            own = slice(block * b_q, (block + 1) * b_q)
+            always = always + free[..., own].sum(-1)
+            free[..., own] = 0
+        per_block = F.pad(free, (0, -L % b_k)).unflatten(-1, (-1, b_k)).sum(-1)
+        guess = torch.rand(per_block.shape, generator=generator).topk(m, dim=-1).indices.to(q.device)
+        for name, index in (('recall', chosen[:, :, block]), ('oracle', per_block.topk(m).indices), ('random', guess)):
+            sums[name] += (always + per_block.gather(-1, index).sum(-1)).sum().item()
+    queries = qs.shape[0] * qs.shape[1] * L
+    return {name: total / queries for name, total in sums.items()}
