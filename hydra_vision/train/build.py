@@ -17,8 +17,9 @@ from .. import Hydra  # importing the package registers the Hydra-ViT family wit
 from .. import device as devices
 from ..errors import CheckpointError, ConfigError, UserError, first_line, nearest
 from ..io import to_path
-from ..mixers import Semiseparable
+from ..mixers import Mamba, Semiseparable
 from ..ops.dispatch import choose_backend
+from ..ops.selective_scan import choose_scan_backend
 from ..weights import read_weights
 from .config import Config, RunConfig
 from .distributed import World
@@ -159,17 +160,19 @@ def check_compile_mode(mode: str | None) -> None:
 
 
 def check_backend(model: nn.Module, device: torch.device) -> None:
-    """Check that the backend of every Hydra layer can run, before the run starts.
+    """Check that the backend of every mixer can run, before the run starts.
 
     Raises:
         ConfigError: Says what is missing.
     """
     for module in model.modules():
-        if isinstance(module, (Hydra, Semiseparable)):
-            try:
+        try:
+            if isinstance(module, (Hydra, Semiseparable)):
                 choose_backend(module.backend, device)
-            except (ValueError, RuntimeError) as error:
-                raise ConfigError(str(error)) from error
+            elif isinstance(module, Mamba):
+                choose_scan_backend(module.backend, device)
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(str(error)) from error
 
 
 # Model

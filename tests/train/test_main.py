@@ -136,7 +136,6 @@ def test_resume_auto_leaves_recipes_of_similar_names_alone(tiny, run, tmp_path):
         (['--optim.lr', '3'], 2, 'unknown flag --optim.lr: write --set optim.lr=VALUE'),
         (['--epochs'], 2, 'argument --epochs: expected one argument'),
         (['--epochs', 'few'], 2, "--epochs: schedule.epochs='few' is not valid; allowed: an integer"),
-        (['--set', 'optim.lrr=1'], 2, "--set: unknown key 'optim.lrr'; the nearest valid name is 'optim.lr'"),
         (['--output', ''], 2, "--output='' is empty"),
         (['digits'], 2, "unexpected argument 'digits'"),
         (['--config', 'hydra_vit_nano_digit'], 2, "the nearest valid name is 'hydra_vit_nano_digits'"),
@@ -144,13 +143,10 @@ def test_resume_auto_leaves_recipes_of_similar_names_alone(tiny, run, tmp_path):
         (['--validate', 'a.pt', '--output', 'b'], 2, 'leave out --resume and --output'),
         (['--model', 'hydra_vit_nan'], 2, "the nearest valid name is 'hydra_vit_nano'"),
         (['--device', 'gpu'], 2, "run.device='gpu' is not available"),
-        (['--img-size', '9'], 2, 'data.img_size=9 is not valid'),
         (['--data-dir', 'nowhere'], 1, "data.dir='nowhere' is not a folder"),
-        (['--config', 'hydra_vit_nano_digits', '--data-dir', 'a'], 2, 'data.dir has no effect'),
         (['--compile', 'true', '--set', 'run.compile_mode=fast'], 2, "run.compile_mode='fast' is not valid"),
         (['--num-classes', '11'], 1, 'model.num_classes=11, but sklearn/digits (train) has 10 classes'),
         (['--resume', 'nowhere.pt'], 1, "no checkpoint 'nowhere.pt'"),
-        (['--validate', 'nowhere.pt'], 1, "no checkpoint 'nowhere.pt'"),
     ],
 )
 def test_mistakes_end_with_one_line_before_any_work(fails, tmp_path, arguments, code, message):

@@ -204,15 +204,16 @@ def test_a_kill_between_the_files_of_a_checkpoint_leaves_none_behind(tiny, run, 
     assert not list((tmp_path / 'run').rglob('*.tmp'))
 
 
-def test_a_run_that_goes_on_before_its_best_epoch_does_not_take_it_for_its_own(tiny, run, tmp_path, monkeypatch):
+def test_resuming_before_later_checkpoints_and_the_best_one_renames_them(tiny, run, tmp_path, monkeypatch):
     improving(monkeypatch, [20.0, 10.0, 30.0, 15.0])
     assert run(*tiny, '--output', 'run')[0] == 0
     code, out, _ = run('--resume', 'run/checkpoints/step-000000012.pt', '--set', 'optim.lr=1e-3')
     assert code == 0
     assert 'renamed: run/best.pt.old' in out
     assert load_checkpoint(tmp_path / 'run' / 'best.pt.old')['best']['top1'] == 30
+    assert load_checkpoint(tmp_path / 'run' / KEPT / 'step-000000018.pt.old')['config']['optim']['lr'] == 2e-3
     state = load_checkpoint(tmp_path / 'run' / LAST)
-    assert (state['best']['top1'], state['best']['epoch']) == (20, 1)
+    assert (state['best']['top1'], state['best']['epoch'], state['updates']) == (20, 1, 18)
     assert not (tmp_path / 'run' / BEST).exists()  # of epoch 1 nothing is left: keep_best was 1, and epoch 3 better
 
 
@@ -249,16 +250,6 @@ def test_a_run_that_goes_on_with_nothing_but_the_validation_of_an_epoch_left(tin
     assert code == 0
     assert 'from epoch 0' not in out
     assert 'epoch   1/2' in out
-
-
-def test_a_run_that_goes_on_before_its_end_sets_later_checkpoints_aside(tiny, run, tmp_path, assert_same_run):
-    assert run(*tiny, '--output', 'run')[0] == 0
-    whole = load_checkpoint(tmp_path / 'run' / LAST)
-    code, out, _ = run('--resume', 'run/checkpoints/step-000000012.pt', '--set', 'optim.lr=1e-3')
-    assert code == 0
-    assert 'renamed: ' in out
-    assert load_checkpoint(tmp_path / 'run' / LAST)['updates'] == whole['updates']
-    assert load_checkpoint(tmp_path / 'run' / KEPT / 'step-000000018.pt.old')['config']['optim']['lr'] == 2e-3
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(tiny, run, tmp_path):
