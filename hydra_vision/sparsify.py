@@ -224,9 +224,7 @@ def patch_order(model: nn.Module, patches: int, settings: HipSettings, device: t
         side = round(patches**0.5)
         grid = (side, side)
     if grid[0] * grid[1] != patches:
-        raise ValueError(
-            f"order='hilbert': {patches} patches are not the model's grid and no square; set order='row'"
-        )
+        raise ValueError(f"order='hilbert': {patches} patches are not the model's grid and no square; set order='row'")
     return torch.tensor(raster_index('hilbert', *grid), device=device)
 
 

@@ -30,7 +30,7 @@ class TokenGrid:
     """
 
     def __init__(self, size: GridSize, num_prefix_tokens: int = 0, prefix_position: str = 'first') -> None:
-        self.size = (1, size) if isinstance(size, int) else tuple(int(n) for n in size)
+        self.size = (1, size) if isinstance(size, int) else tuple(map(_whole, size))
         if len(self.size) != 2 or min(self.size) < 1:
             raise ValueError(f'grid_size={size}; it must be (H, W) or a number of tokens, each at least 1')
         if num_prefix_tokens < 0:
@@ -82,6 +82,11 @@ class TokenGrid:
     def __repr__(self) -> str:
         prefix = f' and {self.num_prefix_tokens} prefix tokens' if self.num_prefix_tokens else ''
         return f'{self.size[0]} x {self.size[1]} patches{prefix}'
+
+
+def _whole(n: Union[int, Tensor]) -> int:
+    """An int; of torch.jit.trace, which has tensors for sizes, too. A symbol stays one."""
+    return n if isinstance(n, torch.SymInt) else int(n)
 
 
 def amplitude(old: TokenGrid, new: TokenGrid) -> float:

@@ -117,7 +117,7 @@ class CheckpointAttention(Mixer):
         if k_c.shape[2] == 0:
             y = v
         elif not self.causal and _fused_runs(q):
-            y = _MergedAttention.apply(q, k, v, k_c, v_c, self._own_rows(u, tokens))
+            y = _MergedAttention.apply(q, k, v, k_c.contiguous(), v_c.contiguous(), self._own_rows(u, tokens))
         else:
             weights = self._weights(q, k, k_c, self._mask(u, tokens), self._own_rows(u, tokens)).to(v.dtype)
             y = weights[..., :1] * v + weights[..., 1:] @ v_c
@@ -249,7 +249,7 @@ class Scout(Mixer):
     Args:
         d_model: Width of the tokens.
         linear: Mixer that enriches the tokens: 'hydra', 'semiseparable', 'mamba' or 'vim'.
-        linear_kwargs: Its arguments besides ``expand`` and ``headdim``.
+        linear_kwargs: Its arguments but for ``expand`` and ``headdim``.
         expand: Of the linear mixer.
         headdim: Width of a head, of the attention and, where it has heads, of the linear mixer.
         checkpoint: As in ``CheckpointAttention``.

@@ -193,7 +193,8 @@ def _two_levels(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple
 
 @_two_levels.register_fake
 def _(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    chunks = _cut(x.shape[1], x)[0].shape[1]
+    L = x.shape[1]
+    chunks = torch.library.get_ctx().new_dynamic_size() if isinstance(L, torch.SymInt) else _cut(L, x)[0].shape[1]
     return x.new_empty(x.shape), x.new_empty(x.shape[0], chunks, *A.shape)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from hydra_vision import mixers
 
 SS_VARIANTS = ('causal', 'add', 'mult', 'concat', 'add_diag', 'add_shift', 'quasiseparable')
-SILU_ON_V_ONLY = ('attention', 'cauchy', 'vandermonde', 'm2')  # beside v also the extras in all other classes
+SILU_ON_V_ONLY = ('attention', 'cauchy', 'vandermonde', 'm2')  # on v and the extras in all other classes
 
 
 def cases(**common) -> dict:

@@ -1,4 +1,4 @@
-"""Parameters of each token carried to another grid: against timm's position embeddings and against the definition."""
+"""Position parameters resampled to another grid: against timm's position embeddings and against the definition."""
 
 import pytest
 import torch
@@ -115,7 +115,7 @@ def test_grid_of_a_checkpoint_from_its_shape(case):
         assert sequence.old_tokens(name, getattr(make(case, 7), name)).size == (1, 7)
 
 
-def test_what_cannot_be_carried_is_refused():
+def test_what_cannot_be_resampled_is_rejected():
     mixer = mixers.create('vandermonde', 8, headdim=4, data_dependent=False, grid_size=(4, 4))
     with pytest.raises(ValueError, match='Vandermonde: parameters for 4 x 4 patches cannot be resampled to 5 x 5'):
         mixer(torch.randn(1, 25, 8), (5, 5))

@@ -79,7 +79,7 @@ def test_errors_say_what_is_allowed(name, kwargs, error, message):
         mixers.create(name, 64, **kwargs)
 
 
-def test_torchscript_is_refused_clearly():
+def test_torchscript_is_rejected_clearly():
     with pytest.raises(RuntimeError, match='use torch'):
         torch.jit.script(mixers.create('toeplitz', 64))
 

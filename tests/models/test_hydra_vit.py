@@ -309,7 +309,7 @@ def test_set_input_size(kwargs):
         (dict(mixer='dense', scan_order='column'), dict(img_size=96), "scan_order='column'"),
     ],
 )
-def test_a_refused_input_size_leaves_the_model_as_it_was(kwargs, size, message):
+def test_a_rejected_input_size_leaves_the_model_as_it_was(kwargs, size, message):
     model = create(**kwargs)
     expected = model(images())
     with pytest.raises(ValueError, match=message):

@@ -1,6 +1,7 @@
 """Vim's models: sizes, initialisation, and published checkpoints, from their names, shapes and formulas."""
 
 import argparse
+import fnmatch
 
 import pytest
 import timm
@@ -134,3 +135,42 @@ def test_the_residual_stream_stays_wide_under_autocast():
     with torch.autocast('cpu', torch.bfloat16):
         model(torch.randn(1, 3, 64, 64))
     assert set(seen) == {torch.float32}
+
+
+def test_timms_contract():
+    model = create(dynamic_img_size=True)
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        final, taps = model.forward_intermediates(x)
+        torch.testing.assert_close(final, model.forward_features(x))
+        torch.testing.assert_close(model.forward_head(final), model(x))
+        assert [t.shape for t in taps] == [(2, D, 4, 6)] * DEPTH
+        fixed = create()
+        fixed.load_state_dict(model.state_dict())
+        fixed.set_input_size((64, 96))
+        torch.testing.assert_close(fixed(x), model(x))
+    features = create(features_only=True, out_indices=(0, 2))
+    assert [f.shape for f in features(torch.randn(1, 3, 64, 64))] == [(1, D, 4, 4)] * 2
+    model.reset_classifier(3, 'avg')
+    assert model(x).shape == (2, 3)
+    names = [n for n, _ in model.named_parameters()]
+    undecayed = {n for n in names if any(fnmatch.fnmatch(n, p) for p in model.no_weight_decay())}
+    ends = ('A_log', 'A_b_log', '.D', '.D_b', 'dt_proj.bias', 'dt_proj_b.bias', 'pos_embed', 'cls_token')
+    assert undecayed == {n for n in names if n.endswith(ends)}
+
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_training_step_reaches_every_parameter(checkpointing):
+    model = create(drop_path_rate=0.1).train()
+    model.set_grad_checkpointing(checkpointing)
+    model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+
+
+@pytest.mark.slow
+def test_export_with_dynamic_batch():
+    model = create()
+    shapes = ({0: torch.export.Dim('batch', min=1, max=64)},)
+    exported = torch.export.export(model, (torch.randn(2, 3, 64, 64),), dynamic_shapes=shapes).module()
+    x = torch.randn(5, 3, 64, 64)
+    torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
