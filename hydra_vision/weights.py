@@ -114,18 +114,17 @@ def state_dict_of(held: Any, path: Path) -> dict[str, torch.Tensor]:
 
 
 def brief_mismatch(error: Exception) -> str:
-    """What `load_state_dict` says of a mismatch, in two short lines at most instead of a list of all keys."""
+    """What `load_state_dict` says of a mismatch, in one short line instead of a list of all keys."""
     text, parts = str(error), []
     for kind in ('Missing', 'Unexpected'):
         found = re.search(rf'{kind} key\(s\) in state_dict: (.*)', text)
         keys = re.findall(r'"([^"]+)"', found[1]) if found else []
         parts += [f'{len(keys)} {kind.lower()} (such as {", ".join(keys[:2])})'] if keys else []
-    lines = ['tensors: ' + ', '.join(parts)] if parts else []
     shapes = re.findall(r'size mismatch for (\S+): .*?torch.Size\((.*?)\).*?torch.Size\((.*?)\)', text)
     if shapes:
         name, theirs, ours = shapes[0]
-        lines.append(f'{len(shapes)} of another shape (such as {name}: {theirs} in the file, {ours} in the model)')
-    return '\n'.join(lines) or first_line(error)
+        parts.append(f'{len(shapes)} of another shape (such as {name}: {theirs} in the file, {ours} in the model)')
+    return 'tensors: ' + ', '.join(parts) if parts else first_line(error)
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -1,7 +1,7 @@
 """The rows of an ablation table, and the models that give them equal numbers of parameters."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ class Row:
     Attributes:
         name: Of the row, and of its runs.
         label: In tables and pictures.
-        mixer: Registered name.
+        mixer: Registered name, or a list of names that repeats over the blocks.
         data: Whether the matrix comes from parameters ('independent') or from the tokens.
         kwargs: Of the mixer.
         model: Other arguments of the model.
@@ -36,7 +36,7 @@ class Row:
 
     name: str
     label: str
-    mixer: str
+    mixer: str | Sequence[str]
     data: Literal['independent', 'dependent'] = 'dependent'
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -147,7 +147,7 @@ def _widths(config: Config, row: Row) -> Callable[[int], float]:
     """From a whole number to a value of ``row.adjust`` that the mixer can have."""
     if row.adjust == 'mlp_ratio':
         return lambda n: n / 16
-    built = _build(config, depth=1)
+    built = _build(config, row)
     headdim, d_model = getattr(built.blocks[0].mixer, 'headdim', None), built.embed_dim
     if headdim is None:
         raise UserError(f'row {row.name}: the mixer {row.mixer!r} has no headdim; adjust its mlp_ratio')
@@ -155,28 +155,23 @@ def _widths(config: Config, row: Row) -> Callable[[int], float]:
 
 
 def _count(recipe: Mapping[str, Any], model_kwargs: Mapping[str, Any], row: Row) -> int:
-    """Parameters of the model, counted without memory for them: two models of few blocks say what a deep one has."""
-    config = _config(recipe, model_kwargs, row)
-    try:
-        depth = config.model.kwargs.get('depth') or len(_build(config).blocks)
-        one, two = (sum(p.numel() for p in _build(config, depth=n).parameters()) for n in (1, 2))
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(
-            f'row {row.name}: cannot build {config.model.name} with {dict(model_kwargs)}: {error}'
-        ) from error
-    return one + (depth - 1) * (two - one)
+    """Parameters of the model, counted without memory for them."""
+    return sum(p.numel() for p in _build(_config(recipe, model_kwargs, row), row).parameters())
 
 
-def _build(config: Config, **kwargs: Any) -> nn.Module:
+def _build(config: Config, row: Row) -> nn.Module:
     model, size = config.model, config.data.img_size
-    return timm.create_model(
-        model.name,
-        num_classes=model.num_classes,
-        in_chans=model.in_chans,
-        img_size=size if isinstance(size, int) else tuple(size),
-        device='meta',
-        **{**model.kwargs, **kwargs},
-    )
+    try:
+        return timm.create_model(
+            model.name,
+            num_classes=model.num_classes,
+            in_chans=model.in_chans,
+            img_size=size if isinstance(size, int) else tuple(size),
+            device='meta',
+            **model.kwargs,
+        )
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(f'row {row.name}: cannot build {model.name} with {dict(model.kwargs)}: {error}') from error
 
 
 def _config(recipe: Mapping[str, Any], model_kwargs: Mapping[str, Any], row: Row) -> Config:

@@ -285,7 +285,7 @@ def _from_timm(
         own = {key: value for key, value in kwargs.items() if key != 'pretrained_cfg_overlay'}
         if weights is not None and 'loading state_dict' in str(error):
             text = f'the weights in {path} do not fit {name} with {own}'
-            raise FeatureError(f'{text}\n{brief_mismatch(error)}') from error
+            raise FeatureError(f'{text}; {brief_mismatch(error)}') from error
         raise FeatureError(f'cannot build {name} with {own}: {first_line(error)}') from error
     trained = (getattr(model, 'pretrained_cfg', None) or {}).get('num_classes')
     if not random_init and trained and getattr(model, 'num_classes', 0) not in (0, trained):

@@ -101,7 +101,7 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], na
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(f'the checkpoint does not fit {name}\n{brief_mismatch(error)}') from error
+        raise CheckpointError(f'the checkpoint does not fit {name}; {brief_mismatch(error)}') from error
 
 
 def find_checkpoint(text: str, name: str) -> Path:

@@ -70,6 +70,21 @@ def test_every_width_is_reached_and_what_is_too_large_is_rejected():
         fit_rows((rows['dense'],), reference, many_patches)
 
 
+def test_a_row_may_be_a_pattern_of_mixers():
+    recipe = read_recipe(str(FOLDER / 'cifar10.yaml'))
+    reference = next(row for row in read_family('table2').rows if row.name == 'quasiseparable-dd')
+    row = Row('hybrid', 'hybrid', ['hydra', 'hydra', 'hydra', 'attention'], kwargs={'headdim': 16})
+    target, hybrid = fit_rows((reference, row), reference, recipe)
+    kwargs = merge(recipe['model']['kwargs'], hybrid.model_kwargs)
+    model = timm.create_model('hydra_vit_nano', img_size=32, num_classes=10, device='meta', **kwargs)
+    assert len({type(block.mixer) for block in model.blocks}) == 2
+    assert hybrid.parameters == sum(p.numel() for p in model.parameters())
+    assert hybrid.parameters == pytest.approx(target.parameters, rel=0.05)
+    for mixer in ('hydar', ['hydra', 'attention', 'attention']):
+        with pytest.raises(UserError, match=r'^row odd: cannot build hydra_vit_nano .*mixer='):
+            fit_rows((reference, Row('odd', 'odd', mixer)), reference, recipe)
+
+
 def test_family_files_are_checked(tmp_path):
     def read(text):
         (tmp_path / 'mine.yaml').write_text(text)

@@ -343,8 +343,10 @@ def test_the_sum_over_d_is_never_materialised(name, dd):
 def test_on_the_gpu(case, grid):
     """Forward and backward with the default backend there, against float64 on the CPU; also under bf16 autocast."""
     name, kwargs = CASES[case]
-    if 'd_state' in kwargs:
+    if 'd_state' in kwargs:  # the kernels have no other
         kwargs = dict(kwargs, d_state=16)
+    elif 'd_state' in kwargs.get('linear_kwargs', {}):
+        kwargs = dict(kwargs, linear_kwargs=dict(kwargs['linear_kwargs'], d_state=16))
     mixer = make(name, kwargs, grid, d_model=64)
     u = tokens(grid[0] * grid[1], d_model=64)
     expected = mixer(u)
