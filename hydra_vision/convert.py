@@ -33,7 +33,7 @@ class MixerAttention(nn.Module):
     Args:
         mixer: The mixer.
         proj_drop: Dropout that followed the attention's last projection.
-        drop_position: Ignore rotary and relative position encodings that the model hands over; False refuses them.
+        drop_position: Ignore rotary and relative position encodings that the model hands over; False rejects them.
     """
 
     def __init__(self, mixer: nn.Module, proj_drop: nn.Module, drop_position: bool = False) -> None:
@@ -139,7 +139,7 @@ def swap_mixers(
 
     Raises:
         ValueError: No attention that can be swapped, a mixer or an index that does not exist, a position encoding that
-            would be lost, a size that the mixer refuses.
+            would be lost, a size that the mixer rejects.
         TypeError: An argument that the mixer does not take.
     """
     found = [(name, module) for name, module in model.named_modules() if type(module) in _ATTENTIONS]

@@ -1,4 +1,4 @@
-"""swap_mixers on timm's own models: what is replaced, what stays, what is refused."""
+"""swap_mixers on timm's own models: what is replaced, what stays, what is rejected."""
 
 import copy
 import io

@@ -11,7 +11,7 @@ import pytest
 SCRIPT = """
 import argparse, sys
 from pathlib import Path
-import neighbour                      # a module beside the script
+import neighbour                      # a module next to the script
 from torch.utils.data import DataLoader
 
 class Numbers:                        # spawned workers find it in __main__

@@ -1,4 +1,4 @@
-"""The simple feature pyramid: strides, widths, what it refuses."""
+"""The simple feature pyramid: strides, widths, what it rejects."""
 
 import pytest
 import timm

@@ -1,4 +1,4 @@
-"""Probes agree with scikit-learn, look at the test set once, and refuse features that do not belong together."""
+"""Probes agree with scikit-learn, look at the test set once, and reject features that do not belong together."""
 
 import json
 from pathlib import Path
