@@ -184,7 +184,7 @@ class Hydra(GatedMixer):
 
     @torch.jit.unused
     def _forward_late(self, zxbcdt: Tensor) -> Tensor:
-        """``forward`` from in_proj on; the norm's factor per token comes after out_proj where the kernels can."""
+        """``forward`` from in_proj's result on, the norm's factor a token applied after out_proj where the kernels can."""
         y, factors = hydra_inner_late(
             zxbcdt,
             self.conv1d.weight,
