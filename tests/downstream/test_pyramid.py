@@ -59,5 +59,5 @@ def test_bad_input():
         SimpleFeaturePyramid(64, 16, strides=(12,))
     with pytest.raises(ValueError, match='power of two'):
         SimpleFeaturePyramid(64, 14)
-    with pytest.raises(ValueError, match='one entry a stride'):
+    with pytest.raises(ValueError, match='one entry per stride'):
         SimpleFeaturePyramid(64, 16, out_channels=(8, 8))
