@@ -172,7 +172,7 @@ def test_recipes_that_do_not_fit_the_data(image_folder, loaders, sections, error
 
 
 def test_a_class_map_chooses_and_orders_classes(image_folder, tmp_path):
-    """Folders that it leaves out are none of the set; it holds a name a line and nothing else."""
+    """Folders that it leaves out are none of the set; it has one name per line and nothing else."""
     folder, path = image_folder(), tmp_path / 'map.txt'
     path.write_text('red\nblue\n')
     config = recipe(folder, data={'class_map': str(path)})
