@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import hydra_inner, quasiseparable_matrix
 from ..ops.dispatch import check_backend_name
@@ -99,6 +100,26 @@ def init_dt_bias_(dt_bias: Tensor, dt_min: float, dt_max: float, floor: float) -
     dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
 
+def _is_plain_projection(module: nn.Module) -> bool:
+    """Whether a module is y = W x and nothing sees its x and y, so that a factor per row may come after it.
+
+    What replaces it (an adapter, a quantised layer or weight) need not be linear, and a hook expects the normalised x.
+    """
+    return (
+        type(module) is nn.Linear
+        and module.bias is None
+        and type(module.weight) is nn.Parameter
+        and 'forward' not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and not _has_any_global_hook()
+    )
+
+
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 class Hydra(GatedMixer):
     """Bidirectional sequence mixer, (B, L, d_model) -> (B, L, d_model), linear in L.
 
@@ -184,7 +205,7 @@ class Hydra(GatedMixer):
 
     @torch.jit.unused
     def _forward_late(self, zxbcdt: Tensor) -> Tensor:
-        """``forward`` from in_proj's result on, the norm's factor a token applied after out_proj where the kernels can."""
+        """``forward`` from in_proj's result on; the norm's factor per token comes after out_proj where kernels can."""
         y, factors = hydra_inner_late(
             zxbcdt,
             self.conv1d.weight,
@@ -202,8 +223,7 @@ class Hydra(GatedMixer):
             init_states=self.init_states,
             eps=self.norm.eps,
             backend=self.backend,
-            # what replaces out_proj (an adapter, a quantised layer) need not be linear
-            late=type(self.out_proj) is nn.Linear and self.out_proj.bias is None,
+            late=_is_plain_projection(self.out_proj),
         )
         out = self.out_proj(y)
         return out if factors is None else scale_rows(out, factors)
@@ -211,7 +231,8 @@ class Hydra(GatedMixer):
     def forward(self, u: Tensor) -> Tensor:
         """Mix the tokens u (B, L, d_model)."""
         zxbcdt = self.in_proj(u)
-        if not torch.jit.is_scripting() and isinstance(zxbcdt, Tensor) and zxbcdt.is_cuda:
+        # An exported or traced graph may run where the kernels return no factors; for torch.fx zxbcdt is a proxy.
+        if not torch.jit.is_scripting() and isinstance(zxbcdt, Tensor) and zxbcdt.is_cuda and not _is_exporting():
             return self._forward_late(zxbcdt)
         y = _hydra_inner(
             zxbcdt,
