@@ -23,8 +23,14 @@ from .base import GatedMixer, check_sizes
 __all__ = ['Hydra']
 
 # torch.fx keeps the operator as one node: tracing into it would freeze shapes and backend. TorchScript calls it in
-# Python for the same reason.
+# Python for the same reason, by the name of an operator, so that what calls it can be saved. Who loads it imports
+# hydra_vision first.
 torch.fx.wrap('_hydra_inner')
+_SCHEMA = (
+    'hydra_inner_scripted(Tensor zxbcdt, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, Tensor A_log, '
+    'Tensor D, Tensor fc_D_weight, Tensor norm_weight, Tensor? init_states, int headdim, int d_state, int ngroups, '
+    'bool share_bc, float dt_min, float dt_max, float eps, str backend) -> Tensor'
+)
 
 
 @torch.jit.ignore
@@ -65,6 +71,11 @@ def _hydra_inner(
         eps=eps,
         backend=backend,
     )
+
+
+_LIBRARY = torch.library.Library('hydra_vision', 'FRAGMENT')
+_LIBRARY.define(_SCHEMA)
+_LIBRARY.impl('hydra_inner_scripted', _hydra_inner, 'CompositeImplicitAutograd')
 
 
 def check_step_sizes(dt_min: float, dt_max: float) -> None:
@@ -231,28 +242,49 @@ class Hydra(GatedMixer):
     def forward(self, u: Tensor) -> Tensor:
         """Mix the tokens u (B, L, d_model)."""
         zxbcdt = self.in_proj(u)
-        # An exported or traced graph may run where the kernels return no factors; for torch.fx zxbcdt is a proxy.
-        if not torch.jit.is_scripting() and isinstance(zxbcdt, Tensor) and zxbcdt.is_cuda and not _is_exporting():
-            return self._forward_late(zxbcdt)
-        y = _hydra_inner(
-            zxbcdt,
-            self.conv1d.weight,
-            self.conv1d.bias,
-            self.dt_bias,
-            self.A_log,
-            self.D,
-            self.fc_D.weight,
-            self.norm.weight,
-            self.init_states,
-            self.headdim,
-            self.d_state,
-            self.ngroups,
-            self.share_bc,
-            self.dt_limit_min,
-            self.dt_limit_max,
-            self.norm.eps,
-            self.backend,
-        )
+        if torch.jit.is_scripting():
+            y = torch.ops.hydra_vision.hydra_inner_scripted(
+                zxbcdt,
+                self.conv1d.weight,
+                self.conv1d.bias,
+                self.dt_bias,
+                self.A_log,
+                self.D,
+                self.fc_D.weight,
+                self.norm.weight,
+                self.init_states,
+                self.headdim,
+                self.d_state,
+                self.ngroups,
+                self.share_bc,
+                self.dt_limit_min,
+                self.dt_limit_max,
+                self.norm.eps,
+                self.backend,
+            )
+        else:
+            # An exported or traced graph may run where the kernels return no factors; for torch.fx zxbcdt is a proxy.
+            if isinstance(zxbcdt, Tensor) and zxbcdt.is_cuda and not _is_exporting():
+                return self._forward_late(zxbcdt)
+            y = _hydra_inner(
+                zxbcdt,
+                self.conv1d.weight,
+                self.conv1d.bias,
+                self.dt_bias,
+                self.A_log,
+                self.D,
+                self.fc_D.weight,
+                self.norm.weight,
+                self.init_states,
+                self.headdim,
+                self.d_state,
+                self.ngroups,
+                self.share_bc,
+                self.dt_limit_min,
+                self.dt_limit_max,
+                self.norm.eps,
+                self.backend,
+            )
         return self.out_proj(y)
 
     @torch.jit.ignore
