@@ -73,9 +73,10 @@ def _hydra_inner(
     )
 
 
-_LIBRARY = torch.library.Library('hydra_vision', 'FRAGMENT')
-_LIBRARY.define(_SCHEMA)
-_LIBRARY.impl('hydra_inner_scripted', _hydra_inner, 'CompositeImplicitAutograd')
+if not hasattr(torch.ops.hydra_vision, 'hydra_inner_scripted'):  # a second import keeps the operator of the first
+    _LIBRARY = torch.library.Library('hydra_vision', 'FRAGMENT')
+    _LIBRARY.define(_SCHEMA)
+    _LIBRARY.impl('hydra_inner_scripted', _hydra_inner, 'CompositeImplicitAutograd')
 
 
 def check_step_sizes(dt_min: float, dt_max: float) -> None:

@@ -119,9 +119,12 @@ def _reorder(x: Tensor, height: int, width: int, source: str, target: str, class
     return _Permute.apply(x, index, inverse)
 
 
-_LIBRARY = torch.library.Library('hydra_vision', 'FRAGMENT')
-_LIBRARY.define('reorder_scripted(Tensor x, int height, int width, str source, str target, int class_index) -> Tensor')
-_LIBRARY.impl('reorder_scripted', _reorder, 'CompositeImplicitAutograd')
+if not hasattr(torch.ops.hydra_vision, 'reorder_scripted'):  # a second import keeps the operator of the first
+    _LIBRARY = torch.library.Library('hydra_vision', 'FRAGMENT')
+    _LIBRARY.define(
+        'reorder_scripted(Tensor x, int height, int width, str source, str target, int class_index) -> Tensor'
+    )
+    _LIBRARY.impl('reorder_scripted', _reorder, 'CompositeImplicitAutograd')
 
 
 class _Permute(torch.autograd.Function):
