@@ -30,6 +30,12 @@ class UserError(Exception):
     """Anything the user can mend: its text is the whole message."""
 
     exit_code = 2
+    shared = False  # whether every process of a run ends with it: then one of them reports it
+
+    def of_all(self) -> 'UserError':
+        """The error, marked as one that every process ends with."""
+        self.shared = True
+        return self
 
 
 class MissingExtraError(UserError, ImportError):
@@ -44,12 +50,6 @@ class TrainError(UserError):
     """Data, a checkpoint, the disk or the loss failed."""
 
     exit_code = 1
-    shared = False  # whether every process of the run ends with it: then one of them reports it
-
-    def of_all(self) -> 'TrainError':
-        """The error, marked as one that every process ends with."""
-        self.shared = True
-        return self
 
 
 class ConfigError(TrainError):

@@ -38,6 +38,7 @@ __all__ = [
 
 FORMATS = ('.npy', '.safetensors', '.parquet')
 _LOG_FIELDS = ('row', 'path', 'class', 'error')
+_CARD_KEYS = {'model', 'images', 'shape', 'dtype', 'pool', 'layers', 'widths', 'labelled'}  # what reading needs
 _NAMES = {'weights', 'images'}  # the same by another path; fingerprint, sample and lines say whether they are
 _SHARD_SECONDS = 10.0  # at most this much work is lost in a kill
 _SHARD_BYTES = 64 * 1024**2  # of rows in memory
@@ -122,7 +123,12 @@ def load_features(path: str | Path) -> Features:
             raise FeatureError(f'{path} has no {other.name} next to it; it was not written by hydra-vision extract')
     card, lines = _read_card(card_path(path)), _read_log(path)
     kept = [line for line in lines if line['row'] != '']
-    rows = _count_rows(path)
+    try:
+        rows = _count_rows(path)
+        if path.suffix != '.parquet':  # which would be read whole
+            _open_array(path, (rows, *card['shape']), card['dtype'])
+    except (OSError, EOFError, ValueError, SafetensorError) as error:  # those of pyarrow are OSError and ValueError
+        raise FeatureError(f'{path} is damaged: remove it and extract again') from error
     if [line['row'] for line in kept] != [str(row) for row in range(rows)]:
         raise FeatureError(f'{path} has {rows} rows, {log_path(path).name} lists {len(kept)} others')
     return Features(
@@ -136,9 +142,12 @@ def load_features(path: str | Path) -> Features:
 
 def _read_card(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        card = json.loads(path.read_text())
+        if not isinstance(card, dict) or not card.keys() >= _CARD_KEYS:
+            raise ValueError('not a card')
     except ValueError as error:
         raise FeatureError(f'{path} is damaged: extract to another file, or remove it') from error
+    return card
 
 
 def _read_log(file: Path) -> list[dict[str, str]]:
@@ -216,8 +225,8 @@ class FeatureWriter:
         self.done = 0  # images, those of this shard included
         self.shards: list[Path] = []
         self.skipped: list[str] = []
-        self._rows: list[np.ndarray] = []
-        self._errors: list[str] = []
+        self._start = 0  # images in finished shards
+        self._pending: list[tuple[np.ndarray, list[str]]] = []
         self._begun = time.monotonic()
 
     def open(self, overwrite: bool) -> bool:
@@ -237,6 +246,7 @@ class FeatureWriter:
         if self.target.exists():
             self._remove_folder()  # of a process that was killed after its last step
             return False
+        self._start = self.done
         self.folder.mkdir(exist_ok=True)
         write_text(self.folder / 'card.json', json.dumps(self.card, indent=2) + '\n')
         return True
@@ -250,13 +260,12 @@ class FeatureWriter:
 
     def add(self, features: np.ndarray, errors: list[str]) -> None:
         """Take the rows of the next images; `errors` has an entry for each, '' for those that have a row."""
-        self._rows.append(features)
-        for error in errors:
+        self._pending.append((features, errors))  # in one step: an interruption must not part rows from their images
+        for image, error in zip(self.source.paths[self.done :], errors):
             if error:
-                self.skipped.append(f'{self.source.paths[self.done]}: {error}')
-            self.done += 1
-        self._errors += errors
-        large = sum(rows.nbytes for rows in self._rows) >= _SHARD_BYTES
+                self.skipped.append(f'{image}: {error}')
+        self.done += len(errors)
+        large = sum(rows.nbytes for rows, _ in self._pending) >= _SHARD_BYTES
         if large or time.monotonic() - self._begun > _SHARD_SECONDS:
             self._flush()
 
@@ -288,21 +297,19 @@ class FeatureWriter:
 
     def _flush(self) -> None:
         """The images since the last shard as a new one."""
-        if not self._errors:
+        if not self._pending:
             return
-        start = self.done - len(self._errors)
-        path = self.folder / f'{start:012d}.safetensors'
-        metadata = {
-            'paths': json.dumps([*self.source.paths[start : self.done]]),
-            'errors': json.dumps(self._errors),
-        }
-        rows = [each for each in self._rows if len(each)]
+        errors = [error for _, each in self._pending for error in each]
+        end = self._start + len(errors)
+        path = self.folder / f'{self._start:012d}.safetensors'
+        metadata = {'paths': json.dumps([*self.source.paths[self._start : end]]), 'errors': json.dumps(errors)}
+        rows = [each for each, _ in self._pending if len(each)]
         dtype, shape = np.dtype(self.card['dtype']), tuple(self.card['shape'])
         features = np.concatenate(rows) if rows else np.empty((0, *shape), dtype)
         data = safetensors.numpy.save({'features': np.ascontiguousarray(features, dtype)}, metadata)
         write_atomically(path, lambda file: file.write(data))
         self.shards.append(path)
-        self._rows, self._errors = [], []
+        self._start, self._pending = end, []
         self._begun = time.monotonic()
 
     def _conflict(self) -> str:

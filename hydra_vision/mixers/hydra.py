@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import hydra_inner, quasiseparable_matrix
 from ..ops.dispatch import check_backend_name
@@ -22,8 +23,14 @@ from .base import GatedMixer, check_sizes
 __all__ = ['Hydra']
 
 # torch.fx keeps the operator as one node: tracing into it would freeze shapes and backend. TorchScript calls it in
-# Python for the same reason.
+# Python for the same reason, by the name of an operator, so that what calls it can be saved. Who loads it imports
+# hydra_vision first.
 torch.fx.wrap('_hydra_inner')
+_SCHEMA = (
+    'hydra_inner_scripted(Tensor zxbcdt, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, Tensor A_log, '
+    'Tensor D, Tensor fc_D_weight, Tensor norm_weight, Tensor? init_states, int headdim, int d_state, int ngroups, '
+    'bool share_bc, float dt_min, float dt_max, float eps, str backend) -> Tensor'
+)
 
 
 @torch.jit.ignore
@@ -66,6 +73,12 @@ def _hydra_inner(
     )
 
 
+if not hasattr(torch.ops.hydra_vision, 'hydra_inner_scripted'):  # a second import keeps the operator of the first
+    _LIBRARY = torch.library.Library('hydra_vision', 'FRAGMENT')
+    _LIBRARY.define(_SCHEMA)
+    _LIBRARY.impl('hydra_inner_scripted', _hydra_inner, 'CompositeImplicitAutograd')
+
+
 def check_step_sizes(dt_min: float, dt_max: float) -> None:
     """Raises ValueError for an empty range of initial step sizes."""
     if not 0 < dt_min <= dt_max:
@@ -97,6 +110,26 @@ def init_dt_bias_(dt_bias: Tensor, dt_min: float, dt_max: float, floor: float) -
     dt = torch.empty_like(dt_bias, dtype=torch.float32)
     dt.uniform_(math.log(dt_min), math.log(dt_max)).exp_().clamp_(min=floor)
     dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
+def _is_plain_projection(module: nn.Module) -> bool:
+    """Whether a module is y = W x and nothing sees its x and y, so that a factor per row may come after it.
+
+    What replaces it (an adapter, a quantised layer or weight) need not be linear, and a hook expects the normalised x.
+    """
+    return (
+        type(module) is nn.Linear
+        and module.bias is None
+        and type(module.weight) is nn.Parameter
+        and 'forward' not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and not _has_any_global_hook()
+    )
+
+
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 class Hydra(GatedMixer):
@@ -184,7 +217,7 @@ class Hydra(GatedMixer):
 
     @torch.jit.unused
     def _forward_late(self, zxbcdt: Tensor) -> Tensor:
-        """``forward`` from in_proj's result on, the norm's factor a token applied after out_proj where the kernels can."""
+        """``forward`` from in_proj's result on; the norm's factor per token comes after out_proj where kernels can."""
         y, factors = hydra_inner_late(
             zxbcdt,
             self.conv1d.weight,
@@ -202,8 +235,7 @@ class Hydra(GatedMixer):
             init_states=self.init_states,
             eps=self.norm.eps,
             backend=self.backend,
-            # what replaces out_proj (an adapter, a quantised layer) need not be linear
-            late=type(self.out_proj) is nn.Linear and self.out_proj.bias is None,
+            late=_is_plain_projection(self.out_proj),
         )
         out = self.out_proj(y)
         return out if factors is None else scale_rows(out, factors)
@@ -211,27 +243,49 @@ class Hydra(GatedMixer):
     def forward(self, u: Tensor) -> Tensor:
         """Mix the tokens u (B, L, d_model)."""
         zxbcdt = self.in_proj(u)
-        if not torch.jit.is_scripting() and isinstance(zxbcdt, Tensor) and zxbcdt.is_cuda:
-            return self._forward_late(zxbcdt)
-        y = _hydra_inner(
-            zxbcdt,
-            self.conv1d.weight,
-            self.conv1d.bias,
-            self.dt_bias,
-            self.A_log,
-            self.D,
-            self.fc_D.weight,
-            self.norm.weight,
-            self.init_states,
-            self.headdim,
-            self.d_state,
-            self.ngroups,
-            self.share_bc,
-            self.dt_limit_min,
-            self.dt_limit_max,
-            self.norm.eps,
-            self.backend,
-        )
+        if torch.jit.is_scripting():
+            y = torch.ops.hydra_vision.hydra_inner_scripted(
+                zxbcdt,
+                self.conv1d.weight,
+                self.conv1d.bias,
+                self.dt_bias,
+                self.A_log,
+                self.D,
+                self.fc_D.weight,
+                self.norm.weight,
+                self.init_states,
+                self.headdim,
+                self.d_state,
+                self.ngroups,
+                self.share_bc,
+                self.dt_limit_min,
+                self.dt_limit_max,
+                self.norm.eps,
+                self.backend,
+            )
+        else:
+            # An exported or traced graph may run where the kernels return no factors; for torch.fx zxbcdt is a proxy.
+            if isinstance(zxbcdt, Tensor) and zxbcdt.is_cuda and not _is_exporting():
+                return self._forward_late(zxbcdt)
+            y = _hydra_inner(
+                zxbcdt,
+                self.conv1d.weight,
+                self.conv1d.bias,
+                self.dt_bias,
+                self.A_log,
+                self.D,
+                self.fc_D.weight,
+                self.norm.weight,
+                self.init_states,
+                self.headdim,
+                self.d_state,
+                self.ngroups,
+                self.share_bc,
+                self.dt_limit_min,
+                self.dt_limit_max,
+                self.norm.eps,
+                self.backend,
+            )
         return self.out_proj(y)
 
     @torch.jit.ignore

@@ -86,7 +86,6 @@ def _sign(value: int) -> int:
     return (value > 0) - (value < 0)
 
 
-@torch.jit.ignore
 def reorder(x: Tensor, height: int, width: int, source: str, target: str, class_index: int) -> Tensor:
     """Bring a sequence from one order to another.
 
@@ -98,6 +97,15 @@ def reorder(x: Tensor, height: int, width: int, source: str, target: str, class_
         target: Order of the result.
         class_index: Where the class token stands before and after; -1 without one.
     """
+    if torch.jit.is_scripting():  # an operator, which can be saved
+        y: Tensor = torch.ops.hydra_vision.reorder_scripted(x, height, width, source, target, class_index)
+        return y
+    else:
+        return _reorder(x, height, width, source, target, class_index)
+
+
+@torch.jit.ignore
+def _reorder(x: Tensor, height: int, width: int, source: str, target: str, class_index: int) -> Tensor:
     if source == target:
         return x
     if torch.jit.is_tracing():  # sizes are tensors there, and a trace with a Python function cannot be saved
@@ -109,6 +117,14 @@ def reorder(x: Tensor, height: int, width: int, source: str, target: str, class_
     else:
         index, inverse = _indices(height, width, source, target, class_index, x.device)
     return _Permute.apply(x, index, inverse)
+
+
+if not hasattr(torch.ops.hydra_vision, 'reorder_scripted'):  # a second import keeps the operator of the first
+    _LIBRARY = torch.library.Library('hydra_vision', 'FRAGMENT')
+    _LIBRARY.define(
+        'reorder_scripted(Tensor x, int height, int width, str source, str target, int class_index) -> Tensor'
+    )
+    _LIBRARY.impl('reorder_scripted', _reorder, 'CompositeImplicitAutograd')
 
 
 class _Permute(torch.autograd.Function):

@@ -48,6 +48,8 @@ def mix_exported(
     """
     batch, L, H, P = x.shape
     G, N = B_f.shape[2:]
+    if torch.jit.is_tracing():  # by torch.onnx.export(dynamo=False): sizes are tensors there
+        L, H, P, G, N = (int(n) for n in (L, H, P, G, N))
     acc = accumulation_dtype(x.dtype)
     symbolic = isinstance(L, torch.SymInt)
     if symbolic:
@@ -95,7 +97,7 @@ def mix_exported(
         read = (row - total.clamp(min=0.0)).to(acc).exp()
         Bt, Ct = (_per_head(torch.stack(pair, 2), H) for pair in ((Bt_f, Bt_b), (C_f, C_b)))  # (B, c, 2, H, ...)
         states = (Bt * write.unsqueeze(-2)) @ xc.unsqueeze(2)  # (B, c, 2, H, N, P)
-        start = None if init_states is None else _as(init_states, acc).mT
+        start = None if init_states is None else _as(init_states, acc).transpose(-1, -2)
         entering = _scan(states, total.squeeze(-1), start)
         y = y + ((Ct * read.unsqueeze(-1)) @ entering).sum(2)
 
@@ -120,7 +122,10 @@ def _shares(signed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _per_head(t: Tensor, H: int) -> Tensor:
     """(..., G, a, b) -> (..., 1 or H, a, b), to be broadcast: head h reads group h * G // H."""
     G = t.shape[-3]
-    return t if G == 1 else t.repeat_interleave(H // G, -3)
+    if G == 1:
+        return t
+    # not by repeat_interleave, whose negative dimensions the TorchScript exporter of ONNX gets wrong
+    return t.unsqueeze(-3).expand(*(-1,) * (t.ndim - 2), H // G, -1, -1).flatten(-4, -3)
 
 
 def _scan(states: Tensor, log_decay: Tensor, start: Optional[Tensor]) -> Tensor:
@@ -137,7 +142,7 @@ def _scan(states: Tensor, log_decay: Tensor, start: Optional[Tensor]) -> Tensor:
     row, col, total = _shares(signed)
     i = torch.arange(states.shape[1], device=states.device)
     later = i.unsqueeze(-1) > i
-    before = torch.stack([later, later.mT]).unsqueeze(1)  # (2, 1, c, c)
+    before = torch.stack([later, later.transpose(0, 1)]).unsqueeze(1)  # (2, 1, c, c)
     exponent = (row.unsqueeze(-1) + col.unsqueeze(-2)).masked_fill(~before, float('-inf'))
     weight = exponent.to(states.dtype).exp()  # (B, 2, H, c, c)
     flat = states.flatten(4).permute(0, 2, 3, 1, 4)  # (B, 2, H, c, N * P)

@@ -97,7 +97,9 @@ def mix_unchecked(
     """The operator on arguments known to fit, by a backend that can run. Autocast does not reach inside."""
     if name == 'triton':
         from .triton.api import quasiseparable_mix as mix  # lazily: importing hydra_vision must not import Triton
-    elif name == 'chunked' and (torch.compiler.is_exporting() or isinstance(x.shape[1], torch.SymInt)):
+    elif name == 'chunked' and (
+        torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or isinstance(x.shape[1], torch.SymInt)
+    ):
         mix = mix_exported
     else:
         mix = {'reference': mix_dense, 'chunked': mix_chunked, 'mamba_ssm': mix_mamba_ssm}[name]

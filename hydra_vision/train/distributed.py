@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..errors import ConfigError, TrainError, first_line
+from ..errors import ConfigError, UserError, first_line
 from .signals import Stopped
 
 
@@ -69,12 +69,12 @@ class World:
         Without this the others would wait for it forever. No collective call may be in the block.
 
         Raises:
-            TrainError: The error of the lowest rank that has one.
+            UserError: The error of the lowest rank that has one.
         """
-        error: TrainError | None = None
+        error: UserError | None = None
         try:
             yield
-        except TrainError as raised:
+        except UserError as raised:
             error = raised
         if self.size == 1:
             if error is not None:
@@ -135,7 +135,7 @@ def connected(world: World) -> Iterator[None]:
     except Stopped:
         dist.destroy_process_group()
         raise
-    except TrainError as error:
+    except UserError as error:
         if error.shared:  # otherwise the others are in the middle of something, and torchrun ends them
             dist.destroy_process_group()
         raise

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
-from ..errors import CheckpointError, ConfigError, TrainError, UserError, nearest, user_text
+from ..errors import CheckpointError, ConfigError, UserError, nearest, user_text
 from ..io import write_text
 from .checkpoint import (
     BEST,
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'train_imagenet.py') -> 
         errors.print(f'error: {death}', soft_wrap=True)
         return death.exit_code
     except UserError as error:
-        if world.primary or not getattr(error, 'shared', False):
+        if world.primary or not error.shared:
             rank = '' if world.primary else f' (rank {world.rank})'
             errors.print(f'error: {user_text(error)}{rank}', soft_wrap=True)
         return error.exit_code
@@ -268,7 +268,7 @@ def _train(
         with world.together():
             if world.primary:
                 _prepare(folder, trainer, checkpoint, state, console)
-    except TrainError as error:
+    except UserError as error:
         error.of_all()  # what `together` does not cover follows from the recipe and the checkpoint alone
         if created and world.primary:
             shutil.rmtree(folder, ignore_errors=True)  # nothing was started: leave no empty run behind

@@ -10,7 +10,7 @@ from timm.data import ImageDataset, create_dataset
 from timm.data.readers import add_img_extensions
 from torch.utils.data import Dataset
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from ..images import SUFFIXES, FolderReader
 from ..io import to_path
 from .config import DIGITS, PARQUET, SYNTHETIC, Config
@@ -179,7 +179,10 @@ def _open(config: Config, split: str, is_training: bool, world: World) -> Split:
         kwargs['batch_size'] = batch_size or local_batch(data.batch_size, world.size, config.augment.mixes)
     if data.name == '' and root.is_dir():
         suffixes = data.input_key.split(';') if data.input_key else SUFFIXES
-        folder = FolderReader(root, data.class_map or '', suffixes)
+        try:
+            folder = FolderReader(root, data.class_map or '', suffixes)
+        except (OSError, ValueError, AssertionError) as error:  # of timm's reader of class maps
+            raise DataError(f'data.class_map={data.class_map!r} cannot be read: {first_line(error)}') from error
         dataset = ImageDataset(str(root), reader=folder, input_img_mode=kwargs['input_img_mode'])
         _check_folder(root, folder.samples, None if data.class_map is None else _class_names(dataset))
         return Split(dataset, name, _class_names(dataset))

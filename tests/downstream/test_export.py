@@ -187,3 +187,28 @@ def test_bad_input(tmp_path, capsys):
             ['export', 'onnx', '--model', 'test_hydra_vit', '--random-init', '--output', str(new), '--mean', '0,0,0']
         )
     assert sorted(p.name for p in tmp_path.iterdir()) == ['big.onnx.data', 'there.onnx']
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::UserWarning')
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(),
+        dict(img_size=272),  # more than one chunk
+        dict(scan_order='hilbert'),
+        dict(class_token=True, class_token_position='middle', pos_embed='learn'),
+        dict(learnable_init_states=True, ngroups=2),
+    ],
+)
+def test_the_torchscript_exporter_knows_every_operator(tmp_path, kwargs):
+    """timm's onnx_export.py uses it where dynamo is not asked for."""
+    runtime = pytest.importorskip('onnxruntime')
+    kwargs = {'img_size': 64, 'headdim': 16, **kwargs}
+    model = timm.create_model('test_hydra_vit', depth=1, num_classes=3, exportable=True, **kwargs).eval()
+    path, axes = tmp_path / 'model.onnx', {'x': {0: 'batch'}}
+    example = torch.randn(2, 3, kwargs['img_size'], kwargs['img_size'])
+    torch.onnx.export(model, (example,), path, dynamo=False, opset_version=17, input_names=['x'], dynamic_axes=axes)
+    x = torch.cat([example, -example])[:3]
+    (found,) = runtime.InferenceSession(path).run(None, {'x': x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-3, atol=1e-5)

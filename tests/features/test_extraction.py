@@ -463,3 +463,43 @@ def test_damaged_files_are_errors(backbone, folder, tmp_path):
         load_features(out)
     with pytest.raises(FeatureError, match='no file'):
         load_features(tmp_path / 'h.npy')
+
+
+@pytest.mark.parametrize('suffix', files.FORMATS)
+def test_damaged_rows_are_errors(backbone, folder, tmp_path, suffix):
+    if suffix == '.parquet':
+        pytest.importorskip('pyarrow')
+    out = tmp_path / f'f{suffix}'
+    extract(folder, out, model=backbone, workers=0)
+    rows = out.read_bytes()
+    for damaged in (b'', b'x' * 100, rows[:60], rows[:-60]):
+        out.write_bytes(damaged)
+        with pytest.raises(FeatureError, match=rf'f{suffix} is damaged'):
+            load_features(out)
+
+
+@pytest.mark.parametrize('text', ['[]', '{}'])
+def test_another_json_in_place_of_the_card_is_an_error(backbone, folder, tmp_path, text):
+    out = tmp_path / 'f.npy'
+    extract(folder, out, model=backbone, workers=0)
+    (tmp_path / 'f.npy.json').write_text(text)
+    for use in (load_features, lambda path: extract(folder, path, model=backbone, workers=0)):
+        with pytest.raises(FeatureError, match=r'f\.npy\.json is damaged'):
+            use(out)
+
+
+def test_an_interruption_between_rows_and_their_names_parts_nothing(backbone, folder, tmp_path):
+    class Paths(list):
+        def __getitem__(self, index):
+            if index == slice(6, None):
+                raise KeyboardInterrupt
+            return super().__getitem__(index)
+
+    kwargs = dict(model=backbone, workers=0, batch_size=3)
+    source, out, whole = open_images(folder), tmp_path / 'f.npy', tmp_path / 'whole.npy'
+    with pytest.raises(KeyboardInterrupt):
+        extract(dataclasses.replace(source, paths=Paths(source.paths)), out, **kwargs)
+    extract(folder, out, **kwargs)
+    extract(folder, whole, **kwargs)
+    assert out.read_bytes() == whole.read_bytes()
+    assert Path(f'{out}.csv').read_bytes() == Path(f'{whole}.csv').read_bytes()

@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.nn.utils.prune
 
 from hydra_vision import Hydra
+from hydra_vision.mixers import hydra
 
 
 class ReleasedLayout(nn.Module):
@@ -178,3 +180,57 @@ def test_expand_need_not_be_whole():
 def test_unknown_argument_is_a_type_error():
     with pytest.raises(TypeError):
         Hydra(64, chunk=3)
+
+
+def _late_seen(mixer, monkeypatch):
+    """What ``_forward_late`` asks the operator for, and its result."""
+    asked = []
+
+    def operator(zxbcdt, *args, late, **kwargs):
+        asked.append(late)
+        y = hydra.hydra_inner(zxbcdt, *args, **kwargs)
+        return (2 * y, torch.full(y.shape[:2], 0.5)) if late else (y, None)
+
+    monkeypatch.setattr(hydra, 'hydra_inner_late', operator)
+    monkeypatch.setattr(hydra, 'scale_rows', lambda x, factors: x * factors.unsqueeze(-1))
+    u = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0))
+    out = mixer._forward_late(mixer.in_proj(u))
+    torch.testing.assert_close(out, mixer(u))
+    return asked[0]
+
+
+def _subclass(mixer):
+    mixer.out_proj = type('Adapted', (nn.Linear,), {})(128, 64, bias=False)
+
+
+def _parametrised(mixer):
+    torch.nn.utils.parametrizations.weight_norm(mixer.out_proj)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        _subclass,
+        _parametrised,
+        lambda mixer: torch.nn.utils.prune.l1_unstructured(mixer.out_proj, 'weight', 0.5),
+        lambda mixer: mixer.out_proj.register_forward_hook(lambda *args: None),
+        lambda mixer: mixer.out_proj.register_forward_pre_hook(lambda *args: None),
+        lambda mixer: mixer.out_proj.register_full_backward_hook(lambda *args: None),
+        lambda mixer: setattr(mixer.out_proj, 'forward', lambda x: nn.Linear.forward(mixer.out_proj, x)),
+        lambda mixer: mixer.out_proj.register_parameter('bias', nn.Parameter(torch.ones(64))),
+    ],
+)
+def test_the_norms_factor_waits_only_for_a_plain_out_proj(change, monkeypatch):
+    """Whatever replaces, changes or watches out_proj is given the normalised rows."""
+    mixer = Hydra(64, d_state=16)
+    assert _late_seen(mixer, monkeypatch) is True
+    change(mixer)
+    assert _late_seen(mixer, monkeypatch) is False
+
+
+def test_the_norms_factor_does_not_wait_under_global_hooks(monkeypatch):
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        assert _late_seen(Hydra(64, d_state=16), monkeypatch) is False
+    finally:
+        handle.remove()

@@ -483,11 +483,25 @@ def test_drop_rates_reach_their_places():
 
 
 @pytest.mark.parametrize('kwargs', VARIANTS)
-def test_torchscript(kwargs):
+@pytest.mark.parametrize('frozen', [False, True])
+def test_torchscript_is_saved_and_loaded(tmp_path, kwargs, frozen):
     with set_scriptable(True):
         model = create(**kwargs)
     expected = model(images())
-    torch.testing.assert_close(torch.jit.script(model)(images()), expected)
+    scripted = torch.jit.freeze(torch.jit.script(model)) if frozen else torch.jit.script(model)
+    torch.testing.assert_close(scripted(images()), expected)
+    torch.jit.save(scripted, tmp_path / 'model.pt')
+    torch.testing.assert_close(torch.jit.load(tmp_path / 'model.pt')(images()), expected)
+
+
+def test_torchscript_learns():
+    model = create()
+    torch.jit.script(model)(images()).sum().backward()
+    scripted = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(images()).sum().backward()
+    for found, p in zip(scripted, model.parameters(), strict=True):
+        torch.testing.assert_close(found, p.grad)
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::torch.jit.TracerWarning')

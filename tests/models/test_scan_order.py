@@ -138,11 +138,12 @@ def test_other_sizes(order):
 
 
 @pytest.mark.parametrize('order', ['column', 'alternate', 'hilbert'])
-def test_fx_script_and_checkpointing(order):
+def test_fx_script_and_checkpointing(order, tmp_path):
     model, x = tiny(order, class_token=True, class_token_position='middle'), torch.randn(2, 3, 48, 80)
     expected = model(x)
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
-    torch.testing.assert_close(torch.jit.script(model)(x), expected)
+    torch.jit.save(torch.jit.script(model), tmp_path / 'model.pt')
+    torch.testing.assert_close(torch.jit.load(tmp_path / 'model.pt')(x), expected)
     expected.sum().backward()
     plain = model.patch_embed.proj.weight.grad.clone()
     model.zero_grad()

@@ -189,6 +189,9 @@ def test_a_class_map_chooses_and_orders_classes(image_folder, tmp_path):
             sources.open_splits(config)
     with pytest.raises(DataError, match=r'is not a file'):
         sources.open_splits(recipe(folder, data={'class_map': 'none.txt'}))
+    (tmp_path / 'map.json').write_text('{}')
+    with pytest.raises(DataError, match=r'map\.json. cannot be read'):
+        sources.open_splits(recipe(folder, data={'class_map': str(tmp_path / 'map.json')}))
     path.write_text('red\nblue\nyellow\n')
     (folder / 'train' / 'yellow').mkdir()
     with pytest.raises(DataError, match=r'without an image: yellow'):

@@ -117,6 +117,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tiny, run, processes
         (('--batch-size', '6', '--set', 'augment.mixup=1'), 'mixup and cutmix need an even number: multiples of 4'),
         (('--lr', '-1'), 'optim.lr=-1 is not valid'),
         (('--resume', 'nowhere.pt'), "no checkpoint 'nowhere.pt'"),
+        (('--resume', '~no_such_user/run'), "--resume='~no_such_user/run'"),
         (
             ('--set', 'distributed.strategy=fsdp', '--set', 'optim.clip_grad=1', '--set', 'optim.clip_mode=agc'),
             'shards',
