@@ -7,11 +7,9 @@ compute-sanitizer: racecheck, synccheck.
 """
 
 import torch
-from triton_checks import inner_arguments, mix_arguments, value_and_grads
+from triton_checks import hydra_inner, inner_arguments, mix_arguments, value_and_grads
 
 from hydra_vision.ops.triton.api import quasiseparable_mix
-
-from triton_checks import hydra_inner
 from hydra_vision.ops.triton.layernorm import layer_norm
 from hydra_vision.ops.triton.plan import forced_launch
 from hydra_vision.ops.triton.table import Launch

@@ -12,7 +12,7 @@ import pytest
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='the package triton is not installed')
 def test_kernels_in_the_interpreter():
-    names = ('test_triton_kernels.py', 'test_triton_layernorm.py')
+    names = ('test_chunks.py', 'test_triton_kernels.py', 'test_triton_layernorm.py')
     targets = [str(Path(__file__).with_name(name)) for name in names]
     result = subprocess.run(
         [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', *targets],

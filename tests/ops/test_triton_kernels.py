@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from triton_checks import check_inner, check_mix, inner_arguments, mix_arguments, value_and_grads
+from triton_checks import check_inner, check_mix, inner_arguments, mix_arguments, poison_memory, value_and_grads
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
@@ -53,13 +53,6 @@ def plans(monkeypatch):
     """Those of the forwards that the test runs, with fresh memory full of NaN: what nobody computes nobody may read."""
     from hydra_vision.ops.triton import function, inner, mixing
 
-    def poisoned(make):
-        def fresh(*args, **kwargs):
-            t = make(*args, **kwargs)
-            return t.fill_(float('nan')) if t.is_floating_point() else t
-
-        return fresh
-
     def mix_forward(plan, *args):
         found.append(plan)
         return mixing.mix_forward(plan, *args)
@@ -67,8 +60,7 @@ def plans(monkeypatch):
     found = []
     for module in (function, inner):
         monkeypatch.setattr(module, 'mix_forward', mix_forward)
-    for name in ('empty', 'empty_like'):
-        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    poison_memory(monkeypatch)
     return found
 
 
@@ -216,8 +208,9 @@ def test_saved_tensors_given_back_in_another_layout():
 
 
 def test_empty_batch():
-    from hydra_vision.ops.triton.api import quasiseparable_mix
     from triton_checks import hydra_inner
+
+    from hydra_vision.ops.triton.api import quasiseparable_mix
 
     tensors = [None if t is None else t.to(DEVICE) for t in inner_arguments(0, 9, 2, 16, 1, 16)]
     y, *grads = value_and_grads(lambda a: hydra_inner(*a[:8], headdim=16, d_state=16), tensors)
@@ -246,8 +239,9 @@ def test_second_derivative_is_refused():
 
 
 def test_transforms_are_refused():
-    from hydra_vision.ops.triton.api import quasiseparable_mix
     from triton_checks import hydra_inner
+
+    from hydra_vision.ops.triton.api import quasiseparable_mix
 
     arguments = [None if t is None else t.to(DEVICE) for t in mix_arguments(1, 3, 1, 16, 1, 16)]
     with pytest.raises(RuntimeError, match=r'transforms of torch\.func'):
