@@ -509,10 +509,11 @@ def in_chunks(
 ) -> bool:
     """Whether a problem runs in whole chunks: on Hopper, in the form of the models; elsewhere in tiles.
 
-    Neither batch nor length decides: an image's bits do not depend on them.
+    Neither batch nor length decides: an image's bits do not depend on them. Tensors on the meta device are those of a
+    recording (offline.py).
     """
     fits = dtype == torch.bfloat16 and P == N == 64 and G == 1 and H <= MOST_HEADS and d_conv == 7 and not starts
-    return fits and device.type == 'cuda' and not launch_is_forced() and architecture(device) == 90
+    return fits and device.type in ('cuda', 'meta') and not launch_is_forced() and architecture(device) == 90
 
 
 def chunks_of(plan: Plan, start: Optional[Tensor] = None, d_conv: int = 7) -> Optional['Chunks']:

@@ -146,18 +146,19 @@ def make_plan(B: int, L: int, H: int, P: int, G: int, N: int, like: Tensor, laun
         ValueError: headdim or d_state that has no kernel, or a sequence that is too long.
         TypeError: a dtype that has no kernel.
     """
-    arch = ARCH_WITHOUT_DEVICE
-    if like.device.type == 'cuda':
-        arch = architecture(like.device)
     interpreted = os.environ.get('TRITON_INTERPRET') == '1'
     launch = launch or _forced
     plan = _plan if launch is None else _plan.__wrapped__  # launches are not hashable
-    return plan(B, L, H, P, G, N, like.dtype, like.device, launch, arch, interpreted)
+    return plan(B, L, H, P, G, N, like.dtype, like.device, launch, architecture(like.device), interpreted)
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability times ten; of a device that is no GPU, that whose launch table is used."""
+    return _capability(device) if device.type == 'cuda' else ARCH_WITHOUT_DEVICE
 
 
 @cache
-def architecture(device: torch.device) -> int:
-    """Compute capability times ten."""
+def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
