@@ -708,11 +708,12 @@ def backward(
     score_grads(c, x, dy, S, table, *sums, dS, dST)
     outer = None if entering is None else c.empty(c.B * c.nC, c.H, 4, 256)
     unused = totals
+    stages = 2 if entering is None else 4
     launch(chunk_bc_grads_kernel, (4 * c.NT * c.B * c.nC,),
         x, dy, *bc, dS, dST, table, totals, unused if entering is None else entering,
         unused if leaving is None else leaving, unused if outer is None else outer, *dbc, *strides,
         B_f.stride(0), B_f.stride(1), dbc[0].stride(0), dbc[0].stride(1), c.L, c.H, c.nC,
-        NT=c.NT, HAS_STATE=entering is not None, STAGES=2, num_warps=4, num_stages=2,
+        NT=c.NT, HAS_STATE=entering is not None, STAGES=stages, num_warps=4, num_stages=stages,
     )  # fmt: skip
     return ChunkSums(*sums, outer, through)
 
@@ -730,6 +731,6 @@ def decays_backward(c: Chunks, source: Any, g: ChunkSums, ddtf: Tensor, ddtb: Te
         source.dt_f, source.dt_b, bias, source.A, g.rows, g.cols, g.rows if g.outer is None else g.outer,
         g.rows if g.through is None else g.through, ddtf, ddtb, part, source.dt_f.stride(0), source.dt_f.stride(1),
         ddtf.stride(0), ddtf.stride(1), c.B, c.L, c.H, c.nC, *source.bounds(), **source.flags(),
-        HAS_STATE=g.outer is not None, NT=c.NT, HB=HB, num_warps=4,
+        HAS_STATE=g.outer is not None, NT=c.NT, HB=HB, num_warps=8,
     )  # fmt: skip
     return part

@@ -353,7 +353,7 @@ def _warpgroup(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=['L', 'H', 'turns', 'nC'])
+@gluon.jit(do_not_specialize=['L', 'H', 'turns'])
 def mix_chunk_kernel(
     v_desc,  # (B, L, >= H * 64): boxes (1, 64, 64)
     z_desc,  # (B, L, >= H * 64), where GATE
@@ -775,7 +775,7 @@ def _score_grads_group(
         )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=['L', 'H', 'nC'])
+@gluon.jit(do_not_specialize=['L', 'H'])
 def score_grads_kernel(
     x_desc,  # (B, L, >= H * 64): boxes (1, 64, 64)
     y_desc,  # (B, L, >= H * 64)
