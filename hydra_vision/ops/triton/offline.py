@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 # Tokens by which a row of each bucket is compiled: several tiles and 4 tokens more, which numbers 16 divides are alike.
-_LENGTHS = {64: 64, 256: 196, 65536: 1092}
+_LENGTHS = {256: 196, 65536: 1092}
 SHARED_MEMORY = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a block; 99 KB is what consumer cards have
 
 _TYPES = {torch.float32: 'fp32', torch.float64: 'fp64', torch.float16: 'fp16', torch.bfloat16: 'bf16'}
