@@ -164,7 +164,6 @@ def decay_backward_kernel(
         if HAS_STATE:
             outer = tl.load(own + 6 * plane + t[:, None], mask=seen, other=0.0)
             da += tl.cumsum(outer, axis=0, reverse=direction == 1) - outer
-        if HAS_STATE:
             pair = (b * H + heads) * 2 + direction  # (HB,)
             da += tl.load(through + pair * nT + tile, mask=ok, other=0.0)[None, :]
         column = tl.load(own + (8 if EXACT else 2) * plane + t[:, None], mask=seen, other=0.0)
