@@ -20,7 +20,6 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from einops import repeat
 from torch import Tensor
 
 __all__ = ['accumulation_dtype', 'dense_matrix', 'mix_dense', 'mix_recurrence', 'scale', 'shift_tokens']
@@ -174,4 +173,4 @@ def mix_recurrence(
 
 def _per_head(t: Tensor, H: int) -> Tensor:
     """(B, L, G, N) -> (B, H, L, N): head h reads group h * G // H."""
-    return repeat(t, 'b l g n -> b (g heads) l n', heads=H // t.shape[2])
+    return t.transpose(1, 2).repeat_interleave(H // t.shape[2], 1)

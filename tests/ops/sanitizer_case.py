@@ -7,11 +7,9 @@ compute-sanitizer: racecheck, synccheck.
 """
 
 import torch
-from triton_checks import inner_arguments, mix_arguments, value_and_grads
+from triton_checks import hydra_inner, inner_arguments, mix_arguments, value_and_grads
 
 from hydra_vision.ops.triton.api import quasiseparable_mix
-
-from triton_checks import hydra_inner
 from hydra_vision.ops.triton.layernorm import layer_norm
 from hydra_vision.ops.triton.plan import forced_launch
 from hydra_vision.ops.triton.table import Launch
@@ -22,10 +20,11 @@ def cuda(tensors, dtype, main):
 
 
 def run() -> None:
-    for K, L in ((7, 77), (3, 130)):
-        tensors = cuda(inner_arguments(2, L, 3, 64, 1, 64, K=K, init_states=True), torch.bfloat16, (0,))
+    # without initial states, seven taps wide, in whole chunks on Hopper: two tiles, four, and three chunks
+    for K, L, start in ((7, 77, True), (3, 130, True), (7, 77, False), (7, 196, False), (7, 400, False)):
+        tensors = cuda(inner_arguments(2, L, 3, 64, 1, 64, K=K, init_states=start), torch.bfloat16, (0,))
         value_and_grads(lambda a: hydra_inner(*a[:8], headdim=64, d_state=64, init_states=a[8]), tensors)
-    for launch in (None, Launch(64, 2), Launch(64, 1, tail=1)):
+    for launch in (None, Launch(64), Launch(64, tail=1)):
         tensors = cuda(mix_arguments(2, 130, 3, 64, 1, 64, init_states=True), torch.bfloat16, (0, 4, 5, 6, 7))
         if launch is None:
             value_and_grads(lambda a: quasiseparable_mix(*a), tensors)

@@ -55,16 +55,6 @@ def test_mix_with_extreme_steps(L, dtype):
     check_mix(1, L, 4, 64, 1, 64, dtype, 'cuda', extreme=True)
 
 
-@pytest.mark.parametrize('chunk', [2, 4])
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32], ids=str)
-def test_chunks_of_several_tiles(chunk, dtype):
-    from hydra_vision.ops.triton.plan import forced_launch
-    from hydra_vision.ops.triton.table import Launch
-
-    with forced_launch(Launch(64 if dtype == torch.bfloat16 else 32, chunk)):
-        check_mix(1, 300, 4, 64, 1, 64, dtype, 'cuda', init_states=True)
-
-
 @pytest.mark.parametrize('L', [4096, 65536])
 def test_long_sequence_matches_the_chunked_form(L):
     from hydra_vision.ops import quasiseparable_mix

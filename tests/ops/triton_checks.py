@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Optional
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -196,3 +197,17 @@ def check_inner(
         runs.append((exact, value_and_grads(reference, cast), ours))
     names = ['y', *(n for n, t in zip(INNER_NAMES, cast) if t is not None)]
     check_errors(names, runs, dtype, f'L {L}')
+
+
+def poison_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory is full of NaN: what nobody computes nobody may read."""
+
+    def poisoned(make):
+        def fresh(*args, **kwargs):
+            t = make(*args, **kwargs)
+            return t.fill_(float('nan')) if t.is_floating_point() else t
+
+        return fresh
+
+    for name in ('empty', 'empty_like'):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))

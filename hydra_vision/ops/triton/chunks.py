@@ -1,7 +1,7 @@
 """Stages around the product with whole chunks (hopper.py): exponents, scores, states, and the gradients of all of them.
 
-A sequence is nC chunks of NT tiles of 64 tokens; token t of chunk c is c * 64 NT + t. Up to 208 tokens are one chunk, and
-nothing but S leaves a program. Arrays that belong to chunks are chunk-major, (B * nC, H, ...), always 256 rows long.
+A sequence is nC chunks of NT tiles of 64 tokens; token t of chunk c is c * 64 NT + t. Up to 208 tokens are one chunk,
+and nothing but S leaves a program. Arrays that belong to chunks are chunk-major, (B * nC, H, ...), and 256 rows long.
 """
 
 from dataclasses import dataclass
@@ -320,7 +320,8 @@ def chunk_bc_grads_kernel(
             unread = 0
         mine = (unread >= first + tile * 64) & (unread < first + tile * 64 + 64)
         if mine:
-            tl.store(out + unread * tl.cast(stride_ol, tl.int64), tl.zeros((1, 64), tl.float32).to(target.dtype.element_ty))
+            nothing = tl.zeros((1, 64), tl.float32).to(target.dtype.element_ty)
+            tl.store(out + unread * tl.cast(stride_ol, tl.int64), nothing)
 
 
 @triton.jit
@@ -329,7 +330,7 @@ def chunk_decay_backward_kernel(
     dtb_in,
     dt_bias,
     A,
-    row_sums,  # (B * nC, H, NT + 1, 256), see chunk_score_grads_kernel
+    row_sums,  # (B * nC, H, NT + 1, 256), see score_grads_kernel (hopper.py)
     col_sums,
     outer,  # (B * nC, H, 4, 256), where HAS_STATE, see chunk_bc_grads_kernel
     through,  # (B, H, 2, nC), where HAS_STATE
@@ -508,10 +509,11 @@ def in_chunks(
 ) -> bool:
     """Whether a problem runs in whole chunks: on Hopper, in the form of the models; elsewhere in tiles.
 
-    Neither batch nor length decides: an image's bits do not depend on them.
+    Neither batch nor length decides: an image's bits do not depend on them. Tensors on the meta device are those of a
+    recording (offline.py).
     """
     fits = dtype == torch.bfloat16 and P == N == 64 and G == 1 and H <= MOST_HEADS and d_conv == 7 and not starts
-    return fits and device.type == 'cuda' and not launch_is_forced() and architecture(device) == 90
+    return fits and device.type in ('cuda', 'meta') and not launch_is_forced() and architecture(device) == 90
 
 
 def chunks_of(plan: Plan, start: Optional[Tensor] = None, d_conv: int = 7) -> Optional['Chunks']:
@@ -578,19 +580,21 @@ def tables(c: Chunks, source: Any, both: bool) -> tuple[Tensor, Tensor, Tensor]:
     HB = min(4, triton.next_power_of_2(c.H))
     bias = source.A if source.bias is None else source.bias
     launch(chunk_tables_kernel, (c.B * c.nC, triton.cdiv(c.H, HB)),
-        source.dt_f, source.dt_b, bias, source.A, table, transposed, totals, source.dt_f.stride(0), source.dt_f.stride(1),
-        c.L, c.H, c.nC, *source.bounds(), **source.flags(), BOTH=both, HB=HB, ROWS=c.rows, num_warps=4,
+        source.dt_f, source.dt_b, bias, source.A, table, transposed, totals,
+        source.dt_f.stride(0), source.dt_f.stride(1), c.L, c.H, c.nC,
+        *source.bounds(), **source.flags(), BOTH=both, HB=HB, ROWS=c.rows, num_warps=4,
     )  # fmt: skip
     return table, transposed, totals
 
 
 def scores(c: Chunks, bc: tuple[Tensor, ...], transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """S and, where ``transposed``, S^T (B * nC, rows, rows), the blocks on its diagonal (B * nC, rows, 16), bfloat16."""
+    """S and, where ``transposed``, S^T (B * nC, rows, rows), the blocks on its diagonal (B * nC, rows, 16), in wide."""
     S = c.empty(c.B * c.nC, c.rows, c.rows, dtype=c.wide)
     ST = torch.empty_like(S) if transposed else S
     blocks = c.empty(c.B * c.nC, c.rows, 16, dtype=c.wide)
     launch(chunk_scores_kernel, (c.B * c.nC, c.NT, c.NT),
-        *bc, S, ST, blocks, bc[0].stride(0), bc[0].stride(1), c.L, c.nC, ROWS=c.rows, TRANSPOSED=transposed, num_warps=4,
+        *bc, S, ST, blocks, bc[0].stride(0), bc[0].stride(1), c.L, c.nC,
+        ROWS=c.rows, TRANSPOSED=transposed, num_warps=4,
     )  # fmt: skip
     return S, ST, blocks
 
@@ -630,7 +634,8 @@ def forward(
     S, _, blocks = scores(c, bc, transposed=False)
     entering = states(c, bc[0], bc[2], x, table, totals)[0] if c.nC > 1 else None
     squares = None if z is None else c.empty(c.B, c.H, c.L)
-    mix_chunks(c, x, out, S, blocks, table, diag, entering, (bc[1], bc[3]), gate=None if z is None else (z, weight, squares))
+    gate = None if z is None else (z, weight, squares)
+    mix_chunks(c, x, out, S, blocks, table, diag, entering, (bc[1], bc[3]), gate=gate)
     return squares
 
 
@@ -685,7 +690,7 @@ def backward(
     c: Chunks, x: Tensor, bc: tuple[Tensor, ...], source: Any, diag: Optional[Tensor], dy: Tensor, dx: Tensor,
     dbc: tuple[Tensor, ...], fc: Optional[Tensor] = None, ddiag: Optional[Tensor] = None,
 ) -> ChunkSums:  # fmt: skip
-    """Writes dx and dbc = dB_f, dC_f, dB_b, dC_b (common strides). With fc (H, H * 64), ddiag (B, L, H) goes into dx."""
+    """Writes dx, dbc = dB_f, dC_f, dB_b, dC_b (common strides). With fc (H, H * 64), dx has ddiag (B, L, H) fc."""
     from .hopper import mix_chunks, score_grads
 
     B_f, C_f, B_b, C_b = bc

@@ -59,8 +59,6 @@ def decay_kernel(
     lb,
     cf,  # (B, H, Lp) out, as lf: lf - log2(dt_f), so that a column's dt costs nothing
     cb,
-    dtf,  # (B, H, Lp) out, float32
-    dtb,
     stride_b,
     stride_l,
     L,
@@ -95,7 +93,6 @@ def decay_kernel(
         tl.store((lf if direction == 0 else lb) + out, total, mask=keep)
         column = total - tl.log2(tl.maximum(dt, DT_TINY).to(sums))
         tl.store((cf if direction == 0 else cb) + out, column, mask=keep)
-        tl.store((dtf if direction == 0 else dtb) + out, dt, mask=keep)
 
 
 @triton.jit
@@ -104,10 +101,8 @@ def decay_backward_kernel(
     dtb_in,
     dt_bias,
     A,
-    sums,  # (12, B, H, Lp) see ``SUMS`` in plan.py: sums of G = dM o M over rows and columns
-    cross,  # (B, H, 2, nT, QT): what row tile I hears from beyond tile K of its chunk
-    onward,  # (B, H, 2, nT): what column tile J sends to later chunks
-    through,  # (B, H, 2, nC): what crosses the whole chunk
+    sums,  # (planes, B, H, Lp), see ``Plan.planes``: sums of G = dM o M over rows and columns
+    through,  # (B, H, 2, nT): what crosses the whole tile
     ddtf,  # (B, L, H) out, rows of any stride
     ddtb,
     part,  # (2, B, nT, H) out, float32: gradients of A and of the bias, by tile
@@ -120,14 +115,12 @@ def decay_backward_kernel(
     H,
     Lp,
     nT,
-    QT,
     DT_MIN,
     DT_MAX,
     SOFTPLUS: tl.constexpr,
     LIMIT: tl.constexpr,
     A_IS_LOG: tl.constexpr,
     HAS_STATE: tl.constexpr,
-    HAS_OTHERS: tl.constexpr,  # chunks of more than one tile
     EXACT: tl.constexpr,
     HB: tl.constexpr,
     T: tl.constexpr,
@@ -144,7 +137,6 @@ def decay_backward_kernel(
     rows = tile * T + t
     heads = hb * HB + tl.arange(0, HB)
     ok = heads < H
-    first = (tile // QT) * QT
     bias = tl.zeros((HB,), tl.float32)
     if SOFTPLUS:
         bias = tl.load(dt_bias + heads, mask=ok, other=0.0).to(tl.float32)
@@ -157,41 +149,25 @@ def decay_backward_kernel(
     for direction in tl.static_range(2):
         source = dtf_in if direction == 0 else dtb_in
         target = ddtf if direction == 0 else ddtb
-        own = base + direction * 6 * plane
+        own = base + direction * plane
         value, dt = _load_dt(
             source + b * stride_b, rows, heads, stride_l, L, H, bias, DT_MIN, DT_MAX, SOFTPLUS, LIMIT
         )  # (T, HB)
         after = t + 1 if direction == 0 else t - 1  # the query side, one step from the token
         has_after = ((after >= 0) & (after < T) & (tile * T + after < L))[:, None] & ok[None, :]
         inner = tl.load(own + after[:, None], mask=has_after, other=0.0)  # (T, HB), rows, both ends in the tile
-        inner -= tl.load(own + plane + t[:, None], mask=seen, other=0.0)  # columns of the same float32 G
-        if HAS_STATE or HAS_OTHERS:
-            inner += tl.load(own + 2 * plane + after[:, None], mask=has_after, other=0.0)
+        inner -= tl.load(own + 2 * plane + t[:, None], mask=seen, other=0.0)  # columns of the same float32 G
+        if HAS_STATE:
+            inner += tl.load(own + 4 * plane + after[:, None], mask=has_after, other=0.0)
         da = tl.cumsum(inner, axis=0, reverse=direction == 0)
         outer = tl.zeros((T, HB), tl.float32)
-        if HAS_STATE or HAS_OTHERS:
-            outer = tl.load(own + 3 * plane + t[:, None], mask=seen, other=0.0)
-            da += tl.cumsum(outer, axis=0, reverse=direction == 1) - outer
-        beyond = tl.zeros((HB,), tl.float32)
-        pair = (b * H + heads) * 2 + direction  # (HB,)
         if HAS_STATE:
-            beyond += tl.load(through + pair * (nT // QT) + tile // QT, mask=ok, other=0.0)
-        if HAS_OTHERS:
-            low = tile + 1 if direction == 0 else first
-            high = first + QT if direction == 0 else tile
-            for other in range(low, high):
-                beyond += tl.load(cross + (pair * nT + other) * QT + (tile - first), mask=ok, other=0.0)
-            if HAS_STATE:
-                low = first if direction == 0 else tile + 1
-                high = tile if direction == 0 else first + QT
-                for other in range(low, high):
-                    beyond += tl.load(onward + pair * nT + other, mask=ok, other=0.0)
-        da += beyond[None, :]
-        if HAS_OTHERS:
-            raw = tl.load(own + 4 * plane + t[:, None], mask=seen, other=0.0)
-        else:
-            column = tl.load(own + (5 if EXACT else 1) * plane + t[:, None], mask=seen, other=0.0)
-            raw = (column + outer) / tl.maximum(dt, DT_TINY)
+            outer = tl.load(own + 6 * plane + t[:, None], mask=seen, other=0.0)
+            da += tl.cumsum(outer, axis=0, reverse=direction == 1) - outer
+            pair = (b * H + heads) * 2 + direction  # (HB,)
+            da += tl.load(through + pair * nT + tile, mask=ok, other=0.0)[None, :]
+        column = tl.load(own + (8 if EXACT else 2) * plane + t[:, None], mask=seen, other=0.0)
+        raw = (column + outer) / tl.maximum(dt, DT_TINY)
         sum_A += tl.sum(tl.where(seen, da * dt, 0.0), axis=0)
         g = da * a[None, :] + raw
         if LIMIT:

@@ -1,4 +1,4 @@
-"""O = M V over whole chunks of a sequence, on Hopper (Gluon): what the portable kernels do in tiles with states between.
+"""O = M V over whole chunks of a sequence, on Hopper (Gluon). The portable kernels do it in tiles, states between.
 
 One program is one chunk of an image and every G-th head of it. A chunk has NP x 64 rows; its scores S stay in shared
 memory for all heads, V comes by TMA, each warpgroup owns 64 rows and builds its rows of M in registers:
@@ -7,12 +7,14 @@ memory for all heads, V comes by TMA, each warpgroup owns 64 rows and builds its
               delta[i]                               for j = i
               S[i, j] * 2^(right[i] - right_col[j])  for j > i
 
-For 16 x 16 blocks beside the diagonal the factor is a row factor times a column factor, both in bfloat16; exponentials of
-pairs are only formed inside the 16 x 16 blocks on the diagonal. ``TABLES`` (decay.py) holds the four exponents of a head,
-(4, rows) float32; the transposed problem dX = M^T dY is the same kernel on S^T and the transposed table.
+For 16 x 16 blocks next to the diagonal the factor is a row factor times a column factor, both in bfloat16; exponentials
+of pairs are only formed inside the 16 x 16 blocks on the diagonal. ``tables`` (chunks.py) holds the four exponents of a
+head, (4, rows) float32; the transposed problem dX = M^T dY is the same kernel on S^T and the transposed table.
 
-Layout of the buffers: rows r of chunk c of image b belong to token c * NP * 64 + r; (B, nC, ...) arrays are chunk-major.
+Layout of the buffers: row r of chunk c of image b is token c * NP * 64 + r; (B, nC, ...) arrays are chunk-major.
 """
+
+# ruff: noqa: RUF005, SIM102  (Gluon unpacks no tuples, and what is known at compile time is a condition of its own)
 
 from typing import Any, Optional
 
@@ -31,7 +33,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .launch import launch
 
-__all__ = ['conv_diagonal_kernel', 'convolve', 'mix_chunk_kernel', 'mix_chunks']
+__all__ = ['conv_diagonal_kernel', 'convolve', 'mix_chunk_kernel', 'mix_chunks', 'score_grads', 'score_grads_kernel']
 
 # Triton 3.8 has renamed it
 _barrier = gl.barrier if hasattr(gl, 'barrier') else gl.thread_barrier
@@ -114,9 +116,7 @@ def _matrix_tile(s, t_tile, rl, rr, d, J: gl.constexpr, Q: gl.constexpr, W0: gl.
     """
     P4: gl.constexpr = _blocks(Q, 4)
     K: gl.constexpr = 16 * Q
-    t = gl.reshape(
-        gl.expand_dims(t_tile.load(gl.SliceLayout(1, P4)), 1).broadcast_to([4, 16, Q, 16]), (64, K)
-    )
+    t = gl.reshape(gl.expand_dims(t_tile.load(gl.SliceLayout(1, P4)), 1).broadcast_to([4, 16, Q, 16]), (64, K))
     r_layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, P4))
     w_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, P4)))
     q_layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, P4)))
@@ -299,7 +299,9 @@ def _warpgroup(
         for J in gl.static_range(JT):
             t_tile = own._reinterpret(bf, [4, 4, 4, 16], flat3).index(J)
             m = _matrix_tile(S.index(PI * JT + J), t_tile, fl, fr, d, J, 4, W0, operand)
-            acc = warpgroup_mma(m, ring.index(slot + J)._reinterpret(bf, [64, 64], score_desc.layout), acc, is_async=True)
+            acc = warpgroup_mma(
+                m, ring.index(slot + J)._reinterpret(bf, [64, 64], score_desc.layout), acc, is_async=True
+            )
         if TAIL > 0:
             t_tile = own._reinterpret(bf, [4, 4, 4, 16], flat3).index(JT).slice(0, 1, dim=1)
             m = _matrix_tile(S_tail.index(PI), t_tile, fl, fr, d, JT, 1, W0, operand)
@@ -313,7 +315,9 @@ def _warpgroup(
         out = ring.index((1 + 2 * k) % 3 * NP + PI)
         if FC > 0:
             mbarrier.wait(bars.index(2 + s), (k // 2) & 1)
-            acc = warpgroup_mma(dd, out._reinterpret(bf, [64 // FC, FC, 64], fc_desc.layout).index(0), acc, is_async=True)
+            acc = warpgroup_mma(
+                dd, out._reinterpret(bf, [64 // FC, FC, 64], fc_desc.layout).index(0), acc, is_async=True
+            )
         if GATE:
             wv = gl.load(weight + h * 64 + cols).to(gl.float32)
             if not Z_MAP:
@@ -433,22 +437,22 @@ def mix_chunk_kernel(
     if NP == 1:
         _warpgroup(
                 v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
-                row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
+                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c,
+                chunk, row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
                 stride_zb, stride_zl, 0, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
         )  # fmt: skip
     elif NP == 2:
         gl.warp_specialize([
             (_warpgroup, (
                 v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
-                row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
+                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c,
+                chunk, row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
                 stride_zb, stride_zl, 0, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
             )),
             (_warpgroup, (
                 v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
-                row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
+                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c,
+                chunk, row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
                 stride_zb, stride_zl, 1, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
             )),
         ], [4], [240])  # fmt: skip
@@ -456,20 +460,20 @@ def mix_chunk_kernel(
         gl.warp_specialize([
             (_warpgroup, (
                 v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
-                row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
+                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c,
+                chunk, row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
                 stride_zb, stride_zl, 0, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
             )),
             (_warpgroup, (
                 v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
-                row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
+                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c,
+                chunk, row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
                 stride_zb, stride_zl, 1, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
             )),
             (_warpgroup, (
                 v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
-                row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
+                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c,
+                chunk, row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
                 stride_zb, stride_zl, 2, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
             )),
         ], [4, 4], [168, 168])  # fmt: skip
@@ -477,26 +481,26 @@ def mix_chunk_kernel(
         gl.warp_specialize([
             (_warpgroup, (
                 v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
-                row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
+                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c,
+                chunk, row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
                 stride_zb, stride_zl, 0, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
             )),
             (_warpgroup, (
                 v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
-                row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
+                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c,
+                chunk, row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
                 stride_zb, stride_zl, 1, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
             )),
             (_warpgroup, (
                 v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
-                row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
+                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c,
+                chunk, row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
                 stride_zb, stride_zl, 2, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
             )),
             (_warpgroup, (
                 v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c, chunk,
-                row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
+                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c,
+                chunk, row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
                 stride_zb, stride_zl, 3, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
             )),
         ], [4, 4, 4], [128, 128, 128])  # fmt: skip
@@ -522,7 +526,8 @@ def _conv_tile(
                 keep = gl.expand_dims((g + (r - 3) >= 0) & (g + (r - 3) < L), 1) & every
                 window = window + (gl.load(px + (r - 3) * SL, mask=keep, other=0.0),)
             elif r < 3:
-                window = window + (gl.load(px + (r - 3) * SL, mask=gl.expand_dims(g + (r - 3) >= 0, 1) & every, other=0.0),)
+                keep = gl.expand_dims(g + (r - 3) >= 0, 1) & every
+                window = window + (gl.load(px + (r - 3) * SL, mask=keep, other=0.0),)
             else:
                 window = window + (gl.load(px + (r - 3) * SL),)
         w = ()
@@ -597,9 +602,13 @@ def conv_diagonal_kernel(
     some = gl.expand_dims(hh < H, 1) & gl.expand_dims(cc >= 0, 0)
     acc = gl.zeros((64, HP), gl.float32, mma)
     if t0 + 67 > L:
-        acc = _conv_tile(x_b, taps, fc_at, some, out_b, a_buffer, f_buffer, acc, t0, L, SL, C, D, CH, layout, True, DIAGONAL)
+        acc = _conv_tile(
+            x_b, taps, fc_at, some, out_b, a_buffer, f_buffer, acc, t0, L, SL, C, D, CH, layout, True, DIAGONAL
+        )
     else:
-        acc = _conv_tile(x_b, taps, fc_at, some, out_b, a_buffer, f_buffer, acc, t0, L, SL, C, D, CH, layout, False, DIAGONAL)
+        acc = _conv_tile(
+            x_b, taps, fc_at, some, out_b, a_buffer, f_buffer, acc, t0, L, SL, C, D, CH, layout, False, DIAGONAL
+        )
     if DIAGONAL:
         rm = t0 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
         hm = gl.arange(0, HP, layout=gl.SliceLayout(0, mma))
@@ -646,8 +655,8 @@ def _column_sums(tile, out, K: gl.constexpr):
 
 @gluon.jit
 def _column_tile(
-    x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
-    b, chunk, row0, L, H, I,
+    x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail,
+    bars, b, chunk, row0, L, H, I,
     J: gl.constexpr, NT: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr, DIAGONAL: gl.constexpr,
 ):  # fmt: skip
     """Row tile I of the chunk against column tile J, for every head. Warpgroup 0 also fetches.
@@ -710,7 +719,8 @@ def _column_tile(
         p = warpgroup_mma(dy, x.permute((1, 0)), gl.zeros((64, K), gl.float32, mma), use_acc=False, is_async=True)
         if DIAGONAL:
             e_l = gl.expand_dims(rows.index(I).load(row), 1) - gl.expand_dims(lines.index(STEP + at).load(column), 0)
-            e_r = gl.expand_dims(rows.index(8 + I).load(row), 1) - gl.expand_dims(lines.index(3 * STEP + at).load(column), 0)
+            far = lines.index(3 * STEP + at).load(column)
+            e_r = gl.expand_dims(rows.index(8 + I).load(row), 1) - gl.expand_dims(far, 0)
             # the diagonal alone is not <= 0, it may overflow: it is dropped below and at the end
             factor = _exp2(gl.where(i > j, e_l, e_r))
         else:
@@ -749,19 +759,19 @@ def _column_tile(
 
 @gluon.jit
 def _score_grads_group(
-    x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
-    b, chunk, row0, L, H, I,
+    x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail,
+    bars, b, chunk, row0, L, H, I,
     J: gl.constexpr, NT: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     if I == J:
         _column_tile(
-            x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
-            b, chunk, row0, L, H, I, J, NT, TAIL, STAGES, True,
+            x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail,
+            bars, b, chunk, row0, L, H, I, J, NT, TAIL, STAGES, True,
         )  # fmt: skip
     elif NT > 1:
         _column_tile(
-            x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
-            b, chunk, row0, L, H, I, J, NT, TAIL, STAGES, False,
+            x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail,
+            bars, b, chunk, row0, L, H, I, J, NT, TAIL, STAGES, False,
         )  # fmt: skip
 
 
@@ -773,8 +783,8 @@ def score_grads_kernel(
     tail_desc,  # the same, boxes (64, 16)
     table_desc,  # (B * nC * H * 4, 256) float32
     table,  # as table_desc
-    row_sums,  # (B * nC, H, NT + 1, 256) float32 out: sums of G = dM o M over columns, [J] of column tile J; of the tile
-    # on the diagonal [I] below and [NT] above it
+    row_sums,  # (B * nC, H, NT + 1, 256) float32 out: sums of G = dM o M over columns, [J] of column tile J; of
+    # the tile on the diagonal [I] below and [NT] above it
     col_sums,  # the same over rows: [I] of row tile I
     dS,  # (B * nC, NT, NT, 64, 64) out: [I][J]
     dST,  # (B * nC, NT, NT, 64, 64) out: [J][I], each tile transposed
@@ -819,52 +829,52 @@ def score_grads_kernel(
         tma.async_copy_global_to_shared(tail_desc, [to, FULL * 64], full, S_tail)
     if NT == 1:
         _score_grads_group(
-                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
-                b, chunk, row0, L, H, I, 0, NT, TAIL, STAGES,
+                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail,
+                bars, b, chunk, row0, L, H, I, 0, NT, TAIL, STAGES,
         )  # fmt: skip
     elif NT == 2:
         gl.warp_specialize([
             (_score_grads_group, (
-                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
-                b, chunk, row0, L, H, I, 0, NT, TAIL, STAGES,
+                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail,
+                bars, b, chunk, row0, L, H, I, 0, NT, TAIL, STAGES,
             )),
             (_score_grads_group, (
-                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
-                b, chunk, row0, L, H, I, 1, NT, TAIL, STAGES,
+                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail,
+                bars, b, chunk, row0, L, H, I, 1, NT, TAIL, STAGES,
             )),
         ], [4], [240])  # fmt: skip
     elif NT == 3:
         gl.warp_specialize([
             (_score_grads_group, (
-                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
-                b, chunk, row0, L, H, I, 0, NT, TAIL, STAGES,
+                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail,
+                bars, b, chunk, row0, L, H, I, 0, NT, TAIL, STAGES,
             )),
             (_score_grads_group, (
-                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
-                b, chunk, row0, L, H, I, 1, NT, TAIL, STAGES,
+                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail,
+                bars, b, chunk, row0, L, H, I, 1, NT, TAIL, STAGES,
             )),
             (_score_grads_group, (
-                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
-                b, chunk, row0, L, H, I, 2, NT, TAIL, STAGES,
+                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail,
+                bars, b, chunk, row0, L, H, I, 2, NT, TAIL, STAGES,
             )),
         ], [4, 4], [168, 168])  # fmt: skip
     elif NT == 4:
         gl.warp_specialize([
             (_score_grads_group, (
-                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
-                b, chunk, row0, L, H, I, 0, NT, TAIL, STAGES,
+                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail,
+                bars, b, chunk, row0, L, H, I, 0, NT, TAIL, STAGES,
             )),
             (_score_grads_group, (
-                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
-                b, chunk, row0, L, H, I, 1, NT, TAIL, STAGES,
+                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail,
+                bars, b, chunk, row0, L, H, I, 1, NT, TAIL, STAGES,
             )),
             (_score_grads_group, (
-                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
-                b, chunk, row0, L, H, I, 2, NT, TAIL, STAGES,
+                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail,
+                bars, b, chunk, row0, L, H, I, 2, NT, TAIL, STAGES,
             )),
             (_score_grads_group, (
-                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail, bars,
-                b, chunk, row0, L, H, I, 3, NT, TAIL, STAGES,
+                x_desc, y_desc, table_desc, table, row_sums, col_sums, dS, dST, S, S_tail, X, Y, tables, G, G_tail,
+                bars, b, chunk, row0, L, H, I, 3, NT, TAIL, STAGES,
             )),
         ], [4, 4, 4], [128, 128, 128])  # fmt: skip
 

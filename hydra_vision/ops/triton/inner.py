@@ -154,8 +154,8 @@ def _diagonal(a: InnerArguments, plan: Plan, xbc: Tensor) -> Tensor:
 def inner_forward(a: InnerArguments, late: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out (B, L, d_inner); the factors of its rows (B, L) float32; for the backward y, rstd (B, L), diagonal (B, H, L).
 
-    late: where the kernels allow it, out is y * weight * SiLU(z) and its rows are still to be multiplied by the factors,
-    after out_proj; these are rstd, which is empty then. Elsewhere the factors are empty, (0,), and out is complete.
+    late: where the kernels allow it, out is y * weight * SiLU(z) and its rows are still to be multiplied by the
+    factors, after out_proj; these are rstd, which is empty then. Elsewhere factors are empty, (0,), and out is whole.
 
     y is (B, L, d_inner) in float16; in other dtypes it is empty, as the backward reads ``out`` instead (norm.py).
     """
@@ -199,18 +199,23 @@ def _forward_kernels(a: InnerArguments, plan: Plan) -> tuple[Tensor, Tensor, Ten
     return out, y.new_empty(0) if plan.keeps_norm else y, rstd, diag
 
 
-def _chunk_convolved(a: InnerArguments, plan: Plan, diag: Optional[Tensor]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+def _chunk_convolved(
+    a: InnerArguments, plan: Plan, diag: Optional[Tensor]
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """SiLU(conv(x, B, C)) (B, L, width), its x part and B_f, C_f, B_b, C_b (B, L, N); fills the diagonal (B, H, L)."""
     from .hopper import convolve  # lazily: Gluon is looked for only where it runs
 
     xbc = torch.empty(plan.B, plan.L, a.width, dtype=plan.dtype, device=plan.device)
     fc = None if diag is None else chunks.narrow(a.fc_D_weight)
-    convolve(a.zxbcdt[..., a.d_inner : a.d_inner + a.width], chunks.taps(a.conv_weight, a.conv_bias), fc, a.D, xbc, diag, a.d_inner)
+    u = a.zxbcdt[..., a.d_inner : a.d_inner + a.width]
+    convolve(u, chunks.taps(a.conv_weight, a.conv_bias), fc, a.D, xbc, diag, a.d_inner)
     x, bc = a.parts(xbc)
     return xbc, xbc[..., : a.d_inner], tuple(t[:, :, 0] for t in bc)
 
 
-def _chunk_forward_kernels(a: InnerArguments, plan: Plan, c: chunks.Chunks, late: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _chunk_forward_kernels(
+    a: InnerArguments, plan: Plan, c: chunks.Chunks, late: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     diag = torch.empty(plan.B, plan.H, plan.L, dtype=torch.float32, device=plan.device)
     _, x, bc = _chunk_convolved(a, plan, diag)
     u = torch.empty(plan.B, plan.L, a.d_inner, dtype=plan.dtype, device=plan.device)
@@ -233,7 +238,8 @@ def _norm_backward(
     part = torch.empty(programs, a.d_inner, dtype=torch.float32, device=plan.device)
     launch(norm_gate_backward_kernel, (programs,),
         dout, y, z, a.norm_weight, rstd, xbc, dy, ddiag, dz, part, z.stride(0), z.stride(1), dz.stride(0), dz.stride(1),
-        a.width, plan.L, a.d_inner, rows, per, P=plan.P, DB=triton.next_power_of_2(a.d_inner), KEEPS=plan.keeps_norm, LATE=late,
+        a.width, plan.L, a.d_inner, rows, per,
+        P=plan.P, DB=triton.next_power_of_2(a.d_inner), KEEPS=plan.keeps_norm, LATE=late,
         ALIGN=alignment(z, z.stride(0), z.stride(1)), ALIGN_G=alignment(dz, dz.stride(0), dz.stride(1)),
         **plan.options('norm_backward'),
     )  # fmt: skip
@@ -245,8 +251,8 @@ def inner_backward(
 ) -> tuple[Optional[Tensor], ...]:
     """Gradients in the order of ``InnerArguments``: zxbcdt, conv_weight, ..., norm_weight, init_states.
 
-    late, out, y, rstd, diag: of ``inner_forward``, rstd or the factors. dout: the gradient of out; where its rows were still to be
-    multiplied by their factors, this is the gradient with the factors taken for constants: what they depend on is here.
+    late, out, y, rstd, diag: of ``inner_forward``, rstd or the factors. dout: the gradient of out; where its rows were
+    still to be multiplied by their factors, that with the factors taken for constants: what they depend on is here.
     """
     plan = a.plan()
     if plan.B == 0:

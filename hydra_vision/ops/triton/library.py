@@ -63,7 +63,8 @@ def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weigh
     out = zxbcdt.new_empty(B, L, H * headdim)
     rstd = zxbcdt.new_empty(B, L, dtype=torch.float32)
     y = torch.empty_like(out) if zxbcdt.dtype == torch.float16 else zxbcdt.new_empty(0)
-    fits = in_chunks(zxbcdt.device, zxbcdt.dtype, H, headdim, ngroups, d_state, conv_weight.shape[-1], init_states is not None)
+    d_conv, starts = conv_weight.shape[-1], init_states is not None
+    fits = in_chunks(zxbcdt.device, zxbcdt.dtype, H, headdim, ngroups, d_state, d_conv, starts)
     nothing = rstd.new_empty(0)
     factors, rstd = (rstd, nothing) if late and fits else (nothing, rstd)
     return out, factors, y, rstd, zxbcdt.new_empty(B, H, L, dtype=torch.float32)

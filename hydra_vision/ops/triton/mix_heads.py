@@ -1,7 +1,7 @@
-"""y = M x in chunks of one tile: one program a (tile, heads of a group, batch), looping over the heads.
+"""y = M x in tiles, with states between them: one program a (tile, heads of a group, batch), looping over the heads.
 
 Scores and C are read once for all heads of the program, and the loop lets the compiler fetch the next head's X and
-states while this one is computed. Used where states travel between all tiles.
+states while this one is computed.
 """
 
 import triton
@@ -21,7 +21,7 @@ def load_state(ptr, N: tl.constexpr, P: tl.constexpr, tile, absent):
 @triton.jit(do_not_specialize=['H'])
 def mix_heads_kernel(
     x,  # (B, L, H, P)
-    S,  # (B, G, nT, 1, T, T)
+    S,  # (B, G, nT, T, T)
     C_f,  # (B, L, G, N)
     C_b,
     states,  # (B, H, 2, nT, N, P)

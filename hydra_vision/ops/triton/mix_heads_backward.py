@@ -1,7 +1,7 @@
-"""Backward in chunks of one tile: dX, then the scores' gradient and the sums of G, looping over the heads of a group.
+"""Backward in tiles: dX; the scores' gradient and the sums of G, looping over the heads of a group; then dB and dC.
 
-Everything is kept transposed, (j, i): M^T for dX, dM^T and G^T for the sums. Rows that come from states are summed
-where C's gradient is formed (score_grads.py).
+In the first two everything is kept transposed, (j, i): M^T for dX, dM^T and G^T for the sums. Rows that come from
+states are summed where C's gradient is formed. No atomics; each output element belongs to one program.
 """
 
 import triton
@@ -15,7 +15,7 @@ from .scores import load_rows
 def dx_heads_kernel(
     x,  # (B, L, H, P)
     dy,  # (B, L, H, P) contiguous
-    ST,  # (B, G, nT, 1, T, T)
+    ST,  # (B, G, nT, T, T)
     B_f,  # (B, L, G, N)
     B_b,
     dstates,  # (B, H, 2, nT, N, P)
@@ -26,7 +26,7 @@ def dx_heads_kernel(
     diag,  # (B, H, L) float32, or (H,), or None
     ddiag,  # (B, L, H) float32: out, or, where FC, in
     fc,  # (H, H * P), where FC
-    sums,  # (12, B, H, Lp) planes 3 and 9 out
+    sums,  # (planes, B, H, Lp), planes 6 and 7 out, where HAS_STATE
     dx,  # (B, L, H, P) out
     stride_xb,
     stride_xl,
@@ -97,11 +97,11 @@ def dx_heads_kernel(
             ds = load_state(ds_ptr, N, P, tile, nT - 1)
             total = tl.load(lf + head + T - 1)
             acc = tl.dot(b_f, ds, input_precision=PREC) * tl.exp2((total - col_f).to(tl.float32))[:, None]  # (R, P)
-            tl.store(sums + head + t + 3 * plane, tl.sum(acc * xj, axis=1))
+            tl.store(sums + head + t + 6 * plane, tl.sum(acc * xj, axis=1))
             ds = load_state(ds_ptr + nT * (N * P), N, P, tile, 0)
             total = tl.load(lb + head)
             u = tl.dot(b_b, ds, input_precision=PREC) * tl.exp2((total - col_b).to(tl.float32))[:, None]
-            tl.store(sums + head + t + 9 * plane, tl.sum(u * xj, axis=1))
+            tl.store(sums + head + t + 7 * plane, tl.sum(u * xj, axis=1))
             acc += u
         e = tl.where(i > j, row_f[None, :] - col_f[:, None], row_b[None, :] - col_b[:, None])  # (R, R)
         m = tl.where(i == j, 0.0, s.to(tl.float32) * tl.exp2(e.to(tl.float32)))
@@ -135,12 +135,12 @@ def dx_heads_kernel(
 def scores_heads_kernel(
     x,  # (B, L, H, P)
     dy,  # (B, L, H, P) contiguous
-    ST,  # (B, G, nT, 1, T, T)
+    ST,  # (B, G, nT, T, T)
     lf,  # (B, H, Lp)
     lb,
     cf,
     cb,
-    sums,  # (12, B, H, Lp) planes 0, 1, 6, 7 out; 5 and 11 where EXACT
+    sums,  # (planes, B, H, Lp), planes 0 to 3 out; 8 and 9 where EXACT
     dS,  # (B, H / HG, nT, T, T) out, partial sums over the heads of the program
     dST,
     stride_xb,
@@ -193,15 +193,168 @@ def scores_heads_kernel(
         lower = tl.where(i > j, grad, 0.0)
         upper = tl.where(i < j, grad, 0.0)  # not grad - lower: fused with the product it leaves the rounding behind
         if EXACT:
-            tl.store(out + 5 * plane, tl.sum(lower, axis=1))
-            tl.store(out + 11 * plane, tl.sum(upper, axis=1))
+            tl.store(out + 8 * plane, tl.sum(lower, axis=1))
+            tl.store(out + 9 * plane, tl.sum(upper, axis=1))
             lower = tl.where(i == j + 1, 0.0, lower)
             upper = tl.where(i == j - 1, 0.0, upper)
         tl.store(out, tl.sum(lower, axis=0))
-        tl.store(out + plane, tl.sum(lower, axis=1))
-        tl.store(out + 6 * plane, tl.sum(upper, axis=0))
-        tl.store(out + 7 * plane, tl.sum(upper, axis=1))
+        tl.store(out + 2 * plane, tl.sum(lower, axis=1))
+        tl.store(out + plane, tl.sum(upper, axis=0))
+        tl.store(out + 3 * plane, tl.sum(upper, axis=1))
     dscores = tl.where(i == j, 0.0, dscores)
     at = ((b * (H // HG) + h0 // HG) * nT + tile) * (T * T)
     tl.store(dST + at + j * T + i, dscores.to(dST.dtype.element_ty))
     tl.store(dS + at + i * T + j, dscores.to(dS.dtype.element_ty))
+
+
+@triton.jit
+def bc_grads_kernel(
+    x,  # (B, L, H, P)
+    dy,  # (B, L, H, P) contiguous
+    B_f,  # (B, L, G, N)
+    C_f,
+    B_b,
+    C_b,
+    dS,  # (B, G * PARTS, nT, T, T), summed over PARTS
+    dST,
+    states,  # (B, H, 2, nT, N, P)
+    dstates,
+    sums,  # (planes, B, H, Lp), planes 4 and 5 out, where HAS_STATE
+    lf,  # (B, H, Lp)
+    lb,
+    cf,
+    cb,
+    dB_f,  # (B, L, G, N) out, common strides
+    dC_f,
+    dB_b,
+    dC_b,
+    stride_xb,
+    stride_xl,
+    stride_xh,
+    stride_b,
+    stride_l,
+    stride_g,
+    stride_ob,
+    stride_ol,
+    stride_og,
+    B,
+    L,
+    H,
+    G,
+    Lp,
+    nT,
+    tiles,  # that the launch computes: all, all but the last, or, where R < T, the last
+    N: tl.constexpr,
+    P: tl.constexpr,
+    T: tl.constexpr,
+    R: tl.constexpr,  # rows computed of each tile
+    PARTS: tl.constexpr,
+    HAS_START: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    PREC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    which = pid % 4  # C_f, C_b, B_f, B_b
+    tile = nT - 1 if R < T else (pid // 4) % tiles
+    g = (pid // (4 * tiles)) % G
+    b = (pid // (4 * tiles * G)).to(tl.int64)
+    direction = which % 2
+    is_c = which < 2
+    t = tl.arange(0, R)
+    n = tl.arange(0, N)
+    p = tl.arange(0, P)
+    i = t[:, None]
+    j = t[None, :]
+    rows = tile * T + t
+    base = b * stride_b + g * stride_g
+    shift = tl.where(direction == 0, -1, 1)  # a row reads C of its neighbour
+    source_shift = tl.where(is_c, 0, shift)
+    if is_c:
+        block = dS
+        if direction == 0:
+            source = B_f
+            target = dC_f
+        else:
+            source = B_b
+            target = dC_b
+    else:
+        block = dST
+        if direction == 0:
+            source = C_f
+            target = dB_f
+        else:
+            source = C_b
+            target = dB_b
+    block += ((b * G + g) * PARTS * nT + tile) * (T * T) + i * T + j
+    before = (direction == 0) == is_c  # C_f and B_b sum over tokens before their own, C_b and B_f over those after it
+    d = tl.load(block)  # (R, R)
+    if PARTS <= 2:
+        for part in tl.static_range(1, PARTS):
+            d += tl.load(block + part * nT * (T * T))
+    else:
+        # many parts (heads whose number few divide): one after the other, a pipeline would hold all of them at once
+        many = d.to(tl.float32)
+        for part in tl.range(1, PARTS, num_stages=1):
+            many += tl.load(block + part * nT * (T * T)).to(tl.float32)
+        d = many.to(d.dtype)
+    keep = tl.where(before, j < i, j > i)  # (R, R)
+    v = load_rows(source + base, rows + source_shift, n, stride_l, L)  # (R, N)
+    acc = tl.zeros((R, N), tl.float32)
+    acc = tl.dot(tl.where(keep, d, 0.0).to(d.dtype), v.to(d.dtype), acc, input_precision=PREC)
+    if HAS_STATE:
+        # C sums dY over its states, B sums X over the gradients of theirs: the same loop with other operands
+        l_all = lf if direction == 0 else lb
+        e_all = l_all
+        near = t + shift
+        st_all = states
+        v_all = dy + b * L * H * P
+        stride_vl = H * P
+        stride_vh = P
+        sign = 1.0
+        if not is_c:
+            e_all = cf if direction == 0 else cb
+            near = t
+            st_all = dstates
+            v_all = x + b * stride_xb
+            stride_vl = stride_xl
+            stride_vh = stride_xh
+            sign = -1.0
+        near_ok = (near >= 0) & (near < T)
+        far = tl.where(direction == 0, T - 1, 0)
+        plane = tl.cast(B, tl.int64) * H * Lp
+        absent = tl.where(before, 0, nT - 1)
+        if HAS_START:
+            absent = tl.where(is_c, -1, absent)
+        present = (tile + tl.zeros_like(n) != absent)[:, None]  # (N, 1): no state enters the first tile
+        # what C reads from states is each row's sum of G outside the tile
+        own = load_rows((C_f if direction == 0 else C_b) + base, rows + shift, n, stride_l, L).to(tl.float32)  # (R, N)
+        for k in tl.range(0, H // G, num_stages=STAGES):
+            h = g * (H // G) + k
+            head = (b * H + h) * Lp
+            st_ptr = st_all + (((b * H + h) * 2 + direction) * nT + tile) * (N * P)
+            st = tl.trans(tl.load(st_ptr + n[:, None] * P + p[None, :], mask=present, other=0.0))  # (P, N)
+            v = load_rows(v_all + h * stride_vh, rows, p, stride_vl, L)  # (R, P)
+            e = tl.load(e_all + head + tile * T + near, mask=near_ok, other=0.0)  # (R,)
+            span = tl.load(l_all + head + tile * T + far)
+            if is_c:
+                span = tl.zeros((), lf.dtype.element_ty)
+            w = tl.exp2((sign * e + span).to(tl.float32))  # (R,)
+            vw = (v.to(tl.float32) * w[:, None]).to(st.dtype)
+            share = tl.dot(vw, st, input_precision=PREC)  # (R, N)
+            acc += share
+            if is_c:
+                tl.store(sums + (4 + direction) * plane + head + rows, tl.sum(share * own, axis=1))
+    out = target + b * stride_ob + g * stride_og + n[None, :]
+    to = rows + tl.where(is_c, shift, 0)
+    keep_rows = (to >= 0) & (to < L) & (rows < L)
+    tl.store(out + to[:, None].to(tl.int64) * stride_ol, acc.to(target.dtype.element_ty), mask=keep_rows[:, None])
+    # nothing reads C_f of the last token and C_b of the first
+    if is_c:
+        unread = L - 1
+        mine = tile == nT - 1
+        if direction == 1:
+            unread = 0
+            mine = tile == 0
+        if mine:
+            tl.store(out + unread * stride_ol.to(tl.int64), tl.zeros((1, N), tl.float32).to(target.dtype.element_ty))

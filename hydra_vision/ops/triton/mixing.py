@@ -9,12 +9,9 @@ from torch import Tensor
 
 from .decay import decay_backward_kernel, decay_kernel
 from .launch import launch
-from .mix import mix_kernel
-from .mix_backward import mix_columns_kernel, mix_rows_kernel
 from .mix_heads import mix_heads_kernel
-from .mix_heads_backward import dx_heads_kernel, scores_heads_kernel
-from .plan import SUMS, Plan
-from .score_grads import bc_grads_kernel, score_grads_kernel
+from .mix_heads_backward import bc_grads_kernel, dx_heads_kernel, scores_heads_kernel
+from .plan import Plan
 from .scores import scores_kernel
 from .states import states_kernel
 
@@ -59,8 +56,6 @@ class Decays:
     lb: Tensor
     cf: Tensor
     cb: Tensor
-    dtf: Tensor
-    dtb: Tensor
 
 
 @dataclass
@@ -68,8 +63,6 @@ class MixGrads:
     """Sums that the decays' backward needs, and the diagonal's gradient."""
 
     sums: Tensor
-    cross: Optional[Tensor]
-    onward: Optional[Tensor]
     through: Optional[Tensor]
     ddiag: Optional[Tensor]
     dstart: Optional[Tensor]  # (B, H, 2, N, P), see start_gradient
@@ -85,13 +78,13 @@ def _head_block(H: int) -> int:
 
 
 def decays(plan: Plan, source: DtSource) -> Decays:
-    """dt after softplus and clamp, and its tile-local sums."""
+    """Tile-local sums of dt after softplus and clamp."""
     lf = torch.empty(plan.B, plan.H, plan.Lp, dtype=plan.sums, device=plan.device)
-    out = Decays(lf, *(torch.empty_like(lf) for _ in range(3)), plan.rows(), plan.rows())
+    out = Decays(lf, *(torch.empty_like(lf) for _ in range(3)))
     HB = _head_block(plan.H)
     bias = source.A if source.bias is None else source.bias
     launch(decay_kernel, (plan.nT * plan.B, triton.cdiv(plan.H, HB)),
-        source.dt_f, source.dt_b, bias, source.A, out.lf, out.lb, out.cf, out.cb, out.dtf, out.dtb,
+        source.dt_f, source.dt_b, bias, source.A, out.lf, out.lb, out.cf, out.cb,
         source.dt_f.stride(0), source.dt_f.stride(1), plan.L, plan.H, plan.Lp, *source.bounds(),
         **source.flags(), HB=HB, T=plan.T, num_warps=4,
     )  # fmt: skip
@@ -107,12 +100,12 @@ def decays_backward(plan: Plan, source: DtSource, g: MixGrads, ddtf: Tensor, ddt
     HB = _head_block(plan.H)
     part = torch.empty(2, plan.B, plan.nT, plan.H, dtype=torch.float32, device=plan.device)
     bias = source.A if source.bias is None else source.bias
-    cross, onward, through = (g.sums if t is None else t for t in (g.cross, g.onward, g.through))
+    through = g.sums if g.through is None else g.through
     launch(decay_backward_kernel, (plan.nT * plan.B, triton.cdiv(plan.H, HB)),
-        source.dt_f, source.dt_b, bias, source.A, g.sums, cross, onward, through, ddtf, ddtb, part,
+        source.dt_f, source.dt_b, bias, source.A, g.sums, through, ddtf, ddtb, part,
         source.dt_f.stride(0), source.dt_f.stride(1), ddtf.stride(0), ddtf.stride(1),
-        plan.B, plan.L, plan.H, plan.Lp, plan.nT, plan.QT, *source.bounds(), **source.flags(),
-        HAS_STATE=g.through is not None, HAS_OTHERS=plan.QT > 1, EXACT=plan.exact, HB=HB, T=plan.T, num_warps=4,
+        plan.B, plan.L, plan.H, plan.Lp, plan.nT, *source.bounds(), **source.flags(),
+        HAS_STATE=g.through is not None, EXACT=plan.exact, HB=HB, T=plan.T, num_warps=4,
     )  # fmt: skip
     return part
 
@@ -121,7 +114,7 @@ def _scores(plan: Plan, bc: tuple[Tensor, ...], transposed: bool) -> Tensor:
     B_f, C_f, B_b, C_b = bc
     S = plan.tiles(plan.wide)
     launch(scores_kernel, (plan.nT * plan.G * plan.B,),
-        B_f, C_f, B_b, C_b, S, B_f.stride(0), B_f.stride(1), B_f.stride(2), plan.L, plan.G, plan.nT, plan.QT,
+        B_f, C_f, B_b, C_b, S, B_f.stride(0), B_f.stride(1), B_f.stride(2), plan.L, plan.G, plan.nT,
         N=plan.N, T=plan.T, TRANSPOSED=transposed, PREC=plan.precision, **plan.options('scores'),
     )  # fmt: skip
     return S
@@ -129,13 +122,11 @@ def _scores(plan: Plan, bc: tuple[Tensor, ...], transposed: bool) -> Tensor:
 
 def _states(plan: Plan, V_f: Tensor, V_b: Tensor, u: Tensor, d: Decays, start: Optional[Tensor]) -> Tensor:
     states = plan.states()
-    flat = plan.QT == 1
     launch(states_kernel, (plan.B * plan.H * 2,),
-        V_f, V_b, u, d.lf, d.lb, d.cf if flat else d.dtf, d.cb if flat else d.dtb, d.dtf if start is None else start,
-        states, states, d.dtf, d.dtf,
+        V_f, V_b, u, d.lf, d.lb, d.cf, d.cb, d.lf if start is None else start, states, states, d.lf, d.lf,
         V_f.stride(0), V_f.stride(1), V_f.stride(2), u.stride(0), u.stride(1), u.stride(2),
-        plan.L, plan.H, plan.G, plan.Lp, plan.nC, plan.QT, N=plan.N, P=plan.P, T=plan.T, GRAD=False,
-        HAS_START=start is not None, FLAT=flat, PREC=plan.precision,
+        plan.L, plan.H, plan.G, plan.Lp, plan.nT, N=plan.N, P=plan.P, T=plan.T, GRAD=False,
+        HAS_START=start is not None, PREC=plan.precision,
         STAGES=plan.options('states')['num_stages'], **plan.options('states'),
     )  # fmt: skip
     return states
@@ -145,22 +136,22 @@ def _state_grads(
     plan: Plan, V_f: Tensor, V_b: Tensor, dy: Tensor, d: Decays, states: Tensor, has_start: bool
 ) -> tuple[Tensor, Tensor, Optional[Tensor]]:
     out = plan.states()
-    through = torch.empty(plan.B, plan.H, 2, plan.nC, dtype=torch.float32, device=plan.device)
+    through = torch.empty(plan.B, plan.H, 2, plan.nT, dtype=torch.float32, device=plan.device)
     dstart = None
     if has_start:
         dstart = torch.empty(plan.B, plan.H, 2, plan.N, plan.P, dtype=torch.float32, device=plan.device)
     launch(states_kernel, (plan.B * plan.H * 2,),
-        V_f, V_b, dy, d.lf, d.lb, d.dtf, d.dtb, d.dtf, states, out, through, through if dstart is None else dstart,
+        V_f, V_b, dy, d.lf, d.lb, d.cf, d.cb, d.lf, states, out, through, through if dstart is None else dstart,
         V_f.stride(0), V_f.stride(1), V_f.stride(2), dy.stride(0), dy.stride(1), dy.stride(2),
-        plan.L, plan.H, plan.G, plan.Lp, plan.nC, plan.QT, N=plan.N, P=plan.P, T=plan.T, GRAD=True,
-        HAS_START=has_start, FLAT=plan.QT == 1, PREC=plan.precision, STAGES=plan.options('state_grads')['num_stages'],
+        plan.L, plan.H, plan.G, plan.Lp, plan.nT, N=plan.N, P=plan.P, T=plan.T, GRAD=True,
+        HAS_START=has_start, PREC=plan.precision, STAGES=plan.options('state_grads')['num_stages'],
         **plan.options('state_grads'),
     )  # fmt: skip
     return out, through, dstart
 
 
 def _has_state(plan: Plan, start: Optional[Tensor]) -> bool:
-    return plan.nC > 1 or start is not None
+    return plan.nT > 1 or start is not None
 
 
 def _diagonal_kind(diag: Optional[Tensor]) -> int:
@@ -175,23 +166,15 @@ def mix_forward(
     S = _scores(plan, bc, transposed=False)
     states = _states(plan, B_f, B_b, x, d, start) if _has_state(plan, start) else S
     y = torch.empty(plan.B, plan.L, plan.H, plan.P, dtype=plan.dtype, device=plan.device)
-    if plan.QT == 1:
-        for tiles, rows in plan.spans:
-            options, heads = plan.options('mix_heads', rows), plan.heads('mix_heads', rows)
-            launch(mix_heads_kernel, (tiles * (plan.H // heads) * plan.B,),
-                x, S, C_f, C_b, states, d.lf, d.lb, d.cf, d.cb, d.dtf if diag is None else diag, y,
-                x.stride(0), x.stride(1), x.stride(2), C_f.stride(0), C_f.stride(1), C_f.stride(2),
-                plan.L, plan.H, plan.G, plan.Lp, plan.nT, tiles, HG=heads, N=plan.N, P=plan.P, T=plan.T, R=rows,
-                DIAGONAL=_diagonal_kind(diag), HAS_STATE=_has_state(plan, start), HAS_START=start is not None,
-                PREC=plan.precision, STAGES=options['num_stages'], **options,
-            )  # fmt: skip
-        return y
-    launch(mix_kernel, (plan.nT * plan.H * plan.B,),
-        x, S, C_f, C_b, states, d.lf, d.lb, d.dtf, d.dtb, d.dtf if diag is None else diag, y,
-        x.stride(0), x.stride(1), x.stride(2), C_f.stride(0), C_f.stride(1), C_f.stride(2),
-        plan.L, plan.H, plan.G, plan.Lp, plan.nT, plan.nC, plan.QT, N=plan.N, P=plan.P, T=plan.T,
-        DIAGONAL=_diagonal_kind(diag), HAS_STATE=_has_state(plan, start), PREC=plan.precision, **plan.options('mix'),
-    )  # fmt: skip
+    for tiles, rows in plan.spans:
+        options, heads = plan.options('mix_heads', rows), plan.heads('mix_heads', rows)
+        launch(mix_heads_kernel, (tiles * (plan.H // heads) * plan.B,),
+            x, S, C_f, C_b, states, d.lf, d.lb, d.cf, d.cb, d.lf if diag is None else diag, y,
+            x.stride(0), x.stride(1), x.stride(2), C_f.stride(0), C_f.stride(1), C_f.stride(2),
+            plan.L, plan.H, plan.G, plan.Lp, plan.nT, tiles, HG=heads, N=plan.N, P=plan.P, T=plan.T, R=rows,
+            DIAGONAL=_diagonal_kind(diag), HAS_STATE=_has_state(plan, start), HAS_START=start is not None,
+            PREC=plan.precision, STAGES=options['num_stages'], **options,
+        )  # fmt: skip
     return y
 
 
@@ -214,25 +197,18 @@ def mix_backward(
     """
     B_f, C_f, B_b, C_b = bc
     has_state = _has_state(plan, start)
-    sizes = (plan.L, plan.H, plan.G, plan.Lp, plan.nT, plan.nC, plan.QT)
     shape = {'P': plan.P, 'T': plan.T, 'PREC': plan.precision}
     x_strides = (x.stride(0), x.stride(1), x.stride(2))
     bc_strides = (B_f.stride(0), B_f.stride(1), B_f.stride(2))
     out_strides = (dbc[0].stride(0), dbc[0].stride(1), dbc[0].stride(2))
     dx_strides = (dx.stride(0), dx.stride(1), dx.stride(2))
-    grid = (plan.nT * plan.H * plan.B,)
 
-    S = _scores(plan, bc, transposed=False) if plan.QT > 1 else x
     states = dstates = x
-    through = dstart = cross = onward = None
+    through = dstart = None
     if has_state:
         states = _states(plan, B_f, B_b, x, d, start)
         dstates, through, dstart = _state_grads(plan, C_f, C_b, dy, d, states, start is not None)
-    sums = torch.empty(SUMS, plan.B, plan.H, plan.Lp, dtype=torch.float32, device=plan.device)
-    if plan.QT > 1:
-        cross = torch.empty(plan.B, plan.H, 2, plan.nT, plan.QT, dtype=torch.float32, device=plan.device)
-    if has_state and plan.QT > 1:
-        onward = torch.empty(plan.B, plan.H, 2, plan.nT, dtype=torch.float32, device=plan.device)
+    sums = torch.empty(plan.planes, plan.B, plan.H, plan.Lp, dtype=torch.float32, device=plan.device)
     if diag is not None and ddiag is None:
         ddiag = torch.empty(plan.B, plan.L, plan.H, dtype=torch.float32, device=plan.device)
     unused = sums
@@ -242,50 +218,32 @@ def mix_backward(
         'FC': fc is not None,
         'HB': max(16, triton.next_power_of_2(plan.H)),
     }
-    parts = 1
-    if plan.QT == 1:
-        ST = _scores(plan, bc, transposed=True)
-        for tiles, rows in plan.spans:
-            options, heads = plan.options('dx_heads', rows), plan.heads('dx_heads', rows)
-            launch(dx_heads_kernel, (tiles * (plan.H // heads) * plan.B,),
-                x, dy, ST, B_f, B_b, dstates, d.lf, d.lb, d.cf, d.cb, *diagonal, sums, dx,
-                *x_strides, *bc_strides, *dx_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp, plan.nT, tiles,
-                HG=heads, N=plan.N, **shape, R=rows, **diagonal_flags, HAS_STATE=has_state,
-                STAGES=options['num_stages'], **options,
-            )  # fmt: skip
-        heads = plan.heads('scores_heads', plan.T)  # of all spans: their parts lie side by side
-        parts = plan.H // plan.G // heads
-        dS, dST = (torch.empty(parts, *ST.shape, dtype=plan.wide, device=plan.device) for _ in range(2))
-        for tiles, rows in plan.spans:
-            options = plan.options('scores_heads', rows)
-            launch(scores_heads_kernel, (tiles * (plan.H // heads) * plan.B,),
-                x, dy, ST, d.lf, d.lb, d.cf, d.cb, sums, dS, dST, *x_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp,
-                plan.nT, tiles, HG=heads, **shape, R=rows, EXACT=plan.exact, STAGES=options['num_stages'],
-                **options,
-            )  # fmt: skip
-    else:
-        dS, dST = plan.tiles(plan.wide), plan.tiles(plan.wide)
-        launch(mix_rows_kernel, grid,
-            x, dy, S, C_f, C_b, states, d.lf, d.lb, d.dtf, d.dtb, sums, cross, *x_strides,
-            *bc_strides, plan.B, *sizes, N=plan.N, **shape, HAS_STATE=has_state, **plan.options('mix_rows'),
+    ST = _scores(plan, bc, transposed=True)
+    for tiles, rows in plan.spans:
+        options, heads = plan.options('dx_heads', rows), plan.heads('dx_heads', rows)
+        launch(dx_heads_kernel, (tiles * (plan.H // heads) * plan.B,),
+            x, dy, ST, B_f, B_b, dstates, d.lf, d.lb, d.cf, d.cb, *diagonal, sums, dx,
+            *x_strides, *bc_strides, *dx_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp, plan.nT, tiles,
+            HG=heads, N=plan.N, **shape, R=rows, **diagonal_flags, HAS_STATE=has_state,
+            STAGES=options['num_stages'], **options,
         )  # fmt: skip
-        launch(score_grads_kernel, (plan.QT * plan.nT * plan.G * plan.B,),
-            x, dy, d.lf, d.lb, d.dtf, d.dtb, S, sums, dS, dST, *x_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp,
-            plan.nT, plan.QT, **shape, **plan.options('score_grads'),
-        )  # fmt: skip
-        ST = _scores(plan, bc, transposed=True)
-        launch(mix_columns_kernel, grid,
-            x, dy, ST, B_f, B_b, dstates, d.lf, d.lb, d.dtf, d.dtb, *diagonal, sums,
-            unused if onward is None else onward, dx, *x_strides, *bc_strides, *dx_strides, plan.B, *sizes,
-            N=plan.N, **shape, **diagonal_flags, HAS_STATE=has_state, **plan.options('mix_columns'),
+    heads = plan.heads('scores_heads', plan.T)  # of all spans: their parts lie side by side
+    parts = plan.H // plan.G // heads
+    dS, dST = (torch.empty(parts, *ST.shape, dtype=plan.wide, device=plan.device) for _ in range(2))
+    for tiles, rows in plan.spans:
+        options = plan.options('scores_heads', rows)
+        launch(scores_heads_kernel, (tiles * (plan.H // heads) * plan.B,),
+            x, dy, ST, d.lf, d.lb, d.cf, d.cb, sums, dS, dST, *x_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp,
+            plan.nT, tiles, HG=heads, **shape, R=rows, EXACT=plan.exact, STAGES=options['num_stages'],
+            **options,
         )  # fmt: skip
     dB_f, dC_f, dB_b, dC_b = dbc
     for tiles, rows in plan.spans:
         options = plan.options('bc_grads', rows)
         launch(bc_grads_kernel, (4 * tiles * plan.G * plan.B,),
             x, dy, B_f, C_f, B_b, C_b, dS, dST, states, dstates, sums, d.lf, d.lb, d.cf, d.cb, dB_f, dC_f, dB_b, dC_b,
-            *x_strides, *bc_strides, *out_strides, plan.B, *sizes, tiles, N=plan.N, **shape, R=rows, PARTS=parts,
-            ROWS=plan.QT == 1, HAS_START=start is not None, HAS_STATE=has_state,
+            *x_strides, *bc_strides, *out_strides, plan.B, plan.L, plan.H, plan.G, plan.Lp, plan.nT, tiles,
+            N=plan.N, **shape, R=rows, PARTS=parts, HAS_START=start is not None, HAS_STATE=has_state,
             STAGES=options['num_stages'], **options,
         )  # fmt: skip
-    return MixGrads(sums, cross, onward, through, ddiag, dstart)
+    return MixGrads(sums, through, ddiag, dstart)

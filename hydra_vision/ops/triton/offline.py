@@ -24,6 +24,7 @@ from . import layernorm
 from . import plan as plan_module
 from .function import mix_backward_all, mix_forward_all
 from .inner import InnerArguments, inner_backward, inner_forward
+from .launch import is_descriptor
 from .table import ARCHITECTURES, shipped
 
 __all__ = [
@@ -38,16 +39,10 @@ __all__ = [
 ]
 
 # Tokens by which a row of each bucket is compiled: several tiles and 4 tokens more, which numbers 16 divides are alike.
-_LENGTHS = {64: 64, 256: 196, 65536: 1092}
+_LENGTHS = {256: 196, 65536: 1092}
 SHARED_MEMORY = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a block; 99 KB is what consumer cards have
 
-_TYPES = {
-    torch.float32: '*fp32',
-    torch.float64: '*fp64',
-    torch.float16: '*fp16',
-    torch.bfloat16: '*bf16',
-    torch.int32: '*i32',
-}
+_TYPES = {torch.float32: 'fp32', torch.float64: 'fp64', torch.float16: 'fp16', torch.bfloat16: 'bf16'}
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,7 @@ class Compiled:
 
 
 def _record(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded:
-    options = tuple((k, kwargs.pop(k)) for k in ('num_warps', 'num_stages') if k in kwargs)
+    options = tuple((k, kwargs.pop(k)) for k in ('num_warps', 'num_stages', 'maxnreg') if k in kwargs)
     values = dict(zip(kernel.arg_names, args)) | kwargs
     signature, constants, divisible = [], [], []
     for parameter in kernel.params:
@@ -87,8 +82,11 @@ def _record(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             signature.append((parameter.name, 'constexpr'))
             constants.append((parameter.name, value))
         elif isinstance(value, torch.Tensor):
-            signature.append((parameter.name, _TYPES[value.dtype]))
+            signature.append((parameter.name, f'*{_TYPES[value.dtype]}'))
             divisible.append(parameter.name)
+        elif is_descriptor(value):
+            box = f'{_TYPES[value.base.dtype]}{list(value.block_shape)}'
+            signature.append((parameter.name, f'tensordesc<{box},{value.layout!r}>'))
         elif isinstance(value, float):
             signature.append((parameter.name, 'fp32'))
         elif value == 1 and not parameter.do_not_specialize:
@@ -131,7 +129,10 @@ def problem_launches(
     share_bc: bool = False,
     inner: bool = True,
 ) -> list[Recorded]:
-    """Every distinct launch of forward and backward of ``hydra_inner`` (or ``quasiseparable_mix``)."""
+    """Every distinct launch of forward and backward of ``hydra_inner`` (or ``quasiseparable_mix``).
+
+    On Hopper the form of the models runs in whole chunks (chunks.py); G = 2 shows the portable kernels.
+    """
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device='meta')
@@ -156,6 +157,8 @@ def problem_launches(
 def table_launches(arch: int, largest: bool = False) -> dict[Recorded, str]:
     """What ``quasiseparable_mix`` launches for the table's rows of one architecture, with the first row that needs it.
 
+    Where one group of B and C runs in whole chunks, also with two, for which the row is.
+
     Args:
         arch: One of the table's.
         largest: Of the rows that share launch parameters and dtype only the one with the largest headdim, d_state and
@@ -175,8 +178,10 @@ def table_launches(arch: int, largest: bool = False) -> dict[Recorded, str]:
     found: dict[Recorded, str] = {}
     for (_, limit, P, N, dtype), _ in rows:
         label = f'sm_{arch}, L to {limit}, P {P}, N {N}, {dtype}'
-        for launch in problem_launches(arch, _LENGTHS[limit], P=P, N=N, dtype=getattr(torch, dtype), inner=False):
-            found.setdefault(launch, label)
+        problem = {'P': P, 'N': N, 'dtype': getattr(torch, dtype), 'inner': False}
+        for G in (1, 2) if arch == 90 and (P, N, dtype) == (64, 64, 'bfloat16') else (1,):
+            for launch in problem_launches(arch, _LENGTHS[limit], G=G, **problem):
+                found.setdefault(launch, label)
     return found
 
 
@@ -193,7 +198,10 @@ def compile_kernel(launch: Recorded, arch: int) -> Any:
     """Triton's compiled kernel for sm_<arch>; needs Triton's own ptxas, no device."""
     names = [name for name, _ in launch.signature]
     attrs = {(names.index(name),): [['tt.divisibility', 16]] for name in launch.divisible}
-    source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), attrs)
+    Source = ASTSource
+    if launch.kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as Source
+    source = Source(launch.kernel, dict(launch.signature), dict(launch.constants), attrs)
     return triton.compile(source, target=GPUTarget('cuda', arch, 32), options=dict(launch.options))
 
 

@@ -16,11 +16,7 @@ __all__ = ['SIZES', 'Plan', 'alignment', 'architecture', 'forced_launch', 'launc
 
 SIZES = (16, 32, 64, 128)
 ARCH_WITHOUT_DEVICE = 90  # whose launch table is used for tensors that are not on a GPU
-# Planes of the backward's sums of G = dM o M, (12, B, H, Lp): six of the forward direction, six of the backward one.
-#   0 rows and 1 columns of the diagonal tile; 2 rows and 3 columns of everything else;
-#   chunks of several tiles: 4 whole columns / dt; chunks of one tile: 5 columns of the diagonal tile, where 1 leaves
-#   neighbours out (``exact``)
-SUMS = 12
+INTERPRETED = Launch(16)  # small tiles: the interpreter's time goes with the work on padding
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -44,26 +40,16 @@ class Plan:
         return self.launch.tile
 
     @cached_property
-    def QT(self) -> int:
-        """Tiles a chunk."""
-        return min(self.launch.chunk, -(-self.L // self.T))
-
-    @cached_property
-    def nC(self) -> int:
-        """Chunks a sequence."""
-        return -(-self.L // (self.T * self.QT))
-
-    @cached_property
     def nT(self) -> int:
-        """Tiles a sequence; whole chunks, so that no loop over tiles has a ragged end."""
-        return self.nC * self.QT
+        """Tiles a sequence."""
+        return -(-self.L // self.T)
 
     @cached_property
     def spans(self) -> tuple[tuple[int, int], ...]:
         """Launches of a kernel that does a tile a program: (tiles, rows of each); fewer rows than T: the last tile."""
         left = self.L - (self.nT - 1) * self.T
         rows = next((size for size in (16, 32) if left <= size < self.T), self.T)
-        if rows == self.T or self.QT > 1 or not 0 < self.launch.tail <= self.B * self.H:
+        if rows == self.T or not 0 < self.launch.tail <= self.B * self.H:
             return ((self.nT, self.T),)
         return ((self.nT - 1, self.T), (1, rows)) if self.nT > 1 else ((1, rows),)
 
@@ -90,6 +76,15 @@ class Plan:
         return self.dtype == torch.float32
 
     @cached_property
+    def planes(self) -> int:
+        """Of the backward's sums of G = dM o M, (planes, B, H, Lp), a forward and a backward one each:
+
+        0 1 rows and 2 3 columns of the tile on the diagonal; 4 5 rows and 6 7 columns of everything else; where
+        ``exact`` leaves neighbours out of 2 3, 8 9 are the columns with them.
+        """
+        return 10 if self.exact else 8
+
+    @cached_property
     def wide(self) -> torch.dtype:
         """Of states, of scores and of their gradient: bfloat16 has the range for them, float16 has not."""
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
@@ -107,17 +102,13 @@ class Plan:
         """Heads a program; a launch over the last tile alone has too few programs unless they share the heads."""
         return self.launch.heads_of(kernel, self.H // self.G, tail=rows != self.T)
 
-    def rows(self) -> Tensor:
-        """(B, H, Lp) float32, uninitialised."""
-        return torch.empty(self.B, self.H, self.Lp, dtype=torch.float32, device=self.device)
-
     def tiles(self, dtype: torch.dtype) -> Tensor:
-        """(B, G, nT, QT, T, T), uninitialised."""
-        return torch.empty(self.B, self.G, self.nT, self.QT, self.T, self.T, dtype=dtype, device=self.device)
+        """(B, G, nT, T, T), uninitialised."""
+        return torch.empty(self.B, self.G, self.nT, self.T, self.T, dtype=dtype, device=self.device)
 
     def states(self) -> Tensor:
-        """(B, H, 2, nC, N, P), uninitialised."""
-        return torch.empty(self.B, self.H, 2, self.nC, self.N, self.P, dtype=self.wide, device=self.device)
+        """(B, H, 2, nT, N, P), uninitialised."""
+        return torch.empty(self.B, self.H, 2, self.nT, self.N, self.P, dtype=self.wide, device=self.device)
 
 
 _forced: Optional[Launch] = None
@@ -146,18 +137,19 @@ def make_plan(B: int, L: int, H: int, P: int, G: int, N: int, like: Tensor, laun
         ValueError: headdim or d_state that has no kernel, or a sequence that is too long.
         TypeError: a dtype that has no kernel.
     """
-    arch = ARCH_WITHOUT_DEVICE
-    if like.device.type == 'cuda':
-        arch = architecture(like.device)
     interpreted = os.environ.get('TRITON_INTERPRET') == '1'
     launch = launch or _forced
     plan = _plan if launch is None else _plan.__wrapped__  # launches are not hashable
-    return plan(B, L, H, P, G, N, like.dtype, like.device, launch, arch, interpreted)
+    return plan(B, L, H, P, G, N, like.dtype, like.device, launch, architecture(like.device), interpreted)
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability times ten; of a device that is no GPU, that whose launch table is used."""
+    return _capability(device) if device.type == 'cuda' else ARCH_WITHOUT_DEVICE
 
 
 @cache
-def architecture(device: torch.device) -> int:
-    """Compute capability times ten."""
+def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -176,7 +168,7 @@ def _plan(
     if not 1 <= L <= 65536:
         raise ValueError(f"L = {L}; backend 'triton' takes 1 <= L <= 65536")
     if launch is None:
-        launch = Launch(16, 2) if interpreted else launch_for(arch, L, P, N, str(dtype).removeprefix('torch.'))
+        launch = INTERPRETED if interpreted else launch_for(arch, L, P, N, str(dtype).removeprefix('torch.'))
     return Plan(B, L, H, P, G, N, dtype, device, launch)
 
 

@@ -1,8 +1,7 @@
 """Scores shared by the heads of a group: S[i, j] = C_f[i-1] . B_f[j] below the diagonal, C_b[i+1] . B_b[j] above it.
 
-Stored a tile at a time, one chunk's block after another: S (B, G, nT, QT, T, T), [tile row I][tile column J - first
-tile of the chunk]; transposed, ST (B, G, nT, QT, T, T), [tile column J][tile row I - first]. The transposed product is
-formed directly, never by transposing a computed operand.
+Inside a tile only, (B, G, nT, T, T): between tiles there are states. The transposed product is formed directly, never
+by transposing a computed operand.
 """
 
 import triton
@@ -29,14 +28,13 @@ def scores_kernel(
     C_f,
     B_b,
     C_b,
-    S,  # (B, G, nT, QT, T, T) out
+    S,  # (B, G, nT, T, T) out
     stride_b,
     stride_l,
     stride_g,
     L,
     G,
     nT,
-    QT,
     N: tl.constexpr,
     T: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -50,36 +48,25 @@ def scores_kernel(
     t = tl.arange(0, T)
     n = tl.arange(0, N)
     rows = tile * T + t
-    chunk = tile // QT
-    first = chunk * QT
-    last = first + QT
-    out = S + ((b * G + g) * nT + tile) * QT * (T * T) + t[:, None] * T + t[None, :]  # (T, T)
+    out = S + ((b * G + g) * nT + tile) * (T * T) + t[:, None] * T + t[None, :]  # (T, T)
     # f: the pair (i > j), b: (i < j). Row operand (T, N), column operand (N, T).
+    s = tl.zeros((T, T), tl.float32)
+    below = t[None, :] < t[:, None]  # (T, T)
+    above = t[None, :] > t[:, None]
     if TRANSPOSED:
-        row_f = load_rows(B_f + base, rows, n, stride_l, L)  # (T, N), j
-        row_b = load_rows(B_b + base, rows, n, stride_l, L)
+        row = load_rows(B_f + base, rows, n, stride_l, L)  # j
+        col = load_cols(C_f + base, rows - 1, n, stride_l, L)  # i
+        s += tl.where(above, tl.dot(row, col, input_precision=PREC), 0.0)
+        row = load_rows(B_b + base, rows, n, stride_l, L)
+        col = load_cols(C_b + base, rows + 1, n, stride_l, L)
+        s += tl.where(below, tl.dot(row, col, input_precision=PREC), 0.0)
     else:
-        row_f = load_rows(C_f + base, rows - 1, n, stride_l, L)  # (T, N), i
-        row_b = load_rows(C_b + base, rows + 1, n, stride_l, L)
-    for other in range(first, last):
-        cols = other * T + t
-        s = tl.zeros((T, T), tl.float32)
-        below = cols[None, :] < rows[:, None]  # (T, T)
-        above = cols[None, :] > rows[:, None]
-        if TRANSPOSED:
-            if other >= tile:
-                col = load_cols(C_f + base, cols - 1, n, stride_l, L)  # (N, T), i
-                s += tl.where(above, tl.dot(row_f, col, input_precision=PREC), 0.0)
-            if other <= tile:
-                col = load_cols(C_b + base, cols + 1, n, stride_l, L)
-                s += tl.where(below, tl.dot(row_b, col, input_precision=PREC), 0.0)
-        else:
-            if other <= tile:
-                col = load_cols(B_f + base, cols, n, stride_l, L)  # (N, T), j
-                s += tl.where(below, tl.dot(row_f, col, input_precision=PREC), 0.0)
-            if other >= tile:
-                col = load_cols(B_b + base, cols, n, stride_l, L)
-                s += tl.where(above, tl.dot(row_b, col, input_precision=PREC), 0.0)
-        # rows of padding would read C beyond their own token: row L pairs C_f[L-1] with nothing
-        s = tl.where((rows < L)[:, None] & (cols < L)[None, :], s, 0.0)
-        tl.store(out + (other - first) * (T * T), s.to(S.dtype.element_ty))
+        row = load_rows(C_f + base, rows - 1, n, stride_l, L)  # i
+        col = load_cols(B_f + base, rows, n, stride_l, L)  # j
+        s += tl.where(below, tl.dot(row, col, input_precision=PREC), 0.0)
+        row = load_rows(C_b + base, rows + 1, n, stride_l, L)
+        col = load_cols(B_b + base, rows, n, stride_l, L)
+        s += tl.where(above, tl.dot(row, col, input_precision=PREC), 0.0)
+    # rows of padding would read C beyond their own token: row L pairs C_f[L-1] with nothing
+    s = tl.where((rows < L)[:, None] & (rows < L)[None, :], s, 0.0)
+    tl.store(out, s.to(S.dtype.element_ty))

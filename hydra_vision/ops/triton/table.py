@@ -1,6 +1,6 @@
 """Launch parameters by architecture, L bucket, headdim, d_state and dtype. Plain data; nothing is measured here.
 
-A row holds the tile T of tokens, the tiles QT a chunk, and warps, pipeline stages and heads a program of the kernels.
+A row holds the tile T of tokens, and warps, pipeline stages and heads a program of the kernels.
 ``hydra_vision.ops.triton.tune`` measures candidates and prints a row for an unknown GPU.
 """
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 __all__ = ['L_BUCKETS', 'Launch', 'bucket', 'launch_for', 'shipped']
 
-L_BUCKETS = (64, 256, 65536)
+L_BUCKETS = (256, 65536)
 ARCHITECTURES = (80, 89, 90)
 DTYPES = ('bfloat16', 'float16', 'float32')
 
@@ -18,8 +18,7 @@ class Launch:
     """One row.
 
     Args:
-        tile: T, tokens a tile; 16, 32 or 64.
-        chunk: QT, tiles a chunk; states travel between chunks, so L <= T * QT needs none.
+        tile: T, tokens a tile; 16, 32 or 64. States travel between tiles, so L <= T needs none.
         warps: warps of a kernel, by its name; 4 where absent.
         stages: pipeline stages of a kernel, by its name; 1 where absent.
         heads: most heads a program of a kernel that loops over them, by its name; 6 where absent.
@@ -29,7 +28,6 @@ class Launch:
     """
 
     tile: int
-    chunk: int
     warps: dict[str, int] = field(default_factory=dict)
     stages: dict[str, int] = field(default_factory=dict)
     heads: dict[str, int] = field(default_factory=dict)
@@ -55,29 +53,43 @@ def bucket(L: int) -> int:
     return next(size for size in L_BUCKETS if size >= L)
 
 
+_HEADS = {'mix_heads': 12, 'mix_heads_tail': 6, 'dx_heads': 24, 'dx_heads_tail': 6, 'scores_heads': 12}
+_STAGES = {
+    'mix_heads': 3,
+    'dx_heads': 2,
+    'scores_heads': 3,
+    'states': 3,
+    'state_grads': 3,
+    'bc_grads': 3,
+    'diagonal': 3,
+}
+_TWO_STAGES = dict.fromkeys(_STAGES, 2)  # 99 KB of shared memory a block
+_LONG = {'norm_backward': 8, 'bc_grads_tail': 1}
+_SHORT = {**_LONG, 'states': 2, 'state_grads': 2}
+_LOOPING = ('mix_heads', 'dx_heads', 'scores_heads', 'bc_grads')
+_EIGHT, _FOUR = ({'norm_backward': 8, **dict.fromkeys(_LOOPING, warps)} for warps in (8, 4))
+
+# bfloat16, headdim and d_state up to 64: by architecture and bucket
+_TUNED = {
+    (90, 256): Launch(64, _SHORT, _STAGES, _HEADS, tail=512),
+    (90, 65536): Launch(64, _LONG, _STAGES, _HEADS, tail=512),
+    (80, 256): Launch(64, _SHORT, _TWO_STAGES, _HEADS, tail=512),
+    (80, 65536): Launch(64, _LONG, _TWO_STAGES, _HEADS, tail=512),
+}
+# Right everywhere, fast nowhere: float32 products, or states in float32 beside float16, or tiles of 128 columns.
+_BFLOAT16_WIDE = Launch(64, _EIGHT)
+_OTHERS = Launch(32, _EIGHT)
+_OTHERS_WIDE = Launch(16, _FOUR)
+
+
 def _row(arch: int, limit: int, P: int, N: int, dtype: str) -> Launch:
-    wide = max(P, N) == 128
-    if dtype == 'bfloat16' and not wide:
-        stages = {'mix_heads': 3, 'dx_heads': 2, 'scores_heads': 3, 'states': 3, 'state_grads': 3, 'bc_grads': 3}
-        stages['diagonal'] = 3
-        if arch < 90:  # 99 KB of shared memory a block
-            stages = {kernel: min(count, 2) for kernel, count in stages.items()}
-        heads = {'mix_heads': 12, 'mix_heads_tail': 6, 'dx_heads': 24, 'dx_heads_tail': 6, 'scores_heads': 12}
-        warps = {'norm_backward': 8, 'bc_grads_tail': 1}
-        if limit <= 256:
-            warps |= {'states': 2, 'state_grads': 2}
-        return Launch(64, 1, warps, stages, heads, tail=512)
-    # Right everywhere, fast nowhere: float32 products, or states in float32 beside float16, or tiles of 128 columns.
-    tile = 64 if dtype == 'bfloat16' else 32
-    if wide and dtype != 'bfloat16':
-        tile = 16
-    many = 4 if tile == 16 else 8
-    looping = ('mix_heads', 'dx_heads', 'scores_heads', 'bc_grads')
-    return Launch(tile, 1, {'norm_backward': 8, **dict.fromkeys(looping, many)})
+    if max(P, N) == 128:
+        return _BFLOAT16_WIDE if dtype == 'bfloat16' else _OTHERS_WIDE
+    return _TUNED[90 if arch >= 90 else 80, limit] if dtype == 'bfloat16' else _OTHERS
 
 
 def shipped() -> dict[tuple[int, int, int, int, str], Launch]:
-    """Every row: (arch, L bucket, P, N, dtype) -> Launch."""
+    """Every problem and its row of the seven: (arch, L bucket, P, N, dtype) -> Launch."""
     sizes = (16, 32, 64, 128)
     return {
         (arch, limit, P, N, dtype): _row(arch, limit, P, N, dtype)

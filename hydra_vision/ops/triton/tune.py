@@ -3,7 +3,6 @@
 A candidate whose results are not those of plain PyTorch is not used: compilers have got some of them wrong.
 """
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
+from ...console import Parser, positive
 from ..chunked import mix_chunked
 from .api import quasiseparable_mix
 from .plan import forced_launch
@@ -31,14 +31,11 @@ class Measured:
     reason: str = ''
 
 
-def candidates(start: Launch, L: int) -> Iterator[Launch]:
-    """The row in use, then one change at a time: last tile, chunk length, heads a program, stages, warps."""
+def candidates(start: Launch) -> Iterator[Launch]:
+    """The row in use, then one change at a time: last tile, heads a program, stages, warps."""
     yield start
     if start.tail:
         yield replace(start, tail=0)
-    for chunk in (1, 2, 4):
-        if chunk != start.chunk and (chunk - 1) * start.tile < L:
-            yield replace(start, chunk=chunk)
     for kernel in ('mix_heads', 'dx_heads', 'scores_heads'):
         for heads in (4, 12, 24):
             yield replace(start, heads={**start.heads, kernel: heads})
@@ -123,7 +120,7 @@ def tune(
 
     expected = both(mix_chunked)
     found: list[Measured] = []
-    for launch in candidates(start, L):
+    for launch in candidates(start):
         with forced_launch(launch):
             try:
                 if _wrong(both(), expected, dtype):
@@ -145,14 +142,18 @@ def main(arguments: Optional[Sequence[str]] = None, prog: Optional[str] = None) 
     Returns:
         0, or 1 where no configuration runs.
     """
-    parser = argparse.ArgumentParser(prog=prog, description='Measure launch parameters of the Triton kernels.')
-    parser.add_argument('--length', type=int, default=196, help='tokens L (default: %(default)s)')
-    parser.add_argument('--batch', type=int, default=64, help='batch size (default: %(default)s)')
-    parser.add_argument('--heads', type=int, default=24, help='heads H (default: %(default)s)')
+    parser = Parser(
+        prog=prog,
+        description='Measure launch parameters of the Triton kernels.',
+        example='hydra-vision tune --length 196',
+    )
+    parser.add_argument('--length', type=positive, default=196, help='tokens L (default: %(default)s)')
+    parser.add_argument('--batch', type=positive, default=64, help='batch size (default: %(default)s)')
+    parser.add_argument('--heads', type=positive, default=24, help='heads H (default: %(default)s)')
     parser.add_argument('--headdim', type=int, default=64, choices=(16, 32, 64, 128), help='P (default: %(default)s)')
     parser.add_argument('--d-state', type=int, default=64, choices=(16, 32, 64, 128), help='N (default: %(default)s)')
     parser.add_argument('--dtype', default='bfloat16', choices=DTYPES, help='of x, B and C (default: %(default)s)')
-    parser.add_argument('--repeats', type=int, default=20, help='runs a candidate (default: %(default)s)')
+    parser.add_argument('--repeats', type=positive, default=20, help='runs a candidate (default: %(default)s)')
     options = parser.parse_args(arguments)
     found = tune(
         options.length,
