@@ -299,9 +299,9 @@ def bc_grads_kernel(
             many += tl.load(block + part * nT * (T * T)).to(tl.float32)
         d = many.to(d.dtype)
     keep = tl.where(before, j < i, j > i)  # (R, R)
-    v = load_rows(source + base, rows + source_shift, n, stride_l, L)  # (R, N)
+    u = load_rows(source + base, rows + source_shift, n, stride_l, L)  # (R, N)
     acc = tl.zeros((R, N), tl.float32)
-    acc = tl.dot(tl.where(keep, d, 0.0).to(d.dtype), v.to(d.dtype), acc, input_precision=PREC)
+    acc = tl.dot(tl.where(keep, d, 0.0).to(d.dtype), u.to(d.dtype), acc, input_precision=PREC)
     if HAS_STATE:
         # C sums dY over its states, B sums X over the gradients of theirs: the same loop with other operands
         l_all = lf if direction == 0 else lb
