@@ -129,7 +129,8 @@ def _is_plain_projection(module: nn.Module) -> bool:
 
 
 def _is_exporting() -> bool:
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    """Under torch.export or torch.jit.trace. torch.compiler.is_exporting() says so under torch.compile too (2.11)."""
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
 
 class Hydra(GatedMixer):

@@ -234,3 +234,23 @@ def test_the_norms_factor_does_not_wait_under_global_hooks(monkeypatch):
         assert _late_seen(Hydra(64, d_state=16), monkeypatch) is False
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize('strict', [False, True])
+def test_exporting_is_told_from_compiling(strict):
+    """Only then may the graph of torch.compile leave the norm's factor for after out_proj, as eager mode does."""
+    from hydra_vision.mixers.hydra import _is_exporting, _is_plain_projection
+
+    class Doubled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out_proj = torch.nn.Linear(4, 4, bias=False)
+
+        def forward(self, x):
+            y = self.out_proj(x)
+            return 2 * y if _is_plain_projection(self.out_proj) and not _is_exporting() else y
+
+    model, x = Doubled(), torch.randn(2, 4)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(model, fullgraph=True, backend='eager')(x), 2 * model.out_proj(x))
+    assert torch.equal(torch.export.export(model, (x,), strict=strict).module()(x), model.out_proj(x))
