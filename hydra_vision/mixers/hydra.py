@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import hydra_inner, quasiseparable_matrix
-from ..ops.dispatch import check_backend_name
+from ..ops.dispatch import check_backend_name, is_exporting
 from ..ops.inner import hydra_inner_late, scale_rows, unpack_zxbcdt
 from ..ops.reference import accumulation_dtype
 from .base import GatedMixer, check_sizes
@@ -129,8 +129,8 @@ def _is_plain_projection(module: nn.Module) -> bool:
 
 
 def _is_exporting() -> bool:
-    """Under torch.export or torch.jit.trace. torch.compiler.is_exporting() says so under torch.compile too (2.11)."""
-    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
+    """Under torch.export or torch.jit.trace."""
+    return is_exporting() or torch.jit.is_tracing()
 
 
 class Hydra(GatedMixer):

@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.dispatch import is_exporting
 from ..ops.reference import accumulation_dtype
 from .base import Mixer, Patterns, check_arguments, check_sizes, keyword_arguments
 from .grid import GridSize, TokenGrid
@@ -345,7 +346,7 @@ def _checked_segment(segment: Any) -> Union[int, str, Tuple[int, int]]:
 
 def _fused_runs(q: Tensor) -> bool:
     """Whether a fused attention that returns its log-sum-exp runs on q here."""
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if torch.jit.is_tracing() or is_exporting():
         return False
     if q.device.type == 'cpu':
         return True

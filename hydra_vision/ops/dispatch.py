@@ -17,6 +17,7 @@ __all__ = [
     'check_backend_name',
     'choose_backend',
     'default_backend',
+    'is_exporting',
     'set_default_backend',
 ]
 
@@ -24,6 +25,11 @@ BACKENDS = ('reference', 'chunked', 'triton', 'mamba_ssm')
 ENVIRONMENT_VARIABLE = 'HYDRA_VISION_BACKEND'
 
 _default: str = 'auto'
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is running. torch.compiler.is_exporting() says so under torch.compile too in torch 2.11."""
+    return torch.compiler._is_exporting_flag
 
 
 def check_backend_name(name: str, argument: str = 'backend') -> None:

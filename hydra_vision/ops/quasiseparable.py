@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .chunked import mix_chunked
-from .dispatch import choose_backend
+from .dispatch import choose_backend, is_exporting
 from .exported import mix_exported
 from .mamba_ssm import mix_mamba_ssm
 from .reference import dense_matrix, mix_dense
@@ -98,7 +98,7 @@ def mix_unchecked(
     if name == 'triton':
         from .triton.api import quasiseparable_mix as mix  # lazily: importing hydra_vision must not import Triton
     elif name == 'chunked' and (
-        torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or isinstance(x.shape[1], torch.SymInt)
+        is_exporting() or torch.onnx.is_in_onnx_export() or isinstance(x.shape[1], torch.SymInt)
     ):
         mix = mix_exported
     else:

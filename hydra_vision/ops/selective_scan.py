@@ -17,6 +17,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from .dispatch import is_exporting
 from .reference import accumulation_dtype
 
 __all__ = ['SCAN_BACKENDS', 'choose_scan_backend', 'scan_recurrence', 'selective_scan', 'selective_scan_matrix']
@@ -68,7 +69,7 @@ def selective_scan(
         y = _scan_mamba_ssm(x, dt, A, B, C)
     elif name == 'reference':
         y = scan_recurrence(x, dt, A, B, C)
-    elif torch.jit.is_tracing() or (torch.compiler.is_exporting() and not isinstance(L, torch.SymInt)):
+    elif torch.jit.is_tracing() or (is_exporting() and not isinstance(L, torch.SymInt)):
         y, _ = _scan(x, dt, A, B, C)  # plain operators: a graph that can be saved and converted
     else:
         y, _ = _two_levels(x, dt, A, B, C)
