@@ -4,7 +4,9 @@ A sequence is nC chunks of NT tiles of 64 tokens; token t of chunk c is c * 64 N
 and nothing but S leaves a program. Arrays that belong to chunks are chunk-major, (B * nC, H, ...), and 256 rows long.
 """
 
+import warnings
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Optional
 
 import torch
@@ -513,7 +515,21 @@ def in_chunks(
     recording (offline.py).
     """
     fits = dtype == torch.bfloat16 and P == N == 64 and G == 1 and H <= MOST_HEADS and d_conv == 7 and not starts
-    return fits and device.type in ('cuda', 'meta') and not launch_is_forced() and architecture(device) == 90
+    if not fits or device.type not in ('cuda', 'meta') or launch_is_forced() or architecture(device) != 90:
+        return False
+    return _gluon_is_known()
+
+
+@cache
+def _gluon_is_known() -> bool:
+    """Gluon is experimental: a Triton whose Gluon has other names runs the kernels in tiles, and says so once."""
+    try:
+        from . import hopper  # noqa: F401
+    except (ImportError, AttributeError) as error:
+        text = f'the Gluon of triton {triton.__version__} is not known ({error}): the slower kernels in tiles run instead'
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return False
+    return True
 
 
 def chunks_of(plan: Plan, start: Optional[Tensor] = None, d_conv: int = 7) -> Optional['Chunks']:
