@@ -526,7 +526,9 @@ def _gluon_is_known() -> bool:
     try:
         from . import hopper  # noqa: F401
     except (ImportError, AttributeError) as error:
-        text = f'the Gluon of triton {triton.__version__} is not known ({error}): the slower kernels in tiles run instead'
+        text = (
+            f'the Gluon of triton {triton.__version__} is not known ({error}): the slower kernels in tiles run instead'
+        )
         warnings.warn(text, RuntimeWarning, stacklevel=2)
         return False
     return True

@@ -144,12 +144,13 @@ def mix_forward_all(
 
 
 def _in_rows(x: Tensor) -> Tensor:
-    """(B, L, H, P) -> (B, L, H * P), a copy where heads do not follow one another in whole 16 bytes."""
+    """(B, L, H, P) -> (B, L, H * P), a copy where a tensor map cannot describe the rows: heads apart, not whole 16 bytes, expanded."""
     B, L, H, P = x.shape
-    ready = x.stride(2) == P and not (x.data_ptr() % 16 or x.stride(0) % 8 or x.stride(1) % 8)
+    steps = (x.stride(0), x.stride(1))
+    ready = x.stride(2) == P and not x.data_ptr() % 16 and all(step > 0 and step % 8 == 0 for step in steps)
     if not ready:
         return x.contiguous().view(B, L, H * P)
-    return x.as_strided((B, L, H * P), (x.stride(0), x.stride(1), 1), x.storage_offset())
+    return x.as_strided((B, L, H * P), (*steps, 1), x.storage_offset())
 
 
 def mix_backward_all(

@@ -908,7 +908,8 @@ def mix_chunks(
     scores = _flat(S, 64, 64, WHOLE)
     z, weight, squares = (v, table, table) if gate is None else gate
     fc, ddiag = (S, table) if diagonal is None else diagonal
-    z_map = gate is not None and not (z.data_ptr() % 16 or z.stride(0) % 8 or z.stride(1) % 8)
+    steps = (z.stride(0), z.stride(1))
+    z_map = gate is not None and not z.data_ptr() % 16 and all(step > 0 and step % 8 == 0 for step in steps)
     FC = 0 if diagonal is None else max(16, 1 << (c.H - 1).bit_length())
     launch(mix_chunk_kernel, (c.B * c.nC * (c.H // c.turns),),
         v_desc, _rows_of(z, width) if z_map else v_desc, _rows_of(out, width), scores,
