@@ -144,7 +144,7 @@ def mix_forward_all(
 
 
 def _in_rows(x: Tensor) -> Tensor:
-    """(B, L, H, P) -> (B, L, H * P), a copy where a tensor map cannot describe the rows: heads apart, not whole 16 bytes, expanded."""
+    """(B, L, H, P) -> (B, L, H * P); a copy where heads lie apart, or rows are expanded or not whole 16 bytes."""
     B, L, H, P = x.shape
     steps = (x.stride(0), x.stride(1))
     ready = x.stride(2) == P and not x.data_ptr() % 16 and all(step > 0 and step % 8 == 0 for step in steps)
