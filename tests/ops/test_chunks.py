@@ -84,7 +84,7 @@ def score_grads(c, x, dy, S, table, row_sums, col_sums, dS, dST):
 
 
 def convolve(x, taps, fc, D, out, diag, width):
-    """``hopper.convolve``."""
+    """``hopper_conv.convolve``."""
     C = x.shape[2]
     out[:] = F.silu(F.conv1d(x.mT, taps[:7].T[:, None], taps[7], padding=3, groups=C)).mT
     if fc is not None:
@@ -94,15 +94,15 @@ def convolve(x, taps, fc, D, out, diag, width):
 @pytest.fixture(autouse=True)
 def in_chunks(monkeypatch):
     """Whole chunks in float32; the sizes of the problems that ran so."""
-    from hydra_vision.ops.triton import chunks, hopper
+    from hydra_vision.ops.triton import chunks, hopper, hopper_conv
 
     def chunks_of(plan, start=None, d_conv=7):
         found.append(chunks.Chunks(plan.B, plan.L, plan.H, plan.device, torch.float32))
         return found[-1]
 
     found = []
-    for function in (mix_chunks, score_grads, convolve):
-        monkeypatch.setattr(hopper, function.__name__, function)
+    for module, function in ((hopper, mix_chunks), (hopper, score_grads), (hopper_conv, convolve)):
+        monkeypatch.setattr(module, function.__name__, function)
     monkeypatch.setattr(chunks, 'chunks_of', chunks_of)
     monkeypatch.setattr(chunks, 'narrow', lambda t: t)
     poison_memory(monkeypatch)

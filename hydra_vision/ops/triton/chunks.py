@@ -524,7 +524,7 @@ def in_chunks(
 def _gluon_is_known() -> bool:
     """Gluon is experimental: a Triton whose Gluon has other names runs the kernels in tiles, and says so once."""
     try:
-        from . import hopper  # noqa: F401
+        from . import hopper_conv  # noqa: F401
     except (ImportError, AttributeError) as error:
         text = (
             f'the Gluon of triton {triton.__version__} is not known ({error}): the slower kernels in tiles run instead'

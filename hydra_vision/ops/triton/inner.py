@@ -203,7 +203,7 @@ def _chunk_convolved(
     a: InnerArguments, plan: Plan, diag: Optional[Tensor]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """SiLU(conv(x, B, C)) (B, L, width), its x part and B_f, C_f, B_b, C_b (B, L, N); fills the diagonal (B, H, L)."""
-    from .hopper import convolve  # lazily: Gluon is looked for only where it runs
+    from .hopper_conv import convolve  # lazily: Gluon is looked for only where it runs
 
     xbc = torch.empty(plan.B, plan.L, a.width, dtype=plan.dtype, device=plan.device)
     fc = None if diag is None else chunks.narrow(a.fc_D_weight)
