@@ -208,9 +208,13 @@ def test_streams_of_too_few_shards(loaders, tmp_path, no_hub):
         loaders(recipe(tmp_path / 'cache', f'hfids/{tmp_path / "set"}', data=options))
 
 
-def test_bad_folders_and_missing_packages(tmp_path, monkeypatch):
+def test_a_folder_without_parquet_files(tmp_path):
+    pytest.importorskip('datasets')  # a missing package is told first
     with pytest.raises(DataError, match=r'is not a folder with \.parquet files'):
         sources.open_splits(recipe(tmp_path, 'parquet'))
+
+
+def test_missing_packages_and_options_without_effect(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"data.download has no effect for data.name='wds/'"):
         recipe(tmp_path, 'wds/', data={'download': True})
     monkeypatch.setattr(sources.importlib.util, 'find_spec', lambda name: None)
