@@ -160,18 +160,19 @@ def inner_forward(a: InnerArguments, late: bool) -> tuple[Tensor, Tensor, Tensor
     y is (B, L, d_inner) in float16; in other dtypes it is empty, as the backward reads ``out`` instead (norm.py).
     """
     plan = a.plan()
+    c = a.chunks(plan)
+    late = late and c is not None
     if plan.B == 0:
         out = torch.empty(plan.B, plan.L, a.d_inner, dtype=plan.dtype, device=plan.device)
         rstd = torch.empty(plan.B, plan.L, dtype=torch.float32, device=plan.device)
-        y = out.new_empty(0 if plan.keeps_norm else out.shape)
-        return out, rstd.new_empty(0), y, rstd, rstd.new_empty(0, plan.H, plan.L)
-    c = a.chunks(plan)
-    if c is None:
+        y, diag = out.new_empty(0 if plan.keeps_norm else out.shape), rstd.new_empty(0, plan.H, plan.L)
+    elif c is None:
         out, y, rstd, diag = _run(a, 'forward', partial(_forward_kernels, a, plan))
-        return out, rstd.new_empty(0), y, rstd, diag
-    out, rstd, diag = _run(a, 'late' if late else 'normalised', partial(_chunk_forward_kernels, a, plan, c, late))
+    else:
+        out, rstd, diag = _run(a, 'late' if late else 'normalised', partial(_chunk_forward_kernels, a, plan, c, late))
+        y = out.new_empty(0)
     nothing = rstd.new_empty(0)
-    return out, *((rstd, out.new_empty(0), nothing) if late else (nothing, out.new_empty(0), rstd)), diag
+    return out, *((rstd, y, nothing) if late else (nothing, y, rstd)), diag
 
 
 def _run(a: InnerArguments, name: str, kernels: partial, *others: Tensor) -> Results:
