@@ -65,22 +65,29 @@ def mix_chunks(c, v, out, S, blocks, table, diag, states, rows, transposed=False
     out[..., : c.H * 64] = y
 
 
-def score_grads(c, x, dy, S, table, row_sums, col_sums, dS, dST):
-    """``hopper.score_grads``: writes nothing to columns of the last tile beyond the tail."""
+def score_grads(c, x, dy, S, ST, table, row_sums, col_sums, dS, dST):
+    """``hopper.score_grads``: without the pairs among a tail, and nothing beyond it."""
+    assert torch.equal(ST, S.mT)
     xc, yc = (chunked(c, t[..., : c.H * 64]).unflatten(2, (c.H, 64)) for t in (x, dy))
     grad = torch.einsum('cihp,cjhp->chij', yc, xc) * factors(c, table)
     G = grad * S[:, None]
+    sizes = [64] * (c.NT - 1) + [c.tail]
     for I in range(c.NT):
-        i = slice(64 * I, 64 * I + 64)
+        i = slice(64 * I, 64 * I + sizes[I])
         for J in range(c.NT):
-            j = slice(64 * J, 64 * J + (c.tail if J == c.NT - 1 else 64))
+            j = slice(64 * J, 64 * J + sizes[J])
+            if I == J and sizes[I] < 64:
+                continue
             g = G[:, :, i, j]
-            lower = g.tril() if I == J else g
+            lower, upper = (g.tril(), g.triu()) if I == J else (g, g)
             row_sums[:, :, J, i], col_sums[:, :, I, j] = lower.sum(3), lower.sum(2)
             if I == J:
-                row_sums[:, :, c.NT, i], col_sums[:, :, c.NT, j] = g.triu().sum(3), g.triu().sum(2)
+                col_sums[:, :, c.NT, j] = upper.sum(2)
+                for plane, half in ((J, lower), (c.NT, upper)):  # the columns' halves apart
+                    row_sums[:, :, plane, i] = half[..., :32].sum(3)
+                    row_sums[:, :, c.NT + 1 + (plane == c.NT), i] = half[..., 32:].sum(3)
             sums = grad[:, :, i, j].sum(1)
-            dS[:, I, J, :, : sums.shape[2]], dST[:, J, I, : sums.shape[2]] = sums, sums.mT
+            dS[:, I, J, : sizes[I], : sizes[J]], dST[:, J, I, : sizes[J], : sizes[I]] = sums, sums.mT
 
 
 def convolve(x, taps, fc, D, out, diag, width):

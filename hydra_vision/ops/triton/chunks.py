@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decay import DT_TINY, _head_decay, _load_dt, _softplus
+from .decay import DT_TINY, _head_decay, _load_dt, _softplus, log2
 from .launch import launch
 from .plan import Plan, architecture, launch_is_forced
 from .scores import load_cols, load_rows
@@ -39,6 +39,7 @@ def chunk_tables_kernel(
     SOFTPLUS: tl.constexpr,
     LIMIT: tl.constexpr,
     A_IS_LOG: tl.constexpr,
+    FAST: tl.constexpr,
     BOTH: tl.constexpr,
     HB: tl.constexpr,
     ROWS: tl.constexpr,
@@ -64,13 +65,15 @@ def chunk_tables_kernel(
     for direction in tl.static_range(2):
         source = dtf_in if direction == 0 else dtb_in
         limit = tl.where(t < ROWS, rows, L)  # tokens of the next chunk count as padding
-        _, dt = _load_dt(source + b * stride_b, limit, heads, stride_l, L, H, bias, DT_MIN, DT_MAX, SOFTPLUS, LIMIT)
+        _, dt = _load_dt(
+            source + b * stride_b, limit, heads, stride_l, L, H, bias, DT_MIN, DT_MAX, SOFTPLUS, LIMIT, FAST
+        )
         # a term below -200 makes every factor that contains it zero: cut off there, so that sums stay precise
         step = tl.maximum(dt * a[None, :] * 1.4426950408889634, -200.0)  # (256, HB)
         upto = tl.cumsum(step, axis=0, reverse=direction == 1)
         total = tl.sum(step, axis=0)  # (HB,)
         row = upto - step
-        column = upto - tl.where(inside[:, None], tl.log2(tl.maximum(dt, DT_TINY)), 0.0)
+        column = upto - tl.where(inside[:, None], log2(tl.maximum(dt, DT_TINY), FAST), 0.0)
         tl.store(table + out + 512 * direction, row, mask=keep)
         tl.store(table + out + 512 * direction + 256, column, mask=keep)
         if BOTH:
@@ -207,6 +210,63 @@ def row_scale_kernel(
 
 
 @triton.jit
+def chunk_tail_grads_kernel(
+    x,  # (B, L, >= H * 64), rows of any stride
+    dy,
+    S,  # (B * nC, ROWS, ROWS)
+    table,  # (B * nC, H, 4, 256)
+    row_sums,  # (B * nC, H, NT + 3, 256) out, see score_grads_kernel (hopper.py)
+    col_sums,  # (B * nC, H, NT + 1, 256) out
+    dS,  # (B * nC, NT, NT, 64, 64) out
+    dST,
+    stride_xb,
+    stride_xl,
+    stride_yb,
+    stride_yl,
+    L,
+    H,
+    nC,
+    NT: tl.constexpr,
+    T: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The pairs among the T tokens of a last tile that score_grads_kernel leaves out, a chunk a program."""
+    chunk = tl.program_id(0).to(tl.int64)
+    b = chunk // nC
+    t = tl.arange(0, T)
+    p = tl.arange(0, 64)
+    first = 64 * (NT - 1)
+    rows = (chunk % nC) * (64 * NT) + first + t
+    i = t[:, None]
+    j = t[None, :]
+    s = tl.load(S + (chunk * (64 * NT) + first + i) * (64 * NT) + first + j).to(tl.float32)  # (T, T)
+    acc = tl.zeros((T, T), tl.float32)
+    for h in tl.range(0, H, num_stages=STAGES):
+        y = load_rows(dy + b * stride_yb + h * 64, rows, p, stride_yl, L)  # (T, 64)
+        v = load_cols(x + b * stride_xb + h * 64, rows, p, stride_xl, L)  # (64, T)
+        e = table + (chunk * H + h) * 1024 + first + t
+        left = tl.load(e)[:, None] - tl.load(e + 256)[None, :]
+        right = tl.load(e + 512)[:, None] - tl.load(e + 768)[None, :]
+        grad = tl.where(i == j, 0.0, tl.dot(y, v) * tl.exp2(tl.where(i > j, left, right)))
+        acc += grad
+        # the same rounded values in both directions, so that differences of sums do not feel the rounding
+        g = (grad * s).to(S.dtype.element_ty).to(tl.float32)
+        lower = tl.where(i > j, g, 0.0)
+        upper = tl.where(i < j, g, 0.0)
+        to = row_sums + (chunk * H + h) * ((NT + 3) * 256) + first + t
+        tl.store(to + (NT - 1) * 256, tl.sum(lower, axis=1))
+        tl.store(to + NT * 256, tl.sum(upper, axis=1))
+        tl.store(to + (NT + 1) * 256, tl.zeros((T,), tl.float32))
+        tl.store(to + (NT + 2) * 256, tl.zeros((T,), tl.float32))
+        to = col_sums + (chunk * H + h) * ((NT + 1) * 256) + first + t
+        tl.store(to + (NT - 1) * 256, tl.sum(lower, axis=0))
+        tl.store(to + NT * 256, tl.sum(upper, axis=0))
+    at = ((chunk * NT + NT - 1) * NT + NT - 1) * 4096
+    tl.store(dS + at + i * 64 + j, acc.to(dS.dtype.element_ty))
+    tl.store(dST + at + j * 64 + i, acc.to(dS.dtype.element_ty))
+
+
+@triton.jit
 def chunk_bc_grads_kernel(
     x,  # (B, L, H * 64)
     dy,
@@ -332,8 +392,8 @@ def chunk_decay_backward_kernel(
     dtb_in,
     dt_bias,
     A,
-    row_sums,  # (B * nC, H, NT + 1, 256), see score_grads_kernel (hopper.py)
-    col_sums,
+    row_sums,  # (B * nC, H, NT + 3, 256), see score_grads_kernel (hopper.py)
+    col_sums,  # (B * nC, H, NT + 1, 256)
     outer,  # (B * nC, H, 4, 256), where HAS_STATE, see chunk_bc_grads_kernel
     through,  # (B, H, 2, nC), where HAS_STATE
     ddtf,  # (B, L, H) out, rows of any stride
@@ -352,6 +412,7 @@ def chunk_decay_backward_kernel(
     SOFTPLUS: tl.constexpr,
     LIMIT: tl.constexpr,
     A_IS_LOG: tl.constexpr,
+    FAST: tl.constexpr,
     HAS_STATE: tl.constexpr,
     NT: tl.constexpr,
     HB: tl.constexpr,
@@ -376,7 +437,7 @@ def chunk_decay_backward_kernel(
     sum_bias = tl.zeros((HB,), tl.float32)
     seen = (rows < L)[:, None] & ok[None, :]  # (64, HB)
     head = chunk * H + heads  # (HB,)
-    r_ptr = row_sums + head[None, :] * ((NT + 1) * 256)
+    r_ptr = row_sums + head[None, :] * ((NT + 3) * 256)
     c_ptr = col_sums + head[None, :] * ((NT + 1) * 256)
     o_ptr = outer + head[None, :] * 1024
     first = (chunk % nC) * (NT * 64)
@@ -384,12 +445,15 @@ def chunk_decay_backward_kernel(
     for direction in tl.static_range(2):
         source = dtf_in if direction == 0 else dtb_in
         target = ddtf if direction == 0 else ddtb
-        value, dt = _load_dt(source + b * stride_b, rows, heads, stride_l, L, H, bias, DT_MIN, DT_MAX, SOFTPLUS, LIMIT)
+        value, dt = _load_dt(
+            source + b * stride_b, rows, heads, stride_l, L, H, bias, DT_MIN, DT_MAX, SOFTPLUS, LIMIT, FAST
+        )
         diagonal = tile if direction == 0 else NT
         after = own + 1 if direction == 0 else own - 1  # the query side, one step from the token
         t_after = t + 1 if direction == 0 else t - 1
         has_after = ((t_after >= 0) & (t_after < 64) & (rows - t + t_after < L))[:, None] & ok[None, :]
         inner = tl.load(r_ptr + diagonal * 256 + after[:, None], mask=has_after, other=0.0)  # (64, HB)
+        inner += tl.load(r_ptr + (NT + 1 + direction) * 256 + after[:, None], mask=has_after, other=0.0)
         near = tl.load(c_ptr + diagonal * 256 + own[:, None], mask=seen, other=0.0)
         inner -= near
         far = tl.zeros((64, HB), tl.float32)  # columns' sums over rows of other tiles
@@ -426,7 +490,7 @@ def chunk_decay_backward_kernel(
         sum_A += tl.sum(tl.where(seen, da * dt, 0.0), axis=0)
         g = da * a[None, :] + raw
         if LIMIT:
-            free = _softplus(value) if SOFTPLUS else value
+            free = _softplus(value, FAST) if SOFTPLUS else value
             g = tl.where((free >= DT_MIN) & (free <= DT_MAX), g, 0.0)
         if SOFTPLUS:
             g = g * tl.sigmoid(value)
@@ -558,7 +622,7 @@ class Chunks:
 
     @property
     def tail(self) -> int:
-        """Columns of the last tile that are computed, where it is not whole."""
+        """Rows and columns of the last tile that are computed, where it is not whole."""
         return 16 if self.NT == 4 else 64
 
     @property
@@ -575,6 +639,11 @@ class Chunks:
     def turns(self) -> int:
         """Heads a program."""
         return next(count for count in range(min(HEADS, self.H), 0, -1) if self.H % count == 0)
+
+    @property
+    def fast(self) -> bool:
+        """Whether instructions as precise as bfloat16 do for dt; the interpreter has none."""
+        return self.device.type != 'cpu'
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Uninitialised."""
@@ -600,7 +669,7 @@ def tables(c: Chunks, source: Any, both: bool) -> tuple[Tensor, Tensor, Tensor]:
     launch(chunk_tables_kernel, (c.B * c.nC, triton.cdiv(c.H, HB)),
         source.dt_f, source.dt_b, bias, source.A, table, transposed, totals,
         source.dt_f.stride(0), source.dt_f.stride(1), c.L, c.H, c.nC,
-        *source.bounds(), **source.flags(), BOTH=both, HB=HB, ROWS=c.rows, num_warps=4,
+        *source.bounds(), **source.flags(), FAST=c.fast, BOTH=both, HB=HB, ROWS=c.rows, num_warps=4,
     )  # fmt: skip
     return table, transposed, totals
 
@@ -720,10 +789,15 @@ def backward(
         leaving, through = states(c, C_f, C_b, dy, table, totals, entering)
     diagonal = None if fc is None else (narrow(fc), ddiag)
     mix_chunks(c, dy, dx, ST, blocks, transposed, diag, leaving, (B_b, B_f), transposed=True, diagonal=diagonal)
-    sums = [c.empty(c.B * c.nC, c.H, c.NT + 1, 256) for _ in range(2)]
+    sums = [c.empty(c.B * c.nC, c.H, c.NT + planes, 256) for planes in (3, 1)]
     dS, dST = (c.empty(c.B * c.nC, c.NT, c.NT, 64, 64, dtype=c.wide) for _ in range(2))
     strides = (x.stride(0), x.stride(1), dy.stride(0), dy.stride(1))
-    score_grads(c, x, dy, S, table, *sums, dS, dST)
+    score_grads(c, x, dy, S, ST, table, *sums, dS, dST)
+    if c.tail < 64:
+        launch(chunk_tail_grads_kernel, (c.B * c.nC,),
+            x, dy, S, table, *sums, dS, dST, *strides, c.L, c.H, c.nC,
+            NT=c.NT, T=c.tail, STAGES=3, num_warps=1, num_stages=3,
+        )  # fmt: skip
     outer = None if entering is None else c.empty(c.B * c.nC, c.H, 4, 256)
     unused = totals
     stages = 2 if entering is None else 4
@@ -749,6 +823,6 @@ def decays_backward(c: Chunks, source: Any, g: ChunkSums, ddtf: Tensor, ddtb: Te
         source.dt_f, source.dt_b, bias, source.A, g.rows, g.cols, g.rows if g.outer is None else g.outer,
         g.rows if g.through is None else g.through, ddtf, ddtb, part, source.dt_f.stride(0), source.dt_f.stride(1),
         ddtf.stride(0), ddtf.stride(1), c.B, c.L, c.H, c.nC, *source.bounds(), **source.flags(),
-        HAS_STATE=g.outer is not None, NT=c.NT, HB=HB, num_warps=8,
+        FAST=c.fast, HAS_STATE=g.outer is not None, NT=c.NT, HB=HB, num_warps=8,
     )  # fmt: skip
     return part

@@ -5,13 +5,27 @@ nothing is recomputed. Other widths use one tile a program and shifted loads. Ba
 the transposed convolution and the weight's gradient, so that the intermediate never leaves the registers.
 """
 
+# ruff: noqa: RUF005  (Triton unpacks no tuples)
+
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _silu_gradient(pre):
-    sig = tl.sigmoid(pre)
+def sigmoid(x, FAST: tl.constexpr):
+    """1 / (1 + exp(-x)); FAST: to 2^-12, as good as bfloat16, in three instructions (not in the interpreter)."""
+    if FAST:
+        half = tl.inline_asm_elementwise(
+            'tanh.approx.f32 $0, $1;', '=f,f', [0.5 * x], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return 0.5 + 0.5 * half
+    else:
+        return tl.sigmoid(x)
+
+
+@triton.jit
+def _silu_gradient(pre, FAST: tl.constexpr):
+    sig = sigmoid(pre, FAST)
     return sig * (1.0 + pre * (1.0 - sig))
 
 
@@ -178,129 +192,121 @@ def diagonal_kernel(
 
 
 @triton.jit
+def _dot7(a, b):
+    """Sum of the products of two tuples of seven."""
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3] + a[4] * b[4] + a[5] * b[5] + a[6] * b[6]
+
+
+@triton.jit
+def _lane(ptr, row, cols, ok, L, MASK: tl.constexpr):
+    """(BC,) the row of ``ptr``, which is row ``row`` of the sequence; zero outside of it."""
+    if MASK:
+        here = row + tl.zeros_like(cols)  # (BC,), so that the mask is a tensor of booleans in the interpreter too
+        return tl.load(ptr, mask=ok & (here >= 0) & (here < L), other=0.0)
+    else:
+        return tl.load(ptr, mask=ok, other=0.0)
+
+
+@triton.jit
+def _seven_rows(
+    u, g, du, x, d, s, n, m, w, bv, t, start, stop, cols, ok, L,
+    SU: tl.constexpr, SG: tl.constexpr, SD: tl.constexpr, MASK: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Rows t to t + 6 of the convolution's backward; u, g, du point to row t, everything else as in the kernel."""
+    for step in tl.static_range(7):
+        row = t + step
+        x = x + (n[0].to(tl.float32),)  # rows row - 3 to row + 3
+        grad = m[0].to(tl.float32)
+        # four rows ahead are on their way
+        n = (n[1], n[2], n[3], _lane(u + (step + 7) * SU, row + 7, cols, ok, L, MASK))
+        m = (m[1], m[2], m[3], _lane(g + (step + 4) * SG, row + 4, cols, ok, L, MASK))
+        d = (grad * _silu_gradient(bv + _dot7(x, w), FAST), d[0], d[1], d[2], d[3], d[4], d[5])
+        back = _dot7(d, w).to(du.dtype.element_ty)  # row - 3
+        own = d[0]
+        if MASK:
+            here = row + tl.zeros_like(cols)
+            tl.store(du + (step - 3) * SD, back, mask=ok & (here - 3 >= start) & (here - 3 < stop))
+            own = tl.where((here >= start) & (here < stop), own, 0.0)
+        else:
+            tl.store(du + (step - 3) * SD, back, mask=ok)
+        s = (
+            s[0] + own * x[0], s[1] + own * x[1], s[2] + own * x[2], s[3] + own * x[3], s[4] + own * x[4],
+            s[5] + own * x[5], s[6] + own * x[6], s[7] + own,
+        )  # fmt: skip
+        x = (x[1], x[2], x[3], x[4], x[5], x[6])
+        d = (d[0], d[1], d[2], d[3], d[4], d[5])
+    return x, d, s, n, m
+
+
+@triton.jit
 def conv7_backward_kernel(
-    u,  # (B, L, C) rows of any stride
+    u,  # (B, L, C) rows of SU elements
     w,  # (C, 7)
     bias,  # (C,)
     g,  # (B, L, C) contiguous: gradient after the activation
-    du,  # (B, L, C) rows of any stride, out
+    du,  # (B, L, C) rows of SD elements, out
     part,  # (B, segments, 8, C) float32, out: weight and bias gradients of the segment
     stride_b,
-    stride_l,
     stride_db,
-    stride_dl,
     L,
-    C,
     SEGMENT,
+    SU: tl.constexpr,
+    SD: tl.constexpr,
+    C: tl.constexpr,
     BC: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    ALIGN: tl.constexpr,
-    ALIGN_D: tl.constexpr,
+    FAST: tl.constexpr,
 ):
-    blocks = tl.cdiv(C, BC)
+    blocks: tl.constexpr = (C + BC - 1) // BC
     segments = tl.cdiv(L, SEGMENT)
     block = tl.program_id(0) % blocks
     segment = (tl.program_id(0) // blocks) % segments
     b = (tl.program_id(0) // (blocks * segments)).to(tl.int64)
     cols = block * BC + tl.arange(0, BC)
     ok = cols < C
-    u_b = u + b * stride_b
-    g_b = g + b * L * C
-    d_b = du + b * stride_db + cols
-    w0 = tl.load(w + cols * 7, mask=ok, other=0.0).to(tl.float32)  # (BC,)
-    w1 = tl.load(w + cols * 7 + 1, mask=ok, other=0.0).to(tl.float32)
-    w2 = tl.load(w + cols * 7 + 2, mask=ok, other=0.0).to(tl.float32)
-    w3 = tl.load(w + cols * 7 + 3, mask=ok, other=0.0).to(tl.float32)
-    w4 = tl.load(w + cols * 7 + 4, mask=ok, other=0.0).to(tl.float32)
-    w5 = tl.load(w + cols * 7 + 5, mask=ok, other=0.0).to(tl.float32)
-    w6 = tl.load(w + cols * 7 + 6, mask=ok, other=0.0).to(tl.float32)
+    weights = (tl.load(w + cols * 7, mask=ok, other=0.0).to(tl.float32),)  # seven of (BC,)
+    for k in tl.static_range(1, 7):
+        weights = weights + (tl.load(w + cols * 7 + k, mask=ok, other=0.0).to(tl.float32),)
     bv = tl.zeros((BC,), tl.float32)
     if HAS_BIAS:
         bv += tl.load(bias + cols, mask=ok, other=0.0).to(tl.float32)
     start = segment * SEGMENT
     stop = tl.minimum(start + SEGMENT, L)
-    first = start - 3
-    x0 = _row(u_b, first - 3, stride_l, cols, ok, L, ALIGN).to(tl.float32)  # (BC,) rows t-3 .. t+2
-    x1 = _row(u_b, first - 2, stride_l, cols, ok, L, ALIGN).to(tl.float32)
-    x2 = _row(u_b, first - 1, stride_l, cols, ok, L, ALIGN).to(tl.float32)
-    x3 = _row(u_b, first, stride_l, cols, ok, L, ALIGN).to(tl.float32)
-    x4 = _row(u_b, first + 1, stride_l, cols, ok, L, ALIGN).to(tl.float32)
-    x5 = _row(u_b, first + 2, stride_l, cols, ok, L, ALIGN).to(tl.float32)
-    # Gradients before the activation of rows t-1 .. t-6. Triton 3.6 takes loop variables that start as one value and
-    # are handed on from one to the next for constants: they start as different values (in lanes never stored).
-    zero = tl.zeros((BC,), tl.float32)
-    d1 = tl.where(ok, 0.0, 1.0)  # (BC,)
-    d2 = tl.where(ok, 0.0, 2.0)
-    d3 = tl.where(ok, 0.0, 3.0)
-    d4 = tl.where(ok, 0.0, 4.0)
-    d5 = tl.where(ok, 0.0, 5.0)
-    d6 = tl.where(ok, 0.0, 6.0)
-    s0 = zero
-    s1 = zero
-    s2 = zero
-    s3 = zero
-    s4 = zero
-    s5 = zero
-    s6 = zero
-    sb = zero
-    n0 = _row(u_b, first + 3, stride_l, cols, ok, L, ALIGN)
-    n1 = _row(u_b, first + 4, stride_l, cols, ok, L, ALIGN)
-    n2 = _row(u_b, first + 5, stride_l, cols, ok, L, ALIGN)
-    n3 = _row(u_b, first + 6, stride_l, cols, ok, L, ALIGN)
-    m0 = _row(g_b, first, C, cols, ok, L, 1)
-    m1 = _row(g_b, first + 1, C, cols, ok, L, 1)
-    m2 = _row(g_b, first + 2, C, cols, ok, L, 1)
-    m3 = _row(g_b, first + 3, C, cols, ok, L, 1)
-    for start_t in range(first, stop + 3, 7):
-        for step in tl.static_range(7):  # seven steps bring every row of the window back to its own register
-            t = start_t + step
-            x6 = n0.to(tl.float32)
-            grad = m0.to(tl.float32)
-            n0 = n1
-            n1 = n2
-            n2 = n3
-            m0 = m1
-            m1 = m2
-            m2 = m3
-            # four rows ahead are on their way
-            n3 = _row(u_b, t + 7, stride_l, cols, ok, L, ALIGN)
-            m3 = _row(g_b, t + 4, C, cols, ok, L, 1)
-            pre = bv + _tap7(x0, x1, x2, x3, x4, x5, x6, w0, w1, w2, w3, w4, w5, w6)
-            d0 = grad * _silu_gradient(pre)
-            back = _tap7(d0, d1, d2, d3, d4, d5, d6, w0, w1, w2, w3, w4, w5, w6)  # row t-3
-            here = t + tl.zeros_like(cols)
-            to = tl.multiple_of((t - 3) * tl.cast(stride_dl, tl.int64), ALIGN_D)
-            tl.store(d_b + to, back.to(du.dtype.element_ty), mask=ok & (here - 3 >= start) & (here - 3 < stop))
-            own = tl.where((here >= start) & (here < stop), d0, 0.0)
-            s0 += own * x0
-            s1 += own * x1
-            s2 += own * x2
-            s3 += own * x3
-            s4 += own * x4
-            s5 += own * x5
-            s6 += own * x6
-            sb += own
-            x0 = x1
-            x1 = x2
-            x2 = x3
-            x3 = x4
-            x4 = x5
-            x5 = x6
-            d6 = d5
-            d5 = d4
-            d4 = d3
-            d3 = d2
-            d2 = d1
-            d1 = d0
+    t = start - 3
+    u_t = u + b * stride_b + t * tl.cast(SU, tl.int64) + cols
+    g_t = g + (b * L + t) * tl.cast(C, tl.int64) + cols
+    du_t = du + b * stride_db + t * tl.cast(SD, tl.int64) + cols
+    x = (_lane(u_t - 3 * SU, t - 3, cols, ok, L, True).to(tl.float32),)  # rows t - 3 to t + 2
+    for k in tl.static_range(1, 6):
+        x = x + (_lane(u_t + (k - 3) * SU, t + (k - 3), cols, ok, L, True).to(tl.float32),)
+    n = (_lane(u_t + 3 * SU, t + 3, cols, ok, L, True),)  # u of rows t + 3 to t + 6, g of rows t to t + 3
+    m = (_lane(g_t, t, cols, ok, L, True),)
+    for k in tl.static_range(1, 4):
+        n = n + (_lane(u_t + (k + 3) * SU, t + (k + 3), cols, ok, L, True),)
+        m = m + (_lane(g_t + k * C, t + k, cols, ok, L, True),)
+    # Gradients before the activation of rows t - 1 to t - 6. Triton 3.6 takes loop variables that start as one value
+    # and are handed on from one to the next for constants: they start as different values (in lanes never stored).
+    d = (tl.where(ok, 0.0, 1.0),)
+    s = (tl.zeros((BC,), tl.float32),)
+    for k in tl.static_range(1, 6):
+        d = d + (tl.where(ok, 0.0, 1.0 + k),)
+    for _ in tl.static_range(1, 8):
+        s = s + (tl.zeros((BC,), tl.float32),)
+    for t in range(start - 3, stop + 3, 7):
+        if (t - 3 >= start) & (t + 13 < L) & (t + 6 < stop):
+            x, d, s, n, m = _seven_rows(
+                u_t, g_t, du_t, x, d, s, n, m, weights, bv, t, start, stop, cols, ok, L, SU, C, SD, False, FAST
+            )
+        else:
+            x, d, s, n, m = _seven_rows(
+                u_t, g_t, du_t, x, d, s, n, m, weights, bv, t, start, stop, cols, ok, L, SU, C, SD, True, FAST
+            )
+        u_t += 7 * SU
+        g_t += 7 * C
+        du_t += 7 * SD
     slot = part + (b * segments + segment) * 8 * C + cols
-    tl.store(slot, s0, mask=ok)
-    tl.store(slot + C, s1, mask=ok)
-    tl.store(slot + 2 * C, s2, mask=ok)
-    tl.store(slot + 3 * C, s3, mask=ok)
-    tl.store(slot + 4 * C, s4, mask=ok)
-    tl.store(slot + 5 * C, s5, mask=ok)
-    tl.store(slot + 6 * C, s6, mask=ok)
-    tl.store(slot + 7 * C, sb, mask=ok)
+    for k in tl.static_range(8):
+        tl.store(slot + k * C, s[k], mask=ok)
 
 
 @triton.jit
@@ -327,7 +333,7 @@ def conv_activation_backward_kernel(
     pre = _convolve(u + b * stride_b, w, bias, rows, cols, stride_l, L, C, K, HAS_BIAS, ALIGN)  # (TL, BC)
     at = g + (b * L + rows[:, None]) * C + cols[None, :]
     keep = (rows < L)[:, None] & (cols < C)[None, :]
-    grad = tl.load(at, mask=keep, other=0.0).to(tl.float32) * _silu_gradient(pre)
+    grad = tl.load(at, mask=keep, other=0.0).to(tl.float32) * _silu_gradient(pre, False)
     tl.store(at, grad.to(g.dtype.element_ty), mask=keep)
 
 

@@ -23,19 +23,50 @@ def _log1p(e):
 
 
 @triton.jit
-def _softplus(v):
-    return tl.maximum(v, 0.0) + _log1p(tl.exp(-tl.abs(v)))
+def log2(x, FAST: tl.constexpr):
+    """FAST: to 2^-22, one instruction (not in the interpreter)."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            'lg2.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log2(x)
 
 
 @triton.jit
-def _load_dt(ptr, rows, heads, stride_l, L, H, bias, DT_MIN, DT_MAX, SOFTPLUS: tl.constexpr, LIMIT: tl.constexpr):
+def _exp(x, FAST: tl.constexpr):
+    if FAST:
+        return tl.inline_asm_elementwise(
+            'ex2.approx.ftz.f32 $0, $1;', '=f,f', [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp(x)
+
+
+@triton.jit
+def _softplus(v, FAST: tl.constexpr):
+    """FAST: to 4e-6 of itself."""
+    e = _exp(-tl.abs(v), FAST)
+    if FAST:
+        series = e * (1 - e * (1 / 2 - e * (1 / 3 - e * (1 / 4))))
+        rest = tl.where(e < 0.03125, series, log2(1.0 + e, FAST) * 0.6931471805599453)
+    else:
+        rest = _log1p(e)
+    return tl.maximum(v, 0.0) + rest
+
+
+@triton.jit
+def _load_dt(
+    ptr, rows, heads, stride_l, L, H, bias, DT_MIN, DT_MAX, SOFTPLUS: tl.constexpr, LIMIT: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
     """Raw value before softplus and dt, both (T, HB) float32; dt = 0 outside the sequence."""
     mask = (rows < L)[:, None] & (heads < H)[None, :]  # (T, HB)
     raw = tl.load(ptr + rows[:, None].to(tl.int64) * stride_l + heads[None, :], mask=mask, other=0.0).to(tl.float32)
     dt = raw
     if SOFTPLUS:
         raw = raw + bias[None, :]  # (T, HB)
-        dt = _softplus(raw)
+        dt = _softplus(raw, FAST)
     if LIMIT:
         dt = tl.minimum(tl.maximum(dt, DT_MIN), DT_MAX)
     return raw, tl.where(mask, dt, 0.0)
@@ -86,7 +117,9 @@ def decay_kernel(
     sums = lf.dtype.element_ty
     for direction in tl.static_range(2):
         source = dtf_in if direction == 0 else dtb_in
-        _, dt = _load_dt(source + b * stride_b, rows, heads, stride_l, L, H, bias, DT_MIN, DT_MAX, SOFTPLUS, LIMIT)
+        _, dt = _load_dt(
+            source + b * stride_b, rows, heads, stride_l, L, H, bias, DT_MIN, DT_MAX, SOFTPLUS, LIMIT, False
+        )
         # a term below -200 makes every factor that contains it zero: cut off there, so that sums stay precise
         step = tl.maximum(dt.to(sums) * a[None, :].to(sums) * 1.4426950408889634, -200.0)  # (T, HB)
         total = tl.cumsum(step, axis=0, reverse=direction == 1)
@@ -151,7 +184,7 @@ def decay_backward_kernel(
         target = ddtf if direction == 0 else ddtb
         own = base + direction * plane
         value, dt = _load_dt(
-            source + b * stride_b, rows, heads, stride_l, L, H, bias, DT_MIN, DT_MAX, SOFTPLUS, LIMIT
+            source + b * stride_b, rows, heads, stride_l, L, H, bias, DT_MIN, DT_MAX, SOFTPLUS, LIMIT, False
         )  # (T, HB)
         after = t + 1 if direction == 0 else t - 1  # the query side, one step from the token
         has_after = ((after >= 0) & (after < T) & (tile * T + after < L))[:, None] & ok[None, :]
@@ -171,7 +204,7 @@ def decay_backward_kernel(
         sum_A += tl.sum(tl.where(seen, da * dt, 0.0), axis=0)
         g = da * a[None, :] + raw
         if LIMIT:
-            free = _softplus(value) if SOFTPLUS else value
+            free = _softplus(value, False) if SOFTPLUS else value
             g = tl.where((free >= DT_MIN) & (free <= DT_MAX), g, 0.0)
         if SOFTPLUS:
             g = g * tl.sigmoid(value)

@@ -19,7 +19,7 @@ from .conv import (
 )
 from .launch import launch
 from .mixing import DtSource, decays, decays_backward, mix_backward, mix_forward, start_gradient
-from .norm import norm_gate_backward_kernel, norm_gate_kernel
+from .norm import norm_gate_backward_kernel, norm_gate_kernel, sum_parts_kernel
 from .plan import Plan, alignment, launch_is_forced, make_plan
 from .replay import Results, replayed
 
@@ -29,7 +29,8 @@ TOKENS = 64  # a program of the diagonal and of convolutions that are not seven 
 CHANNELS = 64
 SEGMENT = 256  # tokens a program of the seven-wide convolution
 LANES = 256  # channels of it
-NORM_PROGRAMS = 792
+BACKWARD_LANES = 128  # channels of its backward, one a thread
+NORM_PROGRAMS = 1056  # eight a multiprocessor of the largest GPU that the table knows
 _PARAMETERS = ('conv_weight', 'conv_bias', 'dt_bias', 'A_log', 'D', 'fc_D_weight', 'norm_weight', 'init_states')
 
 
@@ -229,22 +230,26 @@ def _chunk_forward_kernels(
 
 def _norm_backward(
     a: InnerArguments, plan: Plan, y: Tensor, rstd: Tensor, dout: Tensor, xbc: Tensor, dz: Tensor, late: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Writes the z columns of dz; returns dy (B, L, H, P), the diagonal's gradient (B, L, H), shares of w's."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Writes the z columns of dz; returns dy (B, L, H, P), the diagonal's gradient (B, L, H), shares of w's and D's."""
     z, rows = a.zxbcdt, plan.B * plan.L
     dy = torch.empty(plan.B, plan.L, plan.H, plan.P, dtype=plan.dtype, device=plan.device)
     ddiag = torch.empty(plan.B, plan.L, plan.H, dtype=torch.float32, device=plan.device)
     per = triton.cdiv(rows, NORM_PROGRAMS)
     programs = triton.cdiv(rows, per)
-    part = torch.empty(programs, a.d_inner, dtype=torch.float32, device=plan.device)
+    parts = [torch.empty(programs, n, dtype=torch.float32, device=plan.device) for n in (a.d_inner, a.H)]
+    W = a.d_inner & -a.d_inner  # the largest power of two in it
+    pieces = a.d_inner // W
+    if pieces > 4 or W < plan.P:
+        W, pieces = triton.next_power_of_2(a.d_inner), 1
     launch(norm_gate_backward_kernel, (programs,),
-        dout, y, z, a.norm_weight, rstd, xbc, dy, ddiag, dz, part, z.stride(0), z.stride(1), dz.stride(0), dz.stride(1),
-        a.width, plan.L, a.d_inner, rows, per,
-        P=plan.P, DB=triton.next_power_of_2(a.d_inner), KEEPS=plan.keeps_norm, LATE=late,
+        dout, y, z, a.norm_weight, rstd, xbc, dy, ddiag, dz, *parts, z.stride(0), z.stride(1), dz.stride(0),
+        dz.stride(1), a.width, plan.L, a.d_inner, rows, per,
+        P=plan.P, W=W, PIECES=pieces, KEEPS=plan.keeps_norm, LATE=late, FAST=fast_math(plan),
         ALIGN=alignment(z, z.stride(0), z.stride(1)), ALIGN_G=alignment(dz, dz.stride(0), dz.stride(1)),
         **plan.options('norm_backward'),
     )  # fmt: skip
-    return dy, ddiag, part
+    return dy, ddiag, *parts
 
 
 def inner_backward(
@@ -267,39 +272,58 @@ def inner_backward(
     kernels = partial(_backward_kernels if c is None else partial(_chunk_backward_kernels, c, late), a, plan, *saved)
     # B's and C's gradients of both directions are added by PyTorch, between kernels
     results = kernels() if a.share_bc else _run(a, 'late backward' if late else 'backward', kernels, *saved)
-    rows, xbc, ddiag, norm_part, decay_part, conv_part, dstart = results
+    rows, xbc, ddiag, *sums, dstart = results
     with torch.autocast('cuda' if plan.device.type == 'cuda' else 'cpu', enabled=False):
         flat_x = xbc.view(-1, a.width)[:, : a.d_inner].to(plan.wide)
         dfc = ddiag.view(-1, a.H).to(plan.wide).T @ flat_x
-    dA_log, ddt_bias = (part.sum((0, 1)) for part in decay_part)
-    K = a.conv_weight.shape[-1]
-    dconv = conv_part.sum((0, 1))
+    dconv, dbias, dnorm, dD, dA_log, ddt_bias = sums
     return (
         rows[..., : a.zxbcdt.shape[-1]],
-        dconv[:K].T.contiguous().unsqueeze(1).to(a.conv_weight.dtype),
-        None if a.conv_bias is None else dconv[K].to(a.conv_bias.dtype),
+        dconv.to(a.conv_weight.dtype),
+        None if a.conv_bias is None else dbias.to(a.conv_bias.dtype),
         ddt_bias.to(a.dt_bias.dtype),
         dA_log.to(a.A_log.dtype),
-        ddiag.sum((0, 1)).to(a.D.dtype),
+        dD.to(a.D.dtype),
         dfc.to(a.fc_D_weight.dtype),
-        norm_part.sum(0).to(a.norm_weight.dtype),
+        dnorm.to(a.norm_weight.dtype),
         None if a.init_states is None else start_gradient(dstart, a.init_states.dtype),
     )
+
+
+def fast_math(plan: Plan) -> bool:
+    """Whether instructions as precise as bfloat16 do, for its activations' gradients; the interpreter has none."""
+    return plan.dtype == torch.bfloat16 and plan.device.type != 'cpu'
+
+
+def _summed(a: InnerArguments, conv: Tensor, weight: Tensor, diag: Tensor, decay: Tensor) -> tuple[Tensor, ...]:
+    """The shares of parameters' gradients added up, float32.
+
+    Returns:
+        Gradients of the convolution's weight (width, 1, K) and bias, the norm's weight, D, A_log and dt_bias.
+    """
+    K, BC = a.conv_weight.shape[-1], 32
+    shapes = ((a.width, 1, K), (a.width,), (a.d_inner,), (a.H,), (a.H,), (a.H,))
+    sums = tuple(torch.empty(shape, dtype=torch.float32, device=conv.device) for shape in shapes)
+    blocks = triton.cdiv((K + 1) * a.width, BC) + triton.cdiv(a.d_inner, BC) + 3 * triton.cdiv(a.H, BC)
+    launch(sum_parts_kernel, (blocks,),
+        conv, weight, diag, decay, *sums, conv[..., 0, 0].numel(), weight.shape[0], decay[0, ..., 0].numel(),
+        a.width, a.d_inner, a.H, K=K, BR=64, BC=BC, num_warps=4,
+    )  # fmt: skip
+    return sums
 
 
 def _backward_kernels(a: InnerArguments, plan: Plan, kept: Tensor, rstd: Tensor, diag: Tensor, dout: Tensor) -> Results:
     """All kernels of the backward.
 
     Returns:
-        dz (B, L, padded row); SiLU(conv(x, B, C)); the diagonal's gradient (B, L, H); then shares whose sums are other
-        gradients: the norm's weight (programs, d_inner), A_log and dt_bias (2, B, nT, H), the convolution's weight and
-        bias (B, segments, K + 1, width), the initial states (B, H, 2, N, P) or None.
+        dz (B, L, padded row); SiLU(conv(x, B, C)); the diagonal's gradient (B, L, H); the parameters' gradients of
+        ``_summed``; the gradient of the initial states (B, H, 2, N, P) or None.
     """
     rows = torch.empty(plan.B, plan.L, padded_row(a.zxbcdt), dtype=plan.dtype, device=plan.device)
     dz = rows[..., : a.zxbcdt.shape[-1]]
     d = decays(plan, a.dt_source())
     xbc = _convolved(a, plan)
-    dy, ddiag, norm_part = _norm_backward(a, plan, kept, rstd, dout, xbc, dz)
+    dy, ddiag, *parts = _norm_backward(a, plan, kept, rstd, dout, xbc, dz)
     x, bc = a.parts(xbc)
     dxbc = torch.empty_like(xbc)
     dx, dbc = a.parts(dxbc)
@@ -309,7 +333,7 @@ def _backward_kernels(a: InnerArguments, plan: Plan, kept: Tensor, rstd: Tensor,
     _add_shared(a, dxbc, shared)
     ddt = dz[..., a.d_inner + a.width :]
     decay_part = decays_backward(plan, a.dt_source(), g, ddt[..., : a.H], ddt[..., a.H :])
-    return rows, xbc, ddiag, norm_part, decay_part, _conv_backward(a, plan, dxbc, dz), g.dstart
+    return rows, xbc, ddiag, *_summed(a, _conv_backward(a, plan, dxbc, dz), *parts, decay_part), g.dstart
 
 
 def _shared_grads(a: InnerArguments, plan: Plan) -> Optional[Tensor]:
@@ -333,7 +357,7 @@ def _chunk_backward_kernels(
     rows = torch.empty(plan.B, plan.L, padded_row(a.zxbcdt), dtype=plan.dtype, device=plan.device)
     dz = rows[..., : a.zxbcdt.shape[-1]]
     xbc, x, bc = _chunk_convolved(a, plan, None)
-    dy, ddiag, norm_part = _norm_backward(a, plan, kept, rstd, dout, xbc, dz, late)
+    dy, ddiag, *parts = _norm_backward(a, plan, kept, rstd, dout, xbc, dz, late)
     dxbc = torch.empty_like(xbc)
     shared = _shared_grads(a, plan)
     dbc = a.parts(dxbc)[1] if shared is None else tuple(shared)
@@ -344,7 +368,7 @@ def _chunk_backward_kernels(
     _add_shared(a, dxbc, shared)
     ddt = dz[..., a.d_inner + a.width :]
     decay_part = chunks.decays_backward(c, a.dt_source(), g, ddt[..., : a.H], ddt[..., a.H :])
-    return rows, xbc, ddiag, norm_part, decay_part, _conv_backward(a, plan, dxbc, dz), None
+    return rows, xbc, ddiag, *_summed(a, _conv_backward(a, plan, dxbc, dz), *parts, decay_part), None
 
 
 def _conv_backward(a: InnerArguments, plan: Plan, dxbc: Tensor, dz: Tensor) -> Tensor:
@@ -359,9 +383,10 @@ def _conv_backward(a: InnerArguments, plan: Plan, dxbc: Tensor, dz: Tensor) -> T
     if K == 7:
         segments = triton.cdiv(plan.L, SEGMENT)
         part = torch.empty(plan.B, segments, 8, a.width, dtype=torch.float32, device=plan.device)
-        launch(conv7_backward_kernel, (triton.cdiv(a.width, LANES) * segments * plan.B,),
-            u, a.conv_weight, bias, dxbc, du, part, *strides, plan.L, a.width, SEGMENT,
-            BC=LANES, **flags, **align, **align_d, **plan.options('conv7_backward'),
+        launch(conv7_backward_kernel, (triton.cdiv(a.width, BACKWARD_LANES) * segments * plan.B,),
+            u, a.conv_weight, bias, dxbc, du, part, u.stride(0), du.stride(0), plan.L, SEGMENT,
+            SU=u.stride(1), SD=du.stride(1), C=a.width, BC=BACKWARD_LANES, FAST=fast_math(plan), **flags,
+            **plan.options('conv7_backward'),
         )  # fmt: skip
     else:
         tiles = triton.cdiv(plan.L, TOKENS)

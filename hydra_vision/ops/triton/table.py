@@ -64,7 +64,7 @@ _STAGES = {
     'diagonal': 3,
 }
 _TWO_STAGES = dict.fromkeys(_STAGES, 2)  # 99 KB of shared memory a block
-_LONG = {'norm_backward': 8, 'bc_grads_tail': 1}
+_LONG = {'norm_backward': 2, 'bc_grads_tail': 1}
 _SHORT = {**_LONG, 'states': 2, 'state_grads': 2}
 _LOOPING = ('mix_heads', 'dx_heads', 'scores_heads', 'bc_grads')
 _EIGHT, _FOUR = ({'norm_backward': 8, **dict.fromkeys(_LOOPING, warps)} for warps in (8, 4))
