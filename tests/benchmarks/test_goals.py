@@ -67,10 +67,9 @@ def test_time_per_token_against_a_base_size():
 
 
 def test_limits():
-    assert verdict('a', 1.0, at_least=1.0)['met']
-    assert not verdict('a', 0.9999999, at_least=1.0)['met']
-    assert verdict('a', 1.15, at_most=1.15)['met']
-    assert not verdict('a', 1.1500001, at_most=1.15)['met']
+    for limit in (dict(at_least=1.0), dict(at_most=1.0)):
+        below, at, above = (verdict('a', value, **limit)['met'] for value in (0.9999999, 1.0, 1.0000001))
+        assert (below, at, above) == ('at_most' in limit, True, 'at_least' in limit)
     assert (verdict('a', 1.0)['goal'], verdict('a', 1.0)['met']) == ('', None)
 
 
@@ -93,17 +92,9 @@ def test_the_command(tiny, capsys):
     assert 'hydra_vit_base' not in printed  # of another device
 
 
-@pytest.mark.parametrize(
-    ('options', 'message'),
-    [
-        ('--models base', "no goal is about 'base'; allowed here: test_hydra_vit"),
-        ('--img-sizes 64', 'no goal for cpu'),
-        ('--profile', 'needs a CUDA device'),
-        ('--execution compiled', "no goal is about 'compiled'"),
-    ],
-)
-def test_what_no_goal_is_about(tiny, options, message):
-    with pytest.raises(UserError, match=message):
+@pytest.mark.parametrize('options', ['--models base', '--img-sizes 64', '--profile', '--execution compiled'])
+def test_what_no_goal_is_about(tiny, options):
+    with pytest.raises(UserError, match=r'no goal|needs a CUDA device'):
         main(['--device', 'cpu', *options.split(), '--output', str(tiny)])
     assert not tiny.exists()
 
