@@ -153,10 +153,13 @@ def test_fx_script_and_checkpointing(order, tmp_path):
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::torch.jit.TracerWarning')
-@pytest.mark.parametrize(('order', 'dynamic'), [('hilbert', False), ('snake', True), ('alternate', True)])
+@pytest.mark.parametrize(
+    ('order', 'dynamic'),
+    [('alternate', True), *(pytest.param(*case, marks=pytest.mark.slow) for case in (('hilbert', False), ('snake', True)))],
+)
 def test_a_trace_can_be_made_and_saved(tmp_path, order, dynamic):
     scan_order._CACHE.clear()  # the first call of all is the trace
-    model = tiny(order, class_token=True, class_token_position='last', dynamic_img_size=dynamic)
+    model = tiny(order, depth=2, class_token=True, class_token_position='last', dynamic_img_size=dynamic)
     x = torch.randn(2, 3, 48, 80)
     torch.jit.save(torch.jit.trace(model, x), tmp_path / 'model.pt')
     torch.testing.assert_close(torch.jit.load(tmp_path / 'model.pt')(x + 1), model(x + 1), rtol=1e-4, atol=1e-5)
@@ -170,6 +173,7 @@ def test_inference_mode_leaves_nothing_that_breaks_training():
     model(x).sum().backward()
 
 
+@pytest.mark.slow
 def test_compile_and_export():
     def scan(x):  # (B, H, W, C)
         return reorder(x.flatten(1, 2), x.shape[1], x.shape[2], 'row', 'hilbert', -1) * 2
