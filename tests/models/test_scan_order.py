@@ -155,7 +155,10 @@ def test_fx_script_and_checkpointing(order, tmp_path):
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::torch.jit.TracerWarning')
 @pytest.mark.parametrize(
     ('order', 'dynamic'),
-    [('alternate', True), *(pytest.param(*case, marks=pytest.mark.slow) for case in (('hilbert', False), ('snake', True)))],
+    [
+        ('alternate', True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (('hilbert', False), ('snake', True))),
+    ],
 )
 def test_a_trace_can_be_made_and_saved(tmp_path, order, dynamic):
     scan_order._CACHE.clear()  # the first call of all is the trace

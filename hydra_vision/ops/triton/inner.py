@@ -20,7 +20,7 @@ from .conv import (
 from .launch import launch
 from .mixing import DtSource, decays, decays_backward, mix_backward, mix_forward, start_gradient
 from .norm import norm_gate_backward_kernel, norm_gate_kernel
-from .plan import Plan, alignment, launch_is_forced, make_plan
+from .plan import Plan, alignment, make_plan
 from .replay import Results, replayed
 
 __all__ = ['InnerArguments', 'inner_backward', 'inner_forward', 'padded_row']
@@ -68,12 +68,16 @@ class InnerArguments:
             self.norm_weight, self.init_states,
         )  # fmt: skip
 
-    def form(self) -> tuple[Any, ...]:
-        """All that decides which kernels run, and how; the addresses do not."""
+    def inputs(self, *others: Tensor) -> list[Tensor]:
+        """All tensors that a pass reads, which may read others too."""
+        return [t for t in (*self.tensors(), *others) if t is not None]
+
+    def form(self, name: str, *others: Tensor) -> tuple[Any, ...]:
+        """All that decides which kernels run in the pass of this name, and how; the addresses do not."""
         z, *parameters = self.tensors()
         numbers = (self.headdim, self.d_state, self.ngroups, self.share_bc, *self.dt_limit, self.eps)
-        dtypes = (None if t is None else t.dtype for t in parameters)
-        return (z.get_device(), z.dtype, z.shape, z.stride(), self.conv_weight.shape, self.H, *numbers, *dtypes)
+        dtypes = (None if t is None else t.dtype for t in (*parameters, *others))
+        return (name, z.get_device(), z.dtype, z.shape, z.stride(), self.conv_weight.shape, self.H, *numbers, *dtypes)
 
     @property
     def H(self) -> int:
@@ -167,20 +171,13 @@ def inner_forward(a: InnerArguments, late: bool) -> tuple[Tensor, Tensor, Tensor
         rstd = torch.empty(plan.B, plan.L, dtype=torch.float32, device=plan.device)
         y, diag = out.new_empty(0 if plan.keeps_norm else out.shape), rstd.new_empty(0, plan.H, plan.L)
     elif c is None:
-        out, y, rstd, diag = _run(a, 'forward', partial(_forward_kernels, a, plan))
+        out, y, rstd, diag = replayed(a.form('forward'), partial(_forward_kernels, a, plan), a.inputs())
     else:
-        out, rstd, diag = _run(a, 'late' if late else 'normalised', partial(_chunk_forward_kernels, a, plan, c, late))
+        kernels = partial(_chunk_forward_kernels, a, plan, c, late)
+        out, rstd, diag = replayed(a.form('late' if late else 'normalised'), kernels, a.inputs())
         y = out.new_empty(0)
     nothing = rstd.new_empty(0)
     return out, *((rstd, y, nothing) if late else (nothing, y, rstd)), diag
-
-
-def _run(a: InnerArguments, name: str, kernels: partial, *others: Tensor) -> Results:
-    """Runs the kernels of a pass, which read the arguments and ``others``."""
-    if launch_is_forced():
-        return kernels()
-    key = (name, *a.form(), *(t.dtype for t in others))
-    return replayed(key, kernels, [t for t in (*a.tensors(), *others) if t is not None])
 
 
 def _forward_kernels(a: InnerArguments, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -266,7 +263,8 @@ def inner_backward(
     late = late and c is not None
     kernels = partial(_backward_kernels if c is None else partial(_chunk_backward_kernels, c, late), a, plan, *saved)
     # B's and C's gradients of both directions are added by PyTorch, between kernels
-    results = kernels() if a.share_bc else _run(a, 'late backward' if late else 'backward', kernels, *saved)
+    key = a.form('late backward' if late else 'backward', *saved)
+    results = kernels() if a.share_bc else replayed(key, kernels, a.inputs(*saved))
     rows, xbc, ddiag, norm_part, decay_part, conv_part, dstart = results
     with torch.autocast('cuda' if plan.device.type == 'cuda' else 'cpu', enabled=False):
         flat_x = xbc.view(-1, a.width)[:, : a.d_inner].to(plan.wide)

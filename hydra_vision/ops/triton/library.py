@@ -1,5 +1,6 @@
 """torch.library operators: what torch.compile and torch.export see instead of the autograd.Functions of eager mode."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import torch
@@ -14,11 +15,25 @@ __all__ = ['hydra_inner_op', 'quasiseparable_mix_op']
 # Strides are arguments of the kernels: the compiler may leave inputs as they are instead of copying them.
 _ANY_LAYOUT = {'tags': (torch.Tag.flexible_layout,)}
 _TENSORS = 9  # of hydra_inner: the rest of its arguments are numbers
+# What InnerArguments holds, dt_limit as two numbers, and whether the norm may be applied late.
+_INNER = (
+    'Tensor zxbcdt, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, Tensor A_log, Tensor D, Tensor fc_D_weight, '
+    'Tensor norm_weight, Tensor? init_states, int headdim, int d_state, int ngroups, bool share_bc, float dt_min, '
+    'float dt_max, float eps, bool late'
+)
+_MIX = (
+    'Tensor x, Tensor dt_f, Tensor dt_b, Tensor A, Tensor B_f, Tensor C_f, Tensor B_b, Tensor C_b, Tensor? D, '
+    'Tensor? init_states'
+)
 
 
-def _arguments(tensors: tuple[Optional[Tensor], ...], numbers: tuple[Any, ...]) -> InnerArguments:
-    headdim, d_state, ngroups, share_bc, dt_min, dt_max, eps = numbers
-    return InnerArguments(*tensors, headdim, d_state, ngroups, share_bc, (dt_min, dt_max), eps)
+def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
+    return torch.library.custom_op(f'hydra_vision::{name}', mutates_args=(), schema=schema, **_ANY_LAYOUT)
+
+
+def _arguments(tensors: Sequence[Optional[Tensor]], numbers: Sequence[Any]) -> InnerArguments:
+    *sizes, dt_min, dt_max, eps = numbers
+    return InnerArguments(*tensors, *sizes, (dt_min, dt_max), eps)
 
 
 def _present(grads: tuple[Optional[Tensor], ...], like: Tensor) -> list[Tensor]:
@@ -30,29 +45,11 @@ def _absent(grads: list[Tensor], inputs: tuple[Optional[Tensor], ...]) -> list[O
     return [None if t is None else g for g, t in zip(grads, inputs)]
 
 
-@torch.library.custom_op('hydra_vision::hydra_inner', mutates_args=(), **_ANY_LAYOUT)
-def hydra_inner_op(
-    zxbcdt: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Optional[Tensor],
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    fc_D_weight: Tensor,
-    norm_weight: Tensor,
-    init_states: Optional[Tensor],
-    headdim: int,
-    d_state: int,
-    ngroups: int,
-    share_bc: bool,
-    dt_min: float,
-    dt_max: float,
-    eps: float,
-    late: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@_operator('hydra_inner', f'({_INNER}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)')
+def hydra_inner_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What ``inner_forward`` returns."""
-    tensors = (zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states)
-    return inner_forward(_arguments(tensors, (headdim, d_state, ngroups, share_bc, dt_min, dt_max, eps)), late)
+    *numbers, late = arguments[_TENSORS:]
+    return inner_forward(_arguments(arguments[:_TENSORS], numbers), late)
 
 
 @hydra_inner_op.register_fake
@@ -70,34 +67,14 @@ def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weigh
     return out, factors, y, rstd, zxbcdt.new_empty(B, H, L, dtype=torch.float32)
 
 
-@torch.library.custom_op('hydra_vision::hydra_inner_backward', mutates_args=(), **_ANY_LAYOUT)
+@_operator(
+    'hydra_inner_backward', f'(Tensor dout, Tensor out, Tensor y, Tensor rstd, Tensor diag, {_INNER}) -> Tensor[]'
+)
 def _hydra_inner_backward(
-    dout: Tensor,
-    out: Tensor,
-    y: Tensor,
-    rstd: Tensor,
-    diag: Tensor,
-    zxbcdt: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Optional[Tensor],
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    fc_D_weight: Tensor,
-    norm_weight: Tensor,
-    init_states: Optional[Tensor],
-    headdim: int,
-    d_state: int,
-    ngroups: int,
-    share_bc: bool,
-    dt_min: float,
-    dt_max: float,
-    eps: float,
-    late: bool,
+    dout: Tensor, out: Tensor, y: Tensor, rstd: Tensor, diag: Tensor, *arguments: Any
 ) -> list[Tensor]:
-    tensors = (zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states)
-    a = _arguments(tensors, (headdim, d_state, ngroups, share_bc, dt_min, dt_max, eps))
-    return _present(inner_backward(a, late, out, y, rstd, diag, dout), dout)
+    *numbers, late = arguments[_TENSORS:]
+    return _present(inner_backward(_arguments(arguments[:_TENSORS], numbers), late, out, y, rstd, diag, dout), dout)
 
 
 @_hydra_inner_backward.register_fake
@@ -124,21 +101,10 @@ def _inner_grads(ctx: Any, dout: Tensor, *unused: Any) -> tuple[Any, ...]:
 hydra_inner_op.register_autograd(_inner_grads, setup_context=_inner_setup)
 
 
-@torch.library.custom_op('hydra_vision::quasiseparable_mix', mutates_args=(), **_ANY_LAYOUT)
-def quasiseparable_mix_op(
-    x: Tensor,
-    dt_f: Tensor,
-    dt_b: Tensor,
-    A: Tensor,
-    B_f: Tensor,
-    C_f: Tensor,
-    B_b: Tensor,
-    C_b: Tensor,
-    D: Optional[Tensor],
-    init_states: Optional[Tensor],
-) -> Tensor:
+@_operator('quasiseparable_mix', f'({_MIX}) -> Tensor')
+def quasiseparable_mix_op(*arguments: Optional[Tensor]) -> Tensor:
     """y (B, L, H, P)."""
-    return mix_forward_all(x, dt_f, dt_b, A, B_f, C_f, B_b, C_b, D, init_states)
+    return mix_forward_all(*arguments)
 
 
 @quasiseparable_mix_op.register_fake
@@ -146,21 +112,9 @@ def _(x, *others):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op('hydra_vision::quasiseparable_mix_backward', mutates_args=(), **_ANY_LAYOUT)
-def _quasiseparable_mix_backward(
-    dy: Tensor,
-    x: Tensor,
-    dt_f: Tensor,
-    dt_b: Tensor,
-    A: Tensor,
-    B_f: Tensor,
-    C_f: Tensor,
-    B_b: Tensor,
-    C_b: Tensor,
-    D: Optional[Tensor],
-    init_states: Optional[Tensor],
-) -> list[Tensor]:
-    return _present(mix_backward_all(dy, x, dt_f, dt_b, A, B_f, C_f, B_b, C_b, D, init_states), dy)
+@_operator('quasiseparable_mix_backward', f'(Tensor dy, {_MIX}) -> Tensor[]')
+def _quasiseparable_mix_backward(dy: Tensor, *arguments: Optional[Tensor]) -> list[Tensor]:
+    return _present(mix_backward_all(dy, *arguments), dy)
 
 
 @_quasiseparable_mix_backward.register_fake
