@@ -1,6 +1,7 @@
 """Shared by all tests."""
 
 import os
+from collections.abc import Callable
 
 import pytest
 
@@ -10,6 +11,25 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fails(capsys) -> Callable[..., str]:
+    """Runs a command that must end with exit code 2 and one line on stderr alone; gives the line."""
+    from hydra_vision.cli import main
+
+    def run(*argv: object) -> str:
+        capsys.readouterr()
+        try:
+            code = main([str(word) for word in argv])
+        except SystemExit as stop:  # argparse
+            code = stop.code
+        captured = capsys.readouterr()
+        assert (code, captured.out) == (2, ''), argv
+        assert captured.err.count('\n') == 1, captured.err
+        return captured.err
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

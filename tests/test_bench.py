@@ -132,54 +132,36 @@ def test_batches_on_cuda_follow_the_tokens():
 
 
 @pytest.mark.parametrize(
-    ('options', 'message'),
+    ('options', 'word'),
     [
         ('--models hydra_vit_bas', "'hydra_vit_base'"),
         ('--models test_hydra_vit --img-sizes 100', 'cannot run at 100x100 px'),
         ('--img-sizes 224,448 --batch-sizes 8,4,2', '3 values for 2 image sizes'),
-        ('--img-sizes 0', "'0' is not a size"),
-        ('--models test_hydra_vit, --img-sizes 32', 'empty element'),
         ('--mode inference', 'allowed: infer, train'),
         ('--execution jit', 'allowed: eager, compiled, graphs'),
-        ('--execution graphs', 'needs a CUDA device'),
+        ('--execution graphs', 'CUDA'),
         ('--attention flsh', "'flsh'"),
         ('--rounds 2', 'at least 3'),
         ('--time-limit soon', "'soon'"),
         ('--backend tritn --models test_hydra_vit', "'triton'"),
         ('--backend chunked --models test_vit', 'no model with a choice is in test_vit'),
-        ('--device tpu', "'tpu'"),
         ('--device meta', "'meta'"),
         ('--models test_hydra_vit --img-sizes 32 --output /dev/null/here', '--output'),
         ('--model test_vit', 'unrecognized arguments'),
     ],
 )
-def test_bad_arguments(capsys, options, message):
+def test_bad_arguments(fails, options, word):
     device = [] if '--device' in options else ['--device', 'cpu']
-    try:
-        code = main(['bench', *device, *options.split()])
-    except SystemExit as stop:  # argparse
-        code = stop.code
-    captured = capsys.readouterr()
-    assert code == 2
-    assert message in captured.err
-    assert captured.err.count('\n') == 1, captured.err
-    assert captured.out == ''
+    assert word in fails('bench', *device, *options.split())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
-@pytest.mark.parametrize('options', ['--device cuda', '--device cpu --backend triton'])
-def test_what_needs_a_gpu_says_so(capsys, options):
-    assert main(['bench', *options.split()]) == 2
-    assert 'cuda' in capsys.readouterr().err.lower()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
-def test_default_backend_that_cannot_run(capsys, monkeypatch):
+def test_what_needs_a_gpu_says_so(fails, monkeypatch):
+    for options in ('--device cuda', '--device cpu --backend triton'):
+        assert 'cuda' in fails('bench', *options.split()).lower()
     monkeypatch.setenv('HYDRA_VISION_BACKEND', 'mamba_ssm')
-    assert main(['bench', '--device', 'cpu', '--models', 'test_hydra_vit', '--img-sizes', '32']) == 2
-    message = capsys.readouterr().err
-    assert "'auto', which is 'mamba_ssm', cannot run here" in message
-    assert message.count('\n') == 1
+    error = fails('bench', '--device', 'cpu', '--models', 'test_hydra_vit', '--img-sizes', '32')
+    assert "'auto', which is 'mamba_ssm', cannot run here" in error
 
 
 # What is timed
@@ -195,6 +177,8 @@ def test_infer_step():
     assert output.shape == (2, 1000)
     assert not output.requires_grad
     assert build_step(small(dtype=torch.bfloat16), CPU)[1]().dtype == torch.bfloat16  # autocast
+    _, step = build_step(small('test_hydra_vit', kwargs='{"num_classes": 7, "in_chans": 1}'), CPU)
+    assert step().shape == (2, 7)
 
 
 def test_train_step_runs_the_backward_pass():
@@ -205,12 +189,6 @@ def test_train_step_runs_the_backward_pass():
     step()  # no optimizer: the same gradients again, not their sum
     for before, parameter in zip(first, model.parameters()):
         torch.testing.assert_close(parameter.grad, before)
-
-
-def test_more_arguments_of_a_model():
-    model, step = build_step(small('test_hydra_vit', kwargs='{"num_classes": 7, "in_chans": 1}'), CPU)
-    assert model.num_classes == 7
-    assert step().shape == (2, 7)
 
 
 def timed(cases: list[Case]) -> list[dict[Case, bench.Measurement]]:

@@ -144,38 +144,6 @@ def test_command(photo, tmp_path, capsys):
         assert min(picture.size) > 400
 
 
-@pytest.mark.parametrize(
-    ('argv', 'message'),
-    [
-        (['--model', 'hydra_vit_tny'], "'hydra_vit_tiny'"),
-        (['--model', 'test_hydra_vit'], 'no published weights'),  # random ones only where they are asked for
-        ([*RANDOM, '--layer', '9'], 'block=9'),
-        ([*RANDOM, '--heads', '2'], 'head=2'),
-        ([*RANDOM, '--patch', '99,0'], 'rows 0 to'),
-        ([*RANDOM, '--patch', '1'], 'ROW,COLUMN'),
-        ([*RANDOM, '--model-kwargs', 'depht=2'], 'depht'),
-        (['--model', 'test_hydra_vit', '--checkpoint', 'missing.pt'], 'missing.pt'),
-        ([*RANDOM, '--output', 'nowhere/a.png'], 'no folder'),
-        ([*RANDOM, '--output', 'photo.png'], 'exists already'),
-        ([*RANDOM, '--index', '1'], 'image 1 is out of range'),
-        ([*RANDOM, '--target', '1'], '--target'),
-        (['--model', 'test_vit', '--random-init'], 'no mixer with a matrix'),
-        ([], 'no model'),
-    ],
-)
-def test_command_says_what_is_wrong(photo, argv, message, monkeypatch, capsys):
-    monkeypatch.chdir(photo.parent)
-    try:
-        code = main(['visualize', 'matrix', 'photo.png', *argv])
-    except SystemExit as stop:
-        code = stop.code
-    assert code == 2
-    assert message in capsys.readouterr().err
-    assert [path.name for path in photo.parent.iterdir()] == ['photo.png']
-
-
-def test_command_refuses_what_is_no_image(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_command_refuses_what_is_no_image(fails, tmp_path):
     (tmp_path / 'text.png').write_text('no image')
-    assert main(['visualize', 'matrix', 'text.png', *RANDOM]) == 2
-    assert 'text.png cannot be read' in capsys.readouterr().err
+    assert 'text.png cannot be read' in fails('visualize', 'matrix', tmp_path / 'text.png', *RANDOM)
