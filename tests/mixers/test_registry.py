@@ -55,9 +55,7 @@ def test_errors_name_the_argument(name, kwargs):
 
 
 def test_errors_bring_the_nearest_name():
-    with pytest.raises(
-        ValueError, match=r"mixer='caushy'; the nearest valid name is 'cauchy'; allowed: attention"
-    ):
+    with pytest.raises(ValueError, match=r"mixer='caushy'; the nearest valid name is 'cauchy'; allowed: attention"):
         mixers.create('caushy', 64)
     with pytest.raises(TypeError, match="no argument 'qkdim'; the nearest valid name is 'qk_dim'; it takes: bias"):
         mixers.create('cauchy', 64, qkdim=4)

@@ -119,6 +119,7 @@ def test_rows_are_written_every_few_updates_and_nothing_is_measured_in_between(t
     assert [(row['updates'], row['layer']) for row in layers] == [(row['updates'], 'blocks.0.mixer') for row in rows]
 
 
+@pytest.mark.slow
 def test_measuring_changes_nothing(tiny, run, tmp_path, assert_same_run):
     random = ('--set', 'model.drop_rate=0.2', '--set', 'model.drop_path_rate=0.2')
     assert run(*tiny, *random, '--set', 'log.every=1', '--output', 'often')[0] == 0
