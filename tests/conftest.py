@@ -9,8 +9,31 @@ import pytest
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def largest_numel() -> Callable[[Callable[[], object]], int]:
+    """Elements of the largest tensor that any operation of a function returns."""
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (list, tuple)) else (out,):
+                if isinstance(t, torch.Tensor):
+                    self.numel = max(self.numel, t.numel())
+            return out
+
+    def run(function: Callable[[], object]) -> int:
+        with Largest() as mode:
+            function()
+        return mode.numel
+
+    return run
 
 
 @pytest.fixture

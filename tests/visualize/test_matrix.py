@@ -41,19 +41,6 @@ def test_matrix_is_that_of_the_mixer_on_its_own_input():
     assert torch.equal(last.row(2, 5), last.matrix[:, 2 * 6 + 5].reshape(-1, 4, 6))
 
 
-@pytest.mark.parametrize('position', ['first', 'middle', 'last'])
-def test_patches_are_found_beside_a_class_token(position):
-    model = tiny(class_token=True, class_token_position=position)
-    (block,) = mixing_matrices(model, torch.randn(1, 3, 64, 96), blocks=[0])
-    assert block.num_prefix_tokens == 1
-    place = {'first': 0, 'middle': 12, 'last': 24}[position]
-    assert int(block.order[0]) == place
-    patches = [i for i in range(25) if i != place]
-    assert block.order[1:].tolist() == patches
-    expected = block.matrix[:, patches[13]][:, patches].reshape(-1, 4, 6)
-    assert torch.equal(block.row(2, 1), expected)
-
-
 @pytest.mark.parametrize('order', SCAN_ORDERS)
 @pytest.mark.parametrize('token', [None, 'first', 'middle', 'last'])
 def test_tokens_lie_where_the_scan_takes_them(order, token):
