@@ -16,7 +16,7 @@ from hydra_vision.ops import hydra_inner
 from hydra_vision.ops.reference import mix_dense
 
 pytestmark = pytest.mark.skipif(os.environ.get('TRITON_INTERPRET') != '1', reason='runs in the interpreter')
-LENGTHS = [1, 7, 64, 70, 130, 196, 208, 209, 400]
+LENGTHS = [1, 7, 70, 130, 196, 209, *(pytest.param(L, marks=pytest.mark.slow) for L in (64, 208, 400))]
 
 
 def chunked(c, t: Tensor, shift: int = 0) -> Tensor:
