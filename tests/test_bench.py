@@ -1,7 +1,6 @@
 """`hydra-vision bench` from arguments to files."""
 
 import contextlib
-import csv
 import io
 import json
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL import Image
 from hydra_vision import bench
 from hydra_vision.bench import Case, build_step, time_models
 from hydra_vision.cli import main
+from hydra_vision.io import read_csv
 
 CPU = torch.device('cpu')
 COLUMNS = [
@@ -20,11 +20,6 @@ COLUMNS = [
     *('images_per_s', 'status', 'rounds', 'calls_per_round', 'median_ms', 'p10_ms', 'p90_ms', 'peak_memory_gib'),
     *('gemm_floor_share', 'memory_floor_share'),
 ]
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline='') as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope='module')
@@ -40,7 +35,7 @@ def run(tmp_path_factory) -> tuple[str, Path]:
 
 
 def test_rows(run):
-    rows = rows_of(run[1] / 'results.csv')
+    rows = read_csv(run[1] / 'results.csv')
     assert list(rows[0]) == COLUMNS
     keys = {(r['model'], r['img_size'], r['batch'], r['mode'], r['execution'], r['attention']) for r in rows}
     assert keys == {
@@ -59,16 +54,16 @@ def test_rows(run):
 
 
 def test_samples_hold_every_round(run):
-    samples = rows_of(run[1] / 'samples.csv')
-    assert len(samples) == 3 * len(rows_of(run[1] / 'results.csv'))
-    first = rows_of(run[1] / 'results.csv')[0]
+    samples = read_csv(run[1] / 'samples.csv')
+    assert len(samples) == 3 * len(read_csv(run[1] / 'results.csv'))
+    first = read_csv(run[1] / 'results.csv')[0]
     own = [float(s['ms']) for s in samples if all(s[k] == first[k] for k in ('model', 'img_size', 'mode', 'execution'))]
     assert sorted(own)[1] == pytest.approx(float(first['median_ms']))
 
 
 def test_ratios_pair_the_same_place(run):
-    times = {(r['model'], r['img_size'], r['mode']): float(r['median_ms']) for r in rows_of(run[1] / 'results.csv')}
-    ratios = rows_of(run[1] / 'ratios.csv')
+    times = {(r['model'], r['img_size'], r['mode']): float(r['median_ms']) for r in read_csv(run[1] / 'results.csv')}
+    ratios = read_csv(run[1] / 'ratios.csv')
     assert len(ratios) == 4
     for row in ratios:
         assert (row['model'], row['peer'], row['attention']) == ('test_hydra_vit', 'test_vit', 'flash')
@@ -103,6 +98,7 @@ def test_results_of_another_run_are_kept(run, capsys):
     assert {path.name: path.read_bytes() for path in run[1].iterdir()} == before
 
 
+@pytest.mark.slow
 def test_default_plan_on_the_cpu(monkeypatch, tmp_path, capsys):
     plans = []
 
@@ -220,7 +216,7 @@ def test_a_model_that_fails_is_a_row_and_the_command_says_so(tmp_path, monkeypat
     monkeypatch.setattr(bench, 'measure_roofline', lambda *a: bench.Roofline(1e12, 1e12))
     options = '--device cpu --models test_hydra_vit --img-sizes 32 --batch-sizes 1 --rounds 3 --time-limit 0'
     assert main(['bench', *options.split(), '--mode', 'infer,train', '--output', str(tmp_path)]) == 1
-    status = {(row['model'], row['mode']): row['status'] for row in rows_of(tmp_path / 'results.csv')}
+    status = {(row['model'], row['mode']): row['status'] for row in read_csv(tmp_path / 'results.csv')}
     assert status['test_vit', 'infer'] == 'out of memory'
     assert status['test_vit', 'train'] == 'failed: RuntimeError: no kernel'
     assert status['test_hydra_vit', 'infer'] == status['test_hydra_vit', 'train'] == 'ok'
@@ -233,7 +229,7 @@ def test_cuda_run(tmp_path, capsys):
     options = '--models test_hydra_vit --img-sizes 160 --batch-sizes 8 --execution eager,compiled,graphs --rounds 3'
     argv = ['bench', '--device', 'cuda', *options.split(), '--mode', 'infer,train', '--time-limit', '0']
     assert main([*argv, '--output', str(tmp_path)]) == 0
-    rows = rows_of(tmp_path / 'results.csv')
+    rows = read_csv(tmp_path / 'results.csv')
     executions = ('eager', 'compiled', 'compiled, CUDA graphs')
     assert {(r['mode'], r['execution']) for r in rows} == {(m, e) for m in ('infer', 'train') for e in executions}
     assert {r['dtype'] for r in rows} == {'bfloat16'}

@@ -1,7 +1,5 @@
 """Efficiency length: crossings and fits on made-up curves, points on real mixers, the command."""
 
-import csv
-
 import pytest
 import torch
 
@@ -25,6 +23,7 @@ from benchmarks.efficiency_length import (
 from benchmarks.record import Record
 from hydra_vision import mixers
 from hydra_vision.errors import UserError
+from hydra_vision.io import read_csv
 
 LENGTHS = [64, 128, 256, 512, 1024]
 
@@ -181,14 +180,12 @@ def test_an_interrupted_measurement_continues(tmp_path, capsys, monkeypatch):
     assert '1 of 2 lengths and passes are measured already' in capsys.readouterr().out
     last = (tmp_path / 'points.csv').read_text()
     assert last.startswith(first)
-    with (tmp_path / 'points.csv').open(newline='') as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(tmp_path / 'points.csv')
     assert {(row['L'], row['batch']) for row in rows} == {('16', '2'), ('32', '1')}
     assert main([*argv, '--mode', 'train,infer']) == 0  # more of the same kind joins them
     assert asked[3:] == [('train', 16), ('train', 32)]
     assert (tmp_path / 'points.csv').read_text().startswith(last)
-    with (tmp_path / 'crossings.csv').open(newline='') as file:
-        found = list(csv.DictReader(file))
+    found = read_csv(tmp_path / 'crossings.csv')
     assert {row['passes'] for row in found} == {'forward', 'forward+backward'}
     assert {row['quantity'] for row in found} == {'time'}  # memory is not measured on the CPU
     assert (tmp_path / 'efficiency_length.png').is_file()

@@ -1,7 +1,6 @@
 """The segmenter: metrics against numpy, a run that learns drawn shapes, errors before work."""
 
 import copy
-import csv
 import json
 import math
 import shutil
@@ -16,6 +15,7 @@ from torch import nn
 
 from hydra_vision import cli
 from hydra_vision.errors import UserError
+from hydra_vision.io import read_csv
 
 pytest.importorskip('segmentation_models_pytorch')
 from hydra_vision.downstream.segment import plot_predictions, save_mask
@@ -91,7 +91,7 @@ def test_a_run_learns_and_reports(drawn_folder, tmp_path, capsys):
     summary = json.loads((out / 'summary.json').read_text())
     assert summary['classes'] == ['ground', 'rectangle', 'disc']
     assert summary['test']['miou'] > 0.6  # chance, all ground, is below 0.3
-    rows = list(csv.DictReader((out / 'curve.csv').open()))
+    rows = read_csv(out / 'curve.csv')
     assert len(rows) == 16
     assert float(rows[-1]['loss']) < 0.7 * float(rows[0]['loss'])
     with Image.open(out / 'predictions.png') as picture:
@@ -154,7 +154,7 @@ def test_a_killed_run_goes_on(drawn_folder, tmp_path, monkeypatch, capsys):
         return cli.main(['segment', 'train', str(drawn_folder), *RUN, *FPN, *arguments])
 
     def curve(out):
-        return [{k: v for k, v in row.items() if k != 'seconds'} for row in csv.DictReader((out / 'curve.csv').open())]
+        return [{k: v for k, v in row.items() if k != 'seconds'} for row in read_csv(out / 'curve.csv')]
 
     whole, out = tmp_path / 'whole', tmp_path / 'run'
     assert train(whole) == 0

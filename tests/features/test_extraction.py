@@ -1,6 +1,5 @@
 """Extraction: the rows are the model's features, none is missing in silence, a kill costs nothing."""
 
-import csv
 import dataclasses
 import errno
 import json
@@ -31,6 +30,7 @@ from hydra_vision.features import (
     open_images,
 )
 from hydra_vision.images import ImageRules
+from hydra_vision.io import read_csv
 
 
 def by_hand(backbone, folder: Path, paths: list[str]) -> np.ndarray:
@@ -116,8 +116,7 @@ def test_unreadable_images_are_listed_and_have_no_row(backbone, folder, tmp_path
     assert len(features.array) == len(features.paths) == len(features.classes) == 10
     assert set(features.skipped) == {'a/image3.jpg', 'b/image10.png'}
     np.testing.assert_allclose(features.array, by_hand(backbone, folder, features.paths), atol=1e-5)
-    with open(tmp_path / 'f.npy.csv') as lines:
-        rows = list(csv.DictReader(lines))
+    rows = read_csv(tmp_path / 'f.npy.csv')
     assert [row['path'] for row in rows] == list(open_images(folder).paths)
     assert rows[1]['row'] == ''
     assert 'UnidentifiedImageError' in rows[1]['error']

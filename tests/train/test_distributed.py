@@ -1,6 +1,5 @@
 """Several processes: on the CPU through gloo here, on GPUs through NCCL where there are two."""
 
-import csv
 import json
 import os
 import signal
@@ -14,6 +13,7 @@ import torch
 
 import hydra_vision
 from hydra_vision.errors import ConfigError
+from hydra_vision.io import read_csv
 from hydra_vision.train import build
 from hydra_vision.train.checkpoint import BEST, LAST, load_checkpoint
 from hydra_vision.train.config import Config
@@ -28,8 +28,7 @@ KWARGS = ', kwargs: {patch_size: 4, depth: 1, embed_dim: 64}'
 
 
 def losses(folder: Path) -> list[float]:
-    with open(folder / 'steps.csv', newline='') as file:
-        return [float(row['loss']) for row in csv.DictReader(file)]
+    return [float(row['loss']) for row in read_csv(folder / 'steps.csv')]
 
 
 def assert_close_runs(first: Path, second: Path, tolerance: float = 1e-4) -> None:

@@ -1,4 +1,3 @@
-import csv
 import gc
 import math
 import multiprocessing
@@ -10,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from hydra_vision.io import read_csv
 from hydra_vision.train import engine, tasks
 from hydra_vision.train.checkpoint import LAST, load_checkpoint
 
 
 def summary(folder: Path) -> list[dict[str, str]]:
-    with open(folder / 'summary.csv', newline='') as file:
-        return list(csv.DictReader(file))
+    return read_csv(folder / 'summary.csv')
 
 
 def test_a_resume_takes_changed_settings_and_says_so(finished, run, tmp_path):
@@ -86,8 +85,7 @@ def test_bad_steps_are_skipped_up_to_a_limit(tiny, run, fails, tmp_path, monkeyp
     state = load_checkpoint(tmp_path / 'run' / LAST)
     assert (state['updates'], state['skipped']) == (18, 2)
     assert all(value.isfinite().all() for value in state['state_dict'].values())
-    with open(tmp_path / 'run' / 'steps.csv', newline='') as file:
-        assert [row['skipped'] for row in csv.DictReader(file)] == ['1', '2', '2']
+    assert [row['skipped'] for row in read_csv(tmp_path / 'run' / 'steps.csv')] == ['1', '2', '2']
     error = fails(*tiny, '--set', 'optim.skip_nonfinite=1', '--output', 'other', code=1)
     assert '2 steps had a loss or a gradient that is NaN or infinite, the latest at step 9' in error
     assert 'optim.skip_nonfinite=1' in error

@@ -1,6 +1,5 @@
 """Metrics: statistics of layers, loggers, speed and remaining time."""
 
-import csv
 import importlib.util
 import io
 import math
@@ -14,6 +13,7 @@ from rich.console import Console
 
 import hydra_vision  # noqa: F401  registers the models
 from hydra_vision.errors import ConfigError
+from hydra_vision.io import read_csv
 from hydra_vision.mixers import Hydra
 from hydra_vision.ops.inner import unpack_zxbcdt
 from hydra_vision.train import engine, log, report, stats
@@ -25,11 +25,6 @@ from hydra_vision.train.stats import across_layers, mixer_statistics, total_norm
 
 def small_model(**kwargs) -> torch.nn.Module:
     return timm.create_model('hydra_vit_nano', img_size=16, patch_size=4, depth=2, num_classes=5, **kwargs)
-
-
-def read(path) -> list[dict[str, str]]:
-    with open(path, newline='') as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize('kwargs', [{}, {'share_bc': True, 'dt_limit': (0.02, 0.05)}])
@@ -107,7 +102,7 @@ def test_rows_are_written_every_few_updates_and_nothing_is_measured_in_between(t
     measure = engine.mixer_statistics
     monkeypatch.setattr(engine, 'mixer_statistics', lambda *args: calls.append(1) or measure(*args))
     assert run(*tiny, '--set', 'log.every=4', '--output', 'run')[0] == 0
-    rows, layers = read(tmp_path / 'run' / 'steps.csv'), read(tmp_path / 'run' / 'mixers.csv')
+    rows, layers = read_csv(tmp_path / 'run' / 'steps.csv'), read_csv(tmp_path / 'run' / 'mixers.csv')
     assert [row['updates'] for row in rows] == ['4', '8', '12', '16']
     assert len(calls) == 4
     for row in rows:
@@ -135,8 +130,8 @@ def test_rows_after_the_checkpoint_are_dropped_and_a_torn_one_as_well(tmp_path):
     with open(tmp_path / 'steps.csv', 'a') as file:
         file.write('20,1.0,0.0')  # killed while it was written
     CsvLogger(tmp_path, 10)
-    assert [row['updates'] for row in read(tmp_path / 'steps.csv')] == ['5', '10']
-    assert [row['updates'] for row in read(tmp_path / 'mixers.csv')] == ['5', '10']
+    assert [row['updates'] for row in read_csv(tmp_path / 'steps.csv')] == ['5', '10']
+    assert [row['updates'] for row in read_csv(tmp_path / 'mixers.csv')] == ['5', '10']
 
 
 @pytest.mark.slow
@@ -145,7 +140,9 @@ def test_a_compiled_run_is_measured_and_saved_as_a_plain_one(tiny, run, tmp_path
         command = (*tiny, '--epochs', '2', '--set', 'log.every=5', '--compile', compiled, '--output', name)
         assert run(*command)[0] == 0
     assert not any('_orig_mod' in name for name in load_checkpoint(tmp_path / 'compiled' / LAST)['state_dict'])
-    for first, second in zip(*(read(tmp_path / name / 'mixers.csv') for name in ('plain', 'compiled')), strict=True):
+    for first, second in zip(
+        *(read_csv(tmp_path / name / 'mixers.csv') for name in ('plain', 'compiled')), strict=True
+    ):
         for key in ('dt_mean', 'dt_max', 'decay_q50'):
             assert float(first[key]) == pytest.approx(float(second[key]), rel=1e-2)
 

@@ -1,6 +1,5 @@
 """Runs that are interrupted and go on: the end is that of a run that never was."""
 
-import csv
 import multiprocessing
 import os
 import random
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from hydra_vision.io import read_csv
 from hydra_vision.train import checkpoint, engine
 from hydra_vision.train.checkpoint import BEST, KEPT, LAST, CheckpointSchedule, load_checkpoint, save_checkpoint
 from hydra_vision.train.main import main
@@ -70,8 +70,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(
     assert code == 0
     assert where in out
     assert_same_run(random_whole, tmp_path / 'parts')
-    with open(tmp_path / 'parts' / 'summary.csv', newline='') as file:
-        assert [row['epoch'] for row in csv.DictReader(file)] == ['1', '2', '3']
+    assert [row['epoch'] for row in read_csv(tmp_path / 'parts' / 'summary.csv')] == ['1', '2', '3']
 
 
 @pytest.mark.slow
@@ -93,7 +92,7 @@ def test_a_run_that_is_killed_ten_times_at_random_ends_as_one_that_never_was(
     assert last.wait() == [0], last.output()
     assert_same_run(tmp_path / 'whole', parts)
     rows = [
-        [(row['updates'], row['loss'], row['grad_norm']) for row in csv.DictReader(open(folder / 'steps.csv'))]  # noqa: SIM115
+        [(row['updates'], row['loss'], row['grad_norm']) for row in read_csv(folder / 'steps.csv')]
         for folder in (tmp_path / 'whole', parts)
     ]
     assert rows[0] == rows[1]  # the log has neither a gap nor a row twice
@@ -206,8 +205,7 @@ def test_a_kill_between_the_files_of_a_checkpoint_leaves_none_behind(tiny, run, 
         assert run(*tiny, '--output', 'run')[0] == 130
     (tmp_path / 'run' / KEPT / '.step-000000015.pt.tmp').write_bytes(b'half')  # killed while it was written
     assert run(*tiny, '--output', 'run', '--resume', 'auto', '--epochs', 2)[0] == 0
-    with open(tmp_path / 'run' / 'summary.csv', newline='') as file:
-        assert [row['val_top1'] for row in csv.DictReader(file)] == ['10', '30']
+    assert [row['val_top1'] for row in read_csv(tmp_path / 'run' / 'summary.csv')] == ['10', '30']
     assert run('--resume', 'run', '--epochs', 3)[0] == 0
     assert load_checkpoint(tmp_path / 'run' / BEST)['epoch'] == 2
     assert load_checkpoint(tmp_path / 'run' / LAST)['epoch'] == 3
