@@ -237,6 +237,22 @@ def processes(tmp_path) -> Callable[..., Processes]:
     return start
 
 
+@pytest.fixture
+def killed_at_update_8(processes, tmp_path) -> Callable[..., str]:
+    """Starts two processes, kills them behind update 8 and lets them go on, in ``parts``; what those print."""
+
+    def go(*command: object) -> str:
+        killed = processes(*command, '--output', 'parts', world=2)
+        killed.wait_for_update(tmp_path / 'parts', 8)
+        killed.kill(signal.SIGKILL)
+        killed.wait()
+        again = processes(*command, '--output', 'parts', '--resume', 'auto', world=2)
+        assert again.wait() == [0, 0], again.output()
+        return again.output()
+
+    return go
+
+
 def same(first, second) -> bool:
     """Bitwise equality of nested containers of tensors."""
     if isinstance(first, torch.Tensor):

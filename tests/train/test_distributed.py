@@ -73,19 +73,15 @@ def test_gradients_in_bfloat16_are_close_to_those_in_float32(tiny, processes, tm
 
 
 @pytest.mark.parametrize('strategy', ['ddp', pytest.param('fsdp', marks=pytest.mark.slow)])
-def test_processes_that_are_killed_go_on_bit_by_bit(tiny, processes, tmp_path, assert_same_run, strategy):
+def test_processes_that_are_killed_go_on_bit_by_bit(
+    tiny, processes, killed_at_update_8, tmp_path, assert_same_run, strategy
+):
     random = ('--set', 'model.drop_path_rate=0.3', '--set', 'augment.mixup=0.2', '--set', 'augment.erase_prob=0.5')
     command = (*tiny, *random, '--set', f'distributed.strategy={strategy}', '--set', 'checkpoint.every_steps=1')
     command = (*command, '--set', 'log.every=1', '--epochs', 2)
     whole = processes(*command, '--output', 'whole', world=2)
     assert whole.wait() == [0, 0], whole.output()
-    killed = processes(*command, '--output', 'parts', world=2)
-    killed.wait_for_update(tmp_path / 'parts', 8)
-    killed.kill(signal.SIGKILL)
-    killed.wait()
-    again = processes(*command, '--output', 'parts', '--resume', 'auto', world=2)
-    assert again.wait() == [0, 0], again.output()
-    assert 'from epoch 1 and' in again.output()
+    assert 'from epoch 1 and' in killed_at_update_8(*command)
     assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
 
 
