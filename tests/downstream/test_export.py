@@ -40,7 +40,9 @@ def test_onnx_with_dynamic_size(tmp_path):
         torch.testing.assert_close(torch.from_numpy(y), model(x), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize('tokens', ['fixed', 'many', 'dynamic'])
+@pytest.mark.parametrize(
+    'tokens', ['fixed', *(pytest.param(case, marks=pytest.mark.slow) for case in ('many', 'dynamic'))]
+)
 def test_graph_of_a_block_stays_small(tokens):
     size = 512 if tokens == 'many' else 64  # 1024 tokens are above the bound of the dense form
     axes = dict.fromkeys((0, 2, 3) if tokens == 'dynamic' else (0,), torch.export.Dim.DYNAMIC)
