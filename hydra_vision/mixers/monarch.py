@@ -13,7 +13,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor
 
 from ..ops.reference import accumulation_dtype
-from .base import MatrixMixer, causal_conv, check_sizes
+from .base import MatrixMixer, check_sizes, convolved
 from .grid import TokenGrid, resample_axis
 from .toeplitz import toeplitz_matrix, toeplitz_product
 
@@ -273,7 +273,7 @@ class LongConv(MatrixMixer):
 
     def _gates(self, u: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """x1, x2 and v (B, L, d_inner) of M2's own wrapper."""
-        return causal_conv(self.in_proj(u), self.conv1d.weight, self.conv1d.bias).chunk(3, dim=-1)
+        return convolved(self.conv1d, self.in_proj(u), causal=True).chunk(3, dim=-1)
 
     def mix(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
         L = v.shape[1]
