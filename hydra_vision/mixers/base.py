@@ -75,17 +75,16 @@ def is_plain(module: nn.Module, kind: Type[nn.Module]) -> bool:
     """Whether a module is exactly a ``kind`` that nothing changes or watches: then its weights can stand for a call.
 
     What replaces or wraps it (an adapter, a parametrisation, a quantised layer or weight) computes something else, and
-    a hook expects to be called. Reads ``__dict__``, because a mixer asks for every call of its own.
+    a hook expects to be called.
     """
-    own = module.__dict__
     return (
         type(module) is kind
-        and not (own['_forward_pre_hooks'] or own['_forward_hooks'])
-        and not (own['_backward_pre_hooks'] or own['_backward_hooks'])
-        and 'forward' not in own
-        # FSDP keeps the weight of a flat parameter among the attributes
-        and type(own['_parameters'].get('weight', own.get('weight'))) in _PLAIN_WEIGHTS
+        and not (module._forward_pre_hooks or module._forward_hooks)
+        and not (module._backward_pre_hooks or module._backward_hooks)
         and not _has_any_global_hook()
+        and 'forward' not in module.__dict__
+        # not module.weight: of torch.fx that is a proxy. FSDP keeps a flat parameter's weight among the attributes
+        and type(module._parameters.get('weight', module.__dict__.get('weight'))) in _PLAIN_WEIGHTS
     )
 
 

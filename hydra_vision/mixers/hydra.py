@@ -147,7 +147,7 @@ def init_dt_bias_(dt_bias: Tensor, dt_min: float, dt_max: float, floor: float) -
 
 def _is_plain_product(module: nn.Module) -> bool:
     """Whether a module is y = W x and nothing sees its x and y."""
-    return is_plain(module, nn.Linear) and module.__dict__['_parameters']['bias'] is None
+    return is_plain(module, nn.Linear) and module._parameters['bias'] is None
 
 
 def _is_exporting() -> bool:
@@ -247,7 +247,7 @@ class Hydra(GatedMixer):
     @torch.jit.unused
     def _lends_weights(self) -> bool:
         """Whether conv1d, fc_D and norm are plain, so that the fused operator computes with their weights."""
-        parts = self.__dict__['_modules']
+        parts = self._modules  # self.conv1d takes longer than all questions about it
         return (
             is_plain(parts['conv1d'], nn.Conv1d)
             and _is_plain_product(parts['fc_D'])
