@@ -106,7 +106,7 @@ def test_graphs_of_called_modules():
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(images()), expected)
 
 
-@pytest.mark.parametrize('mixer', ['hydra', 'semiseparable', 'm2', 'vim'])
+@pytest.mark.parametrize('mixer', ['hydra', 'quasiseparable', 'm2', 'vim'])
 def test_peft_adapters_act_learn_and_merge(mixer):
     peft = pytest.importorskip('peft')
     model = vit(mixer=mixer)
@@ -132,7 +132,7 @@ def test_peft_under_ddp_uses_every_parameter(tmp_path):
 
 
 @pytest.mark.filterwarnings('ignore::FutureWarning')  # the old weight_norm
-@pytest.mark.parametrize('mixer', ['hydra', 'semiseparable', 'm2', 'vim'])
+@pytest.mark.parametrize('mixer', ['hydra', 'quasiseparable', 'm2', 'vim'])
 @pytest.mark.parametrize(
     'change',
     [
