@@ -40,6 +40,7 @@ __all__ = [
     'convolved',
     'is_plain',
     'keyword_arguments',
+    'rms_norm',
 ]
 
 
@@ -92,7 +93,7 @@ def convolved(conv: nn.Module, x: Tensor, causal: bool = False) -> Tensor:
     """x (B, L, C) after a depthwise ``nn.Conv1d``: with its weights where it is plain, by a call where not."""
     if is_plain(conv, nn.Conv1d):
         return (causal_conv if causal else depthwise_conv)(x, conv.weight, conv.bias)
-    return conv(x.mT)[..., : x.shape[1]].mT  # its padding is on both sides
+    return conv(x.transpose(-1, -2))[..., : x.shape[1]].transpose(-1, -2)  # its padding is on both sides
 
 
 def keyword_arguments(cls: Type[nn.Module]) -> Dict[str, Any]:
@@ -128,13 +129,19 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f'{name}={value}; it must be at least 1')
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (..., D) over its root mean square along D, times weight (D,)."""
+    if torch.jit.is_tracing():  # the ONNX exporter on top of it does not know the operator
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
 torch.fx.wrap('_gated_rms_norm')  # it asks for the dtype, which a proxy does not have
 
 
 def _gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     acc = accumulation_dtype(z.dtype)
-    y = F.rms_norm(y.to(acc), weight.shape, weight.to(acc), eps)
-    return (y * F.silu(z.to(acc))).to(z.dtype)
+    return (rms_norm(y.to(acc), weight.to(acc), eps) * F.silu(z.to(acc))).to(z.dtype)
 
 
 class GatedRMSNorm(nn.Module):

@@ -205,7 +205,7 @@ class Semiseparable(MatrixMixer):
         if self.variant in ('mult', 'concat'):
             return torch.cat(Ms, dim=1)
         M = sum(Ms)
-        return M if diagonal is None else M + torch.diag_embed(diagonal.mT)
+        return M if diagonal is None else M + torch.diag_embed(diagonal.transpose(-1, -2))
 
     def _widened(self, t: Tensor) -> Tensor:
         """Zeros behind the last dimension up to a width that the kernels have, where it is they that compute."""
