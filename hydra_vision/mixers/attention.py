@@ -160,7 +160,7 @@ class Concatenated(nn.ModuleList):
 
 def _softmax_scores(q: Tensor, k: Tensor, causal: bool = False) -> Tensor:
     acc = accumulation_dtype(q.dtype)
-    scores = q.to(acc) @ k.to(acc).mT * q.shape[-1] ** -0.5
+    scores = q.to(acc) @ k.to(acc).transpose(-1, -2) * q.shape[-1] ** -0.5
     if causal:
         ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(ahead, float('-inf'))

@@ -17,6 +17,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..errors import nearest
 from ..ops.inner import depthwise_conv
@@ -34,7 +37,10 @@ __all__ = [
     'causal_conv',
     'check_arguments',
     'check_sizes',
+    'convolved',
+    'is_plain',
     'keyword_arguments',
+    'rms_norm',
 ]
 
 
@@ -60,6 +66,34 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     x = F.pad(x, (0, 0, K - 1, 0)).unsqueeze(1).permute(0, 3, 1, 2)  # (B, C, 1, L + K - 1), channels last in memory
     y = F.conv2d(x, weight.to(x.dtype).unsqueeze(2), None if bias is None else bias.to(x.dtype), groups=C)
     return y.permute(0, 2, 3, 1).squeeze(1)
+
+
+# what the weights of plain modules are, to people and to tracers
+_PLAIN_WEIGHTS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
+
+
+def is_plain(module: nn.Module, kind: Type[nn.Module]) -> bool:
+    """Whether a module is exactly a ``kind`` that nothing changes or watches: then its weights can stand for a call.
+
+    What replaces or wraps it (an adapter, a parametrisation, a quantised layer or weight) computes something else, and
+    a hook expects to be called.
+    """
+    return (
+        type(module) is kind
+        and not (module._forward_pre_hooks or module._forward_hooks)
+        and not (module._backward_pre_hooks or module._backward_hooks)
+        and not _has_any_global_hook()
+        and 'forward' not in module.__dict__
+        # not module.weight: of torch.fx that is a proxy. FSDP keeps a flat parameter's weight among the attributes
+        and type(module._parameters.get('weight', module.__dict__.get('weight'))) in _PLAIN_WEIGHTS
+    )
+
+
+def convolved(conv: nn.Module, x: Tensor, causal: bool = False) -> Tensor:
+    """x (B, L, C) after a depthwise ``nn.Conv1d``: with its weights where it is plain, by a call where not."""
+    if is_plain(conv, nn.Conv1d):
+        return (causal_conv if causal else depthwise_conv)(x, conv.weight, conv.bias)
+    return conv(x.transpose(-1, -2))[..., : x.shape[1]].transpose(-1, -2)  # its padding is on both sides
 
 
 def keyword_arguments(cls: Type[nn.Module]) -> Dict[str, Any]:
@@ -95,8 +129,23 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f'{name}={value}; it must be at least 1')
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (..., D) over its root mean square along D, times weight (D,)."""
+    if torch.jit.is_tracing():  # the ONNX exporter on top of it does not know the operator
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+torch.fx.wrap('_gated_rms_norm')  # it asks for the dtype, which a proxy does not have
+
+
+def _gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+    acc = accumulation_dtype(z.dtype)
+    return (rms_norm(y.to(acc), weight.to(acc), eps) * F.silu(z.to(acc))).to(z.dtype)
+
+
 class GatedRMSNorm(nn.Module):
-    """Weight of y = RMSNorm(y) * weight * SiLU(z); the arithmetic belongs to the mixer."""
+    """RMSNorm(y) * weight * SiLU(z). A plain one lends its weight to the operators that compute it fused."""
 
     def __init__(self, dim: int, eps: float = 1e-5, device=None, dtype=None) -> None:
         super().__init__()
@@ -106,6 +155,10 @@ class GatedRMSNorm(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        """y and z (B, L, dim) -> (B, L, dim), dtype of z; computed in float32, for float64 in float64."""
+        return _gated_rms_norm(y, z, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f'{self.weight.shape[0]}, eps={self.eps}'
@@ -335,17 +388,13 @@ class MatrixMixer(GatedMixer):
         else:
             _, v_memory, extras_memory = self._unpack(self.in_proj(memory))
             y = self.mix_memory(extras, v_memory, extras_memory)
-        y = self.add_residual(y, v)
-        acc = accumulation_dtype(projected.dtype)
-        y = F.rms_norm(y.flatten(-2).to(acc), (self.d_inner,), self.norm.weight.to(acc), self.norm.eps)
-        return self.out_proj((y * F.silu(z.to(acc))).to(projected.dtype))
+        return self.out_proj(self.norm(self.add_residual(y, v).flatten(-2), z))
 
     def _unpack(self, projected: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """z (B, L, d_inner), v (B, L, H, P) and extras (B, L, conv_extras + plain_extras), convolution done."""
         v_dim = self.v_heads * self.headdim
         z, vx, plain = projected.split([self.d_inner, v_dim + self.conv_extras, self.plain_extras], dim=-1)
-        convolve = depthwise_conv if self.conv == 'centred' else causal_conv
-        vx = convolve(vx, self.conv1d.weight, self.conv1d.bias)
+        vx = convolved(self.conv1d, vx, self.conv == 'causal')
         if self.silu_extras:
             vx = F.silu(vx)
         v, extras = vx.split([v_dim, self.conv_extras], dim=-1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..ops.reference import accumulation_dtype
 from ..ops.selective_scan import SCAN_BACKENDS, selective_scan, selective_scan_matrix
-from .base import Mixer, Patterns, causal_conv, check_sizes
+from .base import Mixer, Patterns, check_sizes, convolved
 from .hydra import check_step_sizes, init_dt_bias_
 
 __all__ = ['Mamba', 'Vim']
@@ -161,9 +161,8 @@ class Mamba(Mixer):
         """Convolved x (B, L, E), dt (B, L, E), A (E, N), B, C (B, L, N), D (E,) of a direction."""
         acc = accumulation_dtype(x.dtype)
         conv = getattr(self, f'conv1d{suffix}')
-        backward = suffix == '_b'
-        weight = conv.weight
-        x = F.silu(causal_conv(x.flip(1), weight, conv.bias).flip(1) if backward else causal_conv(x, weight, conv.bias))
+        x = convolved(conv, x.flip(1), causal=True).flip(1) if suffix == '_b' else convolved(conv, x, causal=True)
+        x = F.silu(x)
         columns = getattr(self, f'x_proj{suffix}')(x)
         r, B, C = columns.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         dt = getattr(self, f'dt_proj{suffix}')(r)

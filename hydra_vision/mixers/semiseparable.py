@@ -165,7 +165,7 @@ class Semiseparable(MatrixMixer):
         pairs = pairs * (self.directions // len(pairs))
         diagonal = None
         if self.diagonal:
-            diagonal = F.linear(v.flatten(-2), self.fc_D.weight.to(v.dtype)).to(acc) + self.D.to(acc)
+            diagonal = self.fc_D(v.flatten(-2)).to(acc) + self.D.to(acc)
         scans = [(dt[:, :, n], *pair.unbind(2)) for n, pair in enumerate(pairs)]
         return -torch.exp(self.A_log.to(acc)), scans, diagonal
 
@@ -205,7 +205,7 @@ class Semiseparable(MatrixMixer):
         if self.variant in ('mult', 'concat'):
             return torch.cat(Ms, dim=1)
         M = sum(Ms)
-        return M if diagonal is None else M + torch.diag_embed(diagonal.mT)
+        return M if diagonal is None else M + torch.diag_embed(diagonal.transpose(-1, -2))
 
     def _widened(self, t: Tensor) -> Tensor:
         """Zeros behind the last dimension up to a width that the kernels have, where it is they that compute."""

@@ -42,4 +42,5 @@ class PatchEmbed(TimmPatchEmbed):
     ) -> None:
         """timm's, which may put a new convolution in place of the old one."""
         super().set_input_size(img_size=img_size, patch_size=patch_size)
-        self.proj.__class__ = PatchConv2d
+        if type(self.proj) is nn.Conv2d:
+            self.proj.__class__ = PatchConv2d

@@ -10,7 +10,7 @@ from .dispatch import choose_backend
 from .quasiseparable import mix_unchecked
 from .reference import accumulation_dtype, scale
 
-__all__ = ['hydra_inner', 'hydra_inner_late', 'scale_rows', 'split_zxbcdt', 'unpack_zxbcdt']
+__all__ = ['hydra_inner', 'hydra_inner_late', 'mix_convolved', 'scale_rows', 'split_zxbcdt', 'unpack_convolved']
 
 NO_DT_LIMIT = (0.0, float('inf'))
 
@@ -165,23 +165,23 @@ def hydra_inner_late(
         )
 
     dtype, acc = zxbcdt.dtype, accumulation_dtype(zxbcdt.dtype)
-    z, x, dt_f, dt_b, B_f, C_f, B_b, C_b = unpack_zxbcdt(
-        zxbcdt,
-        conv_weight,
-        conv_bias,
+    z, xbc, dt = split_zxbcdt(zxbcdt, d_inner, H)
+    xbc = F.silu(depthwise_conv(xbc, conv_weight, conv_bias))
+    y = mix_convolved(
+        xbc,
+        dt,
+        F.linear(xbc[..., :d_inner], fc_D_weight.to(dtype)),
         dt_bias,
+        A_log,
+        D,
+        init_states,
         headdim=headdim,
         d_state=d_state,
         ngroups=ngroups,
         share_bc=share_bc,
         dt_limit=dt_limit,
-    )
-    diagonal = F.linear(x, fc_D_weight.to(dtype)) + D.to(acc)  # (B, L, H)
-    A = -torch.exp(A_log.to(acc))
-    y = mix_unchecked(
-        name, x.unflatten(-1, (H, headdim)), dt_f, dt_b, A, B_f, C_f, B_b, C_b, diagonal.to(acc), init_states
-    ).flatten(-2)
-    y = y.to(acc)
+        backend=name,
+    ).to(acc)
     mean_square = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square() / d_inner
     y = scale(scale(y, torch.rsqrt(mean_square + eps)), norm_weight.to(acc))
     return scale(y, F.silu(z.to(acc))).to(dtype), None
@@ -194,34 +194,64 @@ def scale_rows(x: Tensor, factors: Tensor) -> Tensor:
     return fused(x, factors)
 
 
-def unpack_zxbcdt(
-    zxbcdt: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Optional[Tensor],
+def mix_convolved(
+    xbc: Tensor,
+    dt: Tensor,
+    fc_D: Tensor,
     dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    init_states: Optional[Tensor],
     *,
     headdim: int,
     d_state: int,
-    ngroups: int = 1,
-    share_bc: bool = False,
-    dt_limit: Tuple[float, float] = NO_DT_LIMIT,
-) -> Tuple[Tensor, ...]:
-    """in_proj's output -> z (B, L, d_inner), x (B, L, d_inner), dt_f, dt_b (B, L, H), B_f, C_f, B_b, C_b (B, L, G, N).
+    ngroups: int,
+    share_bc: bool,
+    dt_limit: Tuple[float, float],
+    backend: str,
+) -> Tensor:
+    """What ``hydra_inner`` does between its convolution and its norm; arguments as there, all of them known to fit.
 
-    Convolution, SiLU, softplus and clamp are done. Arguments as in ``hydra_inner``.
+    Args:
+        xbc: (B, L, d_inner + k * G * N), convolution and SiLU done.
+        dt: (B, L, 2 * H), as it leaves in_proj.
+        fc_D: fc_D(x), (B, L, H).
+
+    Returns:
+        y (B, L, d_inner), dtype of ``xbc``.
+    """
+    acc = accumulation_dtype(xbc.dtype)
+    x, dt_f, dt_b, *BC = unpack_convolved(xbc, dt, dt_bias, headdim, d_state, ngroups, share_bc, dt_limit)
+    A, diagonal = -torch.exp(A_log.to(acc)), fc_D + D.to(acc)
+    name = choose_backend(backend, xbc.device)
+    x = x.unflatten(-1, (dt_bias.shape[0], headdim))
+    return mix_unchecked(name, x, dt_f, dt_b, A, *BC, diagonal.to(acc), init_states).flatten(-2)
+
+
+def unpack_convolved(
+    xbc: Tensor,
+    dt: Tensor,
+    dt_bias: Tensor,
+    headdim: int,
+    d_state: int,
+    ngroups: int,
+    share_bc: bool,
+    dt_limit: Tuple[float, float],
+) -> Tuple[Tensor, ...]:
+    """x (B, L, d_inner), dt_f, dt_b (B, L, H), B_f, C_f, B_b, C_b (B, L, G, N); softplus and clamp of dt are done.
+
+    Arguments as in ``mix_convolved``.
     """
     H = dt_bias.shape[0]
-    acc = accumulation_dtype(zxbcdt.dtype)
-    z, xbc, dt = split_zxbcdt(zxbcdt, H * headdim, H)
+    acc = accumulation_dtype(xbc.dtype)
     dt = F.softplus(dt.to(acc).unflatten(-1, (2, H)) + dt_bias.to(acc))
     if tuple(dt_limit) != NO_DT_LIMIT:
         dt = dt.clamp(*dt_limit)
     dt_f, dt_b = dt.unbind(-2)
-    xbc = F.silu(depthwise_conv(xbc, conv_weight, conv_bias))
     width = ngroups * d_state
     x, *BC = xbc.split([H * headdim] + [width] * (2 if share_bc else 4), dim=-1)
     B_f, C_f, B_b, C_b = (t.unflatten(-1, (ngroups, d_state)) for t in (BC * 2 if share_bc else BC))
-    return z, x, dt_f, dt_b, B_f, C_f, B_b, C_b
+    return x, dt_f, dt_b, B_f, C_f, B_b, C_b
 
 
 def split_zxbcdt(zxbcdt: Tensor, d_inner: int, H: int) -> Tuple[Tensor, Tensor, Tensor]:

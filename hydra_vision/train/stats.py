@@ -80,8 +80,7 @@ def across_layers(layers: Mapping[str, Mapping[str, float]]) -> dict[str, float]
 def _layer_statistics(layer: Hydra, u: torch.Tensor) -> dict[str, torch.Tensor]:
     """Statistics of one layer for tokens u (B, L, d_model), as scalars on the device."""
     heads = layer.nheads
-    weight, bias = layer.in_proj.weight[-2 * heads :], layer.in_proj.bias
-    raw = F.linear(u, weight, None if bias is None else bias[-2 * heads :]).float()  # (B, L, 2H): the last columns
+    raw = layer.in_proj(u)[..., -2 * heads :].float()  # (B, L, 2H)
     dt = F.softplus(raw.unflatten(-1, (2, heads)) + layer.dt_bias.float())  # (B, L, 2, H)
     dt = dt.clamp(layer.dt_limit_min, layer.dt_limit_max)
     decay = torch.exp(-torch.exp(layer.A_log.float()) * dt).flatten(0, 1)  # (B * L, 2, H)

@@ -239,7 +239,7 @@ def test_the_norms_factor_does_not_wait_under_global_hooks(monkeypatch):
 @pytest.mark.parametrize('strict', [False, True])
 def test_exporting_is_told_from_compiling(strict):
     """Only then may the graph of torch.compile leave the norm's factor for after out_proj, as eager mode does."""
-    from hydra_vision.mixers.hydra import _is_exporting, _is_plain_projection
+    from hydra_vision.mixers.hydra import _is_exporting, _is_plain_product
 
     class Doubled(torch.nn.Module):
         def __init__(self):
@@ -248,7 +248,7 @@ def test_exporting_is_told_from_compiling(strict):
 
         def forward(self, x):
             y = self.out_proj(x)
-            return 2 * y if _is_plain_projection(self.out_proj) and not _is_exporting() else y
+            return 2 * y if _is_plain_product(self.out_proj) and not _is_exporting() else y
 
     model, x = Doubled(), torch.randn(2, 4)
     torch._dynamo.reset()

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from hydra_vision.ops import hydra_inner
-from hydra_vision.ops.inner import unpack_zxbcdt
+from hydra_vision.ops.inner import split_zxbcdt, unpack_convolved
 
 H, P, N = 4, 8, 6
 
@@ -114,8 +114,8 @@ def test_gradcheck(backend):
 def test_softplus_is_stable_far_below_zero():
     tensors, options = make_inner_inputs()
     tensors['dt_bias'] = torch.full((H,), -40.0, dtype=torch.float64)
-    unpack = {k: tensors[k] for k in ('zxbcdt', 'conv_weight', 'conv_bias', 'dt_bias')}
-    _, _, dt_f, dt_b, *_ = unpack_zxbcdt(**{k: v.float() for k, v in unpack.items()}, **options)
+    _, xbc, dt = split_zxbcdt(tensors['zxbcdt'].float(), H * options['headdim'], H)
+    _, dt_f, dt_b, *_ = unpack_convolved(xbc, dt, tensors['dt_bias'].float(), **options, dt_limit=(0.0, float('inf')))
     assert (dt_f > 0).all()
     assert (dt_b > 0).all()
 

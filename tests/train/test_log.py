@@ -15,7 +15,7 @@ import hydra_vision  # noqa: F401  registers the models
 from hydra_vision.errors import ConfigError
 from hydra_vision.io import read_csv
 from hydra_vision.mixers import Hydra
-from hydra_vision.ops.inner import unpack_zxbcdt
+from hydra_vision.ops.inner import split_zxbcdt, unpack_convolved
 from hydra_vision.train import engine, log, report, stats
 from hydra_vision.train.checkpoint import LAST, load_checkpoint
 from hydra_vision.train.config import Config
@@ -42,15 +42,9 @@ def test_statistics_are_those_of_what_the_mixer_uses(kwargs):
     assert model.training
     for name, u in inputs.items():
         layer = model.get_submodule(name)
-        dt_f, dt_b = unpack_zxbcdt(
-            layer.in_proj(u),
-            *(layer.conv1d.weight, layer.conv1d.bias, layer.dt_bias),
-            headdim=layer.headdim,
-            d_state=layer.d_state,
-            ngroups=layer.ngroups,
-            share_bc=layer.share_bc,
-            dt_limit=(layer.dt_limit_min, layer.dt_limit_max),
-        )[2:4]
+        _, xbc, dt = split_zxbcdt(layer.in_proj(u), layer.d_inner, layer.nheads)
+        numbers = (layer.headdim, layer.d_state, layer.ngroups, layer.share_bc)
+        dt_f, dt_b = unpack_convolved(xbc, dt, layer.dt_bias, *numbers, (layer.dt_limit_min, layer.dt_limit_max))[1:3]
         dt = torch.stack([dt_f, dt_b]).detach()
         decay = torch.exp(-torch.exp(layer.A_log.detach()) * dt).flatten()
         assert found[name]['dt_mean'] == pytest.approx(float(dt.mean()), rel=1e-4)
