@@ -37,7 +37,7 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from timm.models._manipulate import checkpoint
@@ -192,8 +192,9 @@ class HydraViT(nn.Module):
                 have it first.
             scan_order: Order of the patches while the blocks run: 'row' (the paper), 'column', 'alternate' (rows in
                 even blocks, columns in odd ones), 'snake' or 'hilbert'. Position embedding and outputs are by rows.
-            dynamic_img_size: Accept any image size that the patch size divides.
-            dynamic_img_pad: Pad images that the patch size does not divide (with dynamic_img_size).
+            dynamic_img_size: Accept any image size that the patch size divides, also with what belongs to positions (a
+                position embedding, a mixer's parameters), which is resampled. A model without any always does.
+            dynamic_img_pad: Pad images that the patch size does not divide.
             drop_rate: Head dropout rate.
             pos_drop_rate: Dropout rate after the embedding.
             patch_drop_rate: Share of patch tokens dropped in training; the kept ones stay in order.
@@ -249,23 +250,17 @@ class HydraViT(nn.Module):
         self.class_token_position = class_token_position
         self.scan_order = scan_order
         self.no_embed_class = True  # the position embedding covers patches only
-        self.dynamic_img_size = dynamic_img_size
         self.grad_checkpointing = False
 
         grid_size = _check_grid_size(
             img_size, patch_size, pos_embed == 'learn' and not dynamic_img_size, dynamic_img_pad
         )
-        embed_args = {}
-        if dynamic_img_size:
-            # flatten deferred until after pos embed
-            embed_args.update(strict_img_size=False, output_fmt='NHWC')
         self.patch_embed = PatchEmbed(
             img_size=img_size,
             patch_size=patch_size,
             in_chans=in_chans,
             embed_dim=embed_dim,
             dynamic_img_pad=dynamic_img_pad,
-            **embed_args,
             **dd,
         )
         num_patches = self.patch_embed.num_patches
@@ -331,6 +326,10 @@ class HydraViT(nn.Module):
                 f'scan_order={scan_order!r}: position parameters of mixer={mixer!r} are resampled by rows; set '
                 'dynamic_img_size=False'
             )
+        positions = pos_embed == 'learn' or any(blk.takes_grid and blk.mixer.grid_parameters() for blk in self.blocks)
+        self.dynamic_img_size = dynamic_img_size or not positions
+        if self.dynamic_img_size:
+            self.patch_embed.accept_any_size()
         self.feature_info = [dict(module=f'blocks.{i}', num_chs=embed_dim, reduction=reduction) for i in range(depth)]
         self.norm = norm_layer(embed_dim, **dd)
 
@@ -465,6 +464,7 @@ class HydraViT(nn.Module):
             for info in self.feature_info:
                 info['reduction'] = reduction
         update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
+        _recommend_size(self, self.patch_embed.img_size)
 
     def _grid(self, x: torch.Tensor) -> Optional[Tuple[int, int]]:
         """Grid of the embedded patches where it may differ from the model's own, for mixers that depend on it."""
@@ -815,9 +815,16 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: HydraViT) -> Dict[st
     return out_dict
 
 
+def _recommend_size(model: nn.Module, img_size: Union[int, Tuple[int, int]]) -> None:
+    """timm's preprocessing takes the size of a model that takes any from its configuration."""
+    cfg = getattr(model, 'pretrained_cfg', None)
+    if cfg and cfg.get('input_size'):
+        cfg['input_size'] = (cfg['input_size'][0], *to_2tuple(img_size))
+
+
 def _create_hydra_vit(variant: str, pretrained: bool = False, **kwargs) -> HydraViT:
     out_indices = kwargs.pop('out_indices', 3)
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         HydraViT,
         variant,
         pretrained,
@@ -825,6 +832,10 @@ def _create_hydra_vit(variant: str, pretrained: bool = False, **kwargs) -> Hydra
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )
+    registered = get_pretrained_cfg(variant).input_size[1:]
+    if 'img_size' in kwargs and tuple(model.pretrained_cfg['input_size'][1:]) == registered:  # no file says otherwise
+        _recommend_size(model, kwargs['img_size'])
+    return model
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
@@ -835,7 +846,7 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
         'pool_size': None,
         'crop_pct': 0.9,
         'interpolation': 'bicubic',
-        'fixed_input_size': True,
+        'fixed_input_size': False,
         'mean': IMAGENET_DEFAULT_MEAN,
         'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'patch_embed.proj',

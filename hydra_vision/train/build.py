@@ -195,10 +195,12 @@ def create_model(config: Config, num_classes: int, load_weights: bool = True) ->
         raise ConfigError(f'unknown model.name={model.name!r}{nearest(model.name, timm.list_models())}')
     kwargs: dict[str, Any] = dict(model.kwargs)
     cfg = None if ':' in model.name else get_pretrained_cfg(model.name)
-    if config.data.img_size is not None and cfg is not None and cfg.fixed_input_size:
+    # ours take img_size whether their arguments tie them to it or not
+    sized = cfg is not None and (cfg.fixed_input_size or timm.models.is_model_in_modules(model.name, {'hydra_vit'}))
+    if config.data.img_size is not None and sized:
         size = config.data.img_size
         kwargs['img_size'] = size if isinstance(size, int) else tuple(size)
-    if config.data.progressive_sizes is not None and cfg is not None and cfg.fixed_input_size:
+    if config.data.progressive_sizes is not None and sized:
         kwargs.setdefault('dynamic_img_size', True)
     from_file = load_weights and model.checkpoint is not None
     head, weights = num_classes, {}
