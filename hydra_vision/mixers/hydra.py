@@ -18,7 +18,7 @@ from ..ops import hydra_inner, quasiseparable_matrix
 from ..ops.dispatch import check_backend_name, is_exporting
 from ..ops.inner import hydra_inner_late, scale_rows, unpack_zxbcdt
 from ..ops.reference import accumulation_dtype
-from .base import GatedMixer, check_sizes
+from .base import GatedMixer, check_padding, check_sizes, mask_projection
 
 __all__ = ['Hydra']
 
@@ -83,6 +83,11 @@ def check_step_sizes(dt_min: float, dt_max: float) -> None:
     """Raises ValueError for an empty range of initial step sizes."""
     if not 0 < dt_min <= dt_max:
         raise ValueError(f'dt_min={dt_min}, dt_max={dt_max}; needed is 0 < dt_min <= dt_max')
+
+
+def check_step_limit(dt_min: float) -> Optional[str]:
+    """Why padding cannot have steps of size zero, or None."""
+    return f'dt_limit has the minimum {dt_min}, and padding needs steps of size zero' if dt_min > 0 else None
 
 
 def check_state_space(
@@ -216,6 +221,12 @@ class Hydra(GatedMixer):
         """Parameters, relative to this module, that should not use weight decay."""
         return {'A_log', 'D', 'dt_bias', 'init_states'}
 
+    @torch.jit.ignore
+    def why_no_padding(self) -> Optional[str]:
+        if self.init_states is not None:
+            return 'learnable_init_states=True: a state that starts behind the padding is read by it'
+        return check_step_limit(self.dt_limit_min)
+
     @torch.jit.unused
     def _forward_late(self, zxbcdt: Tensor) -> Tensor:
         """``forward`` from in_proj's result on; the norm's factor per token comes after out_proj where kernels can."""
@@ -241,9 +252,21 @@ class Hydra(GatedMixer):
         out = self.out_proj(y)
         return out if factors is None else scale_rows(out, factors)
 
-    def forward(self, u: Tensor) -> Tensor:
-        """Mix the tokens u (B, L, d_model)."""
+    def forward(self, u: Tensor, valid: Optional[Tensor] = None) -> Tensor:
+        """Mix the tokens.
+
+        Args:
+            u: (B, L, d_model).
+            valid: (B, L), False at padding at the end of the sequence, see ``why_no_padding``; None for no padding.
+
+        Raises:
+            ValueError: ``valid``, of a mixer that cannot leave padding out.
+        """
         zxbcdt = self.in_proj(u)
+        if valid is not None:
+            if not torch.jit.is_scripting():
+                check_padding(self)
+            zxbcdt = mask_projection(zxbcdt, valid, 2 * self.nheads)
         if torch.jit.is_scripting():
             y = torch.ops.hydra_vision.hydra_inner_scripted(
                 zxbcdt,

@@ -2,9 +2,10 @@
 
 from typing import Optional, Tuple, Union
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import Format, nchw_to
+from timm.layers import Format, nchw_to, resample_patch_embed
 from timm.layers import PatchEmbed as TimmPatchEmbed
 from torch import Tensor, _assert
 
@@ -48,8 +49,8 @@ class PatchEmbed(TimmPatchEmbed):
         if self.img_size is not None:
             if self.strict_img_size:
                 h, w = self.img_size[0], self.img_size[1]
-                _assert(H == h, f"Input height ({H}) doesn't match model ({h}); dynamic_img_size=True takes any.")
-                _assert(W == w, f"Input width ({W}) doesn't match model ({w}); dynamic_img_size=True takes any.")
+                _assert(h == H, f"Input height ({H}) doesn't match model ({h}); dynamic_img_size=True takes any.")
+                _assert(w == W, f"Input width ({W}) doesn't match model ({w}); dynamic_img_size=True takes any.")
             elif not self.dynamic_img_pad:
                 _assert(H % p == 0, f'Input height ({H}) should be divisible by {p}; dynamic_img_pad=True pads it.')
                 _assert(W % q == 0, f'Input width ({W}) should be divisible by {q}; dynamic_img_pad=True pads it.')
@@ -61,6 +62,23 @@ class PatchEmbed(TimmPatchEmbed):
         elif self.output_fmt != Format.NCHW:
             x = nchw_to(x, self.output_fmt)
         return self.norm(x)
+
+    @torch.jit.ignore
+    def from_patches(self, patches: Tensor) -> Tensor:
+        """Patches (B, N, p * q * C) or (B, N, p, q, C), channels last as timm's NaFlex loader has them, to (B, N, D).
+
+        In the second form the patches may have another size: the weights are resampled to it.
+        """
+        weight = self.proj.weight
+        if patches.ndim == 5 and patches.shape[2:4] != weight.shape[2:]:
+            weight = resample_patch_embed(weight, list(patches.shape[2:4]))
+        weight = weight.permute(0, 2, 3, 1).flatten(1)
+        if patches.ndim not in (3, 5) or patches.flatten(2).shape[2] != weight.shape[1]:
+            p, q, C = *self.patch_size, self.proj.in_channels
+            raise ValueError(
+                f'patches has shape {tuple(patches.shape)}; it must be (B, N, {p * q * C}) or (B, N, {p}, {q}, {C})'
+            )
+        return self.norm(F.linear(patches.flatten(2), weight, self.proj.bias))
 
     def set_input_size(
         self,

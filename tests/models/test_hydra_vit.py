@@ -298,7 +298,7 @@ def test_set_input_size(kwargs):
     if model.dynamic_img_size:
         assert model(images()).shape == (2, 5)
     else:
-        with pytest.raises(AssertionError, match="doesn't match model .96.; dynamic_img_size=True"):
+        with pytest.raises(AssertionError, match=r"doesn't match model .96.; dynamic_img_size=True"):
             model(images())
 
 
