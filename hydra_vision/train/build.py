@@ -1,5 +1,6 @@
 """Builds what a recipe describes around a model: device, initial weights, optimizer, schedule."""
 
+import inspect
 import math
 from typing import Any
 
@@ -288,6 +289,10 @@ def _describe_start(path: str, weights: dict[str, Any], head: int, model: nn.Mod
 def _check_size(config: Config, model: nn.Module) -> None:
     """Reject an image size that patches do not tile: the patch convolution would silently drop the rest."""
     patch = getattr(getattr(model, 'patch_embed', None), 'patch_size', None)
+    if config.data.naflex_seq_len is not None:
+        if patch is None or 'patch_valid' not in inspect.signature(model.forward).parameters:
+            raise ConfigError(f'data.naflex_seq_len: {config.model.name} takes no patches; a Hydra-ViT does')
+        return
     if patch is None or getattr(model.patch_embed, 'dynamic_img_pad', False):
         return
     patches = (patch, patch) if isinstance(patch, int) else patch
