@@ -228,7 +228,7 @@ class Hydra(GatedMixer):
         return check_step_limit(self.dt_limit_min)
 
     @torch.jit.unused
-    def _forward_late(self, zxbcdt: Tensor) -> Tensor:
+    def _forward_late(self, zxbcdt: Tensor, cu_seqlens: Optional[Tensor] = None) -> Tensor:
         """``forward`` from in_proj's result on; the norm's factor per token comes after out_proj where kernels can."""
         y, factors = hydra_inner_late(
             zxbcdt,
@@ -245,6 +245,7 @@ class Hydra(GatedMixer):
             share_bc=self.share_bc,
             dt_limit=(self.dt_limit_min, self.dt_limit_max),
             init_states=self.init_states,
+            cu_seqlens=cu_seqlens,
             eps=self.norm.eps,
             backend=self.backend,
             late=_is_plain_projection(self.out_proj),
@@ -252,17 +253,20 @@ class Hydra(GatedMixer):
         out = self.out_proj(y)
         return out if factors is None else scale_rows(out, factors)
 
-    def forward(self, u: Tensor, valid: Optional[Tensor] = None) -> Tensor:
+    def forward(self, u: Tensor, valid: Optional[Tensor] = None, cu_seqlens: Optional[Tensor] = None) -> Tensor:
         """Mix the tokens.
 
         Args:
             u: (B, L, d_model).
             valid: (B, L), False at padding at the end of the sequence, see ``why_no_padding``; None for no padding.
+            cu_seqlens: Several sequences in one row, B = 1: their borders, as in ``quasiseparable_mix``.
 
         Raises:
-            ValueError: ``valid``, of a mixer that cannot leave padding out.
+            ValueError: ``valid``, of a mixer that cannot leave padding out; ``cu_seqlens`` that does not fit.
         """
         zxbcdt = self.in_proj(u)
+        if cu_seqlens is not None:
+            return self._forward_late(zxbcdt, cu_seqlens)
         if valid is not None:
             if not torch.jit.is_scripting():
                 check_padding(self)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import choose_backend
+from .packed import check_cu_seqlens, segments_of, separated, set_apart
 from .quasiseparable import mix_unchecked
 from .reference import accumulation_dtype, scale
 
@@ -31,6 +32,7 @@ def hydra_inner(
     share_bc: bool = False,
     dt_limit: Tuple[float, float] = NO_DT_LIMIT,
     init_states: Optional[Tensor] = None,
+    cu_seqlens: Optional[Tensor] = None,
     eps: float = 1e-5,
     backend: str = 'auto',
 ) -> Tensor:
@@ -55,6 +57,7 @@ def hydra_inner(
         share_bc: one B and one C for both directions.
         dt_limit: (min, max) of dt after softplus.
         init_states: (H, P, N) or None; the state from which both directions start.
+        cu_seqlens: as in ``quasiseparable_mix``; the convolution does not cross borders either.
         eps: of the RMS norm.
         backend: as in ``quasiseparable_mix``. 'triton' runs all of it fused, the others only mix by the named backend.
 
@@ -84,6 +87,7 @@ def hydra_inner(
         share_bc=share_bc,
         dt_limit=dt_limit,
         init_states=init_states,
+        cu_seqlens=cu_seqlens,
         eps=eps,
         backend=backend,
         late=False,
@@ -106,6 +110,7 @@ def hydra_inner_late(
     share_bc: bool = False,
     dt_limit: Tuple[float, float] = NO_DT_LIMIT,
     init_states: Optional[Tensor] = None,
+    cu_seqlens: Optional[Tensor] = None,
     eps: float = 1e-5,
     backend: str = 'auto',
     late: bool = True,
@@ -141,6 +146,10 @@ def hydra_inner_late(
         dt_limit,
         init_states,
     )
+    segments = None
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, zxbcdt, init_states)
+        segments = segments_of(cu_seqlens, zxbcdt.shape[1])
     name = choose_backend(backend, zxbcdt.device)
     if name == 'triton':
         from .triton.api import hydra_inner as fused  # lazily: importing hydra_vision must not import Triton
@@ -160,6 +169,7 @@ def hydra_inner_late(
             share_bc=share_bc,
             dt_limit=dt_limit,
             init_states=init_states,
+            segments=segments,
             eps=eps,
             late=late,
         )
@@ -175,9 +185,12 @@ def hydra_inner_late(
         ngroups=ngroups,
         share_bc=share_bc,
         dt_limit=dt_limit,
+        cu_seqlens=cu_seqlens,
     )
     diagonal = F.linear(x, fc_D_weight.to(dtype)) + D.to(acc)  # (B, L, H)
     A = -torch.exp(A_log.to(acc))
+    if segments is not None:
+        dt_f, dt_b, B_f, B_b = separated(segments, dt_f, dt_b, A, B_f, B_b)
     y = mix_unchecked(
         name, x.unflatten(-1, (H, headdim)), dt_f, dt_b, A, B_f, C_f, B_b, C_b, diagonal.to(acc), init_states
     ).flatten(-2)
@@ -205,6 +218,7 @@ def unpack_zxbcdt(
     ngroups: int = 1,
     share_bc: bool = False,
     dt_limit: Tuple[float, float] = NO_DT_LIMIT,
+    cu_seqlens: Optional[Tensor] = None,
 ) -> Tuple[Tensor, ...]:
     """in_proj's output -> z (B, L, d_inner), x (B, L, d_inner), dt_f, dt_b (B, L, H), B_f, C_f, B_b, C_b (B, L, G, N).
 
@@ -217,7 +231,11 @@ def unpack_zxbcdt(
     if tuple(dt_limit) != NO_DT_LIMIT:
         dt = dt.clamp(*dt_limit)
     dt_f, dt_b = dt.unbind(-2)
-    xbc = F.silu(depthwise_conv(xbc, conv_weight, conv_bias))
+    if cu_seqlens is None:
+        xbc = F.silu(depthwise_conv(xbc, conv_weight, conv_bias))
+    else:
+        apart, place = set_apart(xbc, cu_seqlens, conv_weight.shape[-1] // 2)
+        xbc = F.silu(depthwise_conv(apart, conv_weight, conv_bias).index_select(1, place))
     width = ngroups * d_state
     x, *BC = xbc.split([H * headdim] + [width] * (2 if share_bc else 4), dim=-1)
     B_f, C_f, B_b, C_b = (t.unflatten(-1, (ngroups, d_state)) for t in (BC * 2 if share_bc else BC))

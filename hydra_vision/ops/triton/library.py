@@ -16,9 +16,11 @@ _ANY_LAYOUT = {'tags': (torch.Tag.flexible_layout,)}
 _TENSORS = 9  # of hydra_inner: the rest of its arguments are numbers
 
 
-def _arguments(tensors: tuple[Optional[Tensor], ...], numbers: tuple[Any, ...]) -> InnerArguments:
+def _arguments(
+    tensors: tuple[Optional[Tensor], ...], numbers: tuple[Any, ...], segments: Optional[Tensor]
+) -> InnerArguments:
     headdim, d_state, ngroups, share_bc, dt_min, dt_max, eps = numbers
-    return InnerArguments(*tensors, headdim, d_state, ngroups, share_bc, (dt_min, dt_max), eps)
+    return InnerArguments(*tensors, headdim, d_state, ngroups, share_bc, (dt_min, dt_max), eps, segments)
 
 
 def _present(grads: tuple[Optional[Tensor], ...], like: Tensor) -> list[Tensor]:
@@ -49,15 +51,17 @@ def hydra_inner_op(
     dt_max: float,
     eps: float,
     late: bool,
+    segments: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What ``inner_forward`` returns."""
     tensors = (zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states)
-    return inner_forward(_arguments(tensors, (headdim, d_state, ngroups, share_bc, dt_min, dt_max, eps)), late)
+    numbers = (headdim, d_state, ngroups, share_bc, dt_min, dt_max, eps)
+    return inner_forward(_arguments(tensors, numbers, segments), late)
 
 
 @hydra_inner_op.register_fake
 def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states, *numbers):
-    headdim, d_state, ngroups, *_, late = numbers
+    headdim, d_state, ngroups, *_, late, segments = numbers
     B, L, _ = zxbcdt.shape
     H = dt_bias.shape[0]
     out = zxbcdt.new_empty(B, L, H * headdim)
@@ -66,7 +70,7 @@ def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weigh
     d_conv, starts = conv_weight.shape[-1], init_states is not None
     fits = in_chunks(zxbcdt.device, zxbcdt.dtype, H, headdim, ngroups, d_state, d_conv, starts)
     nothing = rstd.new_empty(0)
-    factors, rstd = (rstd, nothing) if late and fits else (nothing, rstd)
+    factors, rstd = (rstd, nothing) if late and fits and segments is None else (nothing, rstd)
     return out, factors, y, rstd, zxbcdt.new_empty(B, H, L, dtype=torch.float32)
 
 
@@ -94,9 +98,10 @@ def _hydra_inner_backward(
     dt_max: float,
     eps: float,
     late: bool,
+    segments: Optional[Tensor] = None,
 ) -> list[Tensor]:
     tensors = (zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states)
-    a = _arguments(tensors, (headdim, d_state, ngroups, share_bc, dt_min, dt_max, eps))
+    a = _arguments(tensors, (headdim, d_state, ngroups, share_bc, dt_min, dt_max, eps), segments)
     return _present(inner_backward(a, late, out, y, rstd, diag, dout), dout)
 
 
@@ -110,15 +115,15 @@ def _(dout, out, y, rstd, diag, *arguments):
 
 def _inner_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     out, factors, y, rstd, diag = output
-    ctx.save_for_backward(*inputs[:_TENSORS], out, y, rstd if rstd.ndim == 2 else factors, diag)
-    ctx.numbers = inputs[_TENSORS:]
+    ctx.save_for_backward(*inputs[:_TENSORS], inputs[-1], out, y, rstd if rstd.ndim == 2 else factors, diag)
+    ctx.numbers = inputs[_TENSORS:-1]
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _inner_grads(ctx: Any, dout: Tensor, *unused: Any) -> tuple[Any, ...]:
-    *tensors, out, y, rstd, diag = ctx.saved_tensors
-    grads = _hydra_inner_backward(dout, out, y, rstd, diag, *tensors, *ctx.numbers)
-    return *_absent(grads, tuple(tensors)), *(None for _ in ctx.numbers)
+    *tensors, segments, out, y, rstd, diag = ctx.saved_tensors
+    grads = _hydra_inner_backward(dout, out, y, rstd, diag, *tensors, *ctx.numbers, segments)
+    return *_absent(grads, tuple(tensors)), *(None for _ in ctx.numbers), None
 
 
 hydra_inner_op.register_autograd(_inner_grads, setup_context=_inner_setup)
