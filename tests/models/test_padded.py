@@ -3,6 +3,8 @@
 import pytest
 import timm
 import torch
+from PIL import Image
+from timm.data import create_naflex_loader
 from timm.data.naflex_dataset import NaFlexCollator
 from timm.data.naflex_transforms import Patchify
 
@@ -136,3 +138,24 @@ def test_one_compiled_graph():
     x, valid = padded_batch()
     compiled = torch.compile(model, fullgraph=True, backend='eager')
     torch.testing.assert_close(compiled(x, patch_valid=valid), model(x, patch_valid=valid))
+
+
+def test_timms_naflex_loader_trains():
+    generator = torch.Generator().manual_seed(4)
+    colours = torch.randint(0, 256, (2, 3), generator=generator)
+    sizes = torch.randint(20, 90, (24, 2), generator=generator).tolist()
+    dataset = [(Image.new('RGB', size, tuple(colours[i % 2].tolist())), i % 2) for i, size in enumerate(sizes)]
+    loader = create_naflex_loader(
+        dataset, train_seq_lens=(6, 16), batch_size=8, is_training=True, num_workers=0, device=torch.device('cpu')
+    )
+    model = create(num_classes=2).float().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for epoch in range(4):
+        loader.dataset.set_epoch(epoch)
+        for batch, targets in loader:
+            losses.append(torch.nn.functional.cross_entropy(model(batch), targets))
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
