@@ -60,8 +60,8 @@ def export_onnx(
         model: In float32 on the CPU.
         path: Of the .onnx file. Weights of a model above 1.5 GiB go into `path` + '.data' next to it.
         img_size: Height and width; by default the model's own.
-        dynamic_size: Any height and width that the patch divides; the model has to be built with
-            `dynamic_img_size=True` and `pos_embed='none'`.
+        dynamic_size: Any height and width that the patch divides, of a model that takes them and has
+            `pos_embed='none'`.
         overwrite: Replace an existing file.
         tolerance: Largest difference allowed, relative to max(1, largest output).
 

@@ -36,10 +36,12 @@ __all__ = [
     'apply_matrix',
     'causal_conv',
     'check_arguments',
+    'check_padding',
     'check_sizes',
     'convolved',
     'is_plain',
     'keyword_arguments',
+    'mask_projection',
     'rms_norm',
 ]
 
@@ -170,11 +172,29 @@ PATTERNS = ('noncausal self', 'causal self', 'noncausal cross', 'causal cross')
 Patterns = Mapping[str, Mapping[str, Any]]  # the supported ones, with the arguments that each needs
 
 
+def mask_projection(projected: Tensor, valid: Optional[Tensor], steps: int) -> Tensor:
+    """Sets what a token that is padding may not tell others: its columns to zero, its step sizes to what gives zero.
+
+    A convolution then sees at padding what it sees beyond the end of a sequence; a state neither changes nor decays.
+
+    Args:
+        projected: (B, L, D), what a projection makes of the tokens; the last columns are step sizes before softplus.
+        valid: (B, L), False at padding, or None for no padding.
+        steps: Number of the last columns.
+    """
+    if valid is None:
+        return projected
+    padding = projected.new_zeros(projected.shape[-1])
+    padding[projected.shape[-1] - steps :] = -3e4  # softplus of it, with any bias, is exactly zero; float16 has it
+    return torch.where(valid.unsqueeze(-1), projected, padding)
+
+
 class Mixer(nn.Module):
     """Contract of a sequence mixer, (B, L, d_model) -> (B, L, d_model).
 
-    ``forward(u)``, or ``forward(u, grid)`` where ``takes_grid``; ``matrix(u)``, the matrix that it applies; and, for
-    models, what it has to know of their tokens and which of its parameters are not decayed.
+    ``forward(u)``, or ``forward(u, grid)`` where ``takes_grid``; ``forward(u, **padding_arguments(valid))`` where it
+    can leave padding out; ``matrix(u)``, the matrix that it applies; and, for models, what it has to know of their
+    tokens and which of its parameters are not decayed.
     """
 
     takes_grid = False  # whether forward takes the (H, W) of the patches
@@ -200,6 +220,20 @@ class Mixer(nn.Module):
     def layout_arguments(cls, kwargs: Mapping[str, Any]) -> Tuple[str, ...]:
         """Which of ``grid_size``, ``num_prefix_tokens`` and ``prefix_position`` a mixer with these arguments takes."""
         return ()
+
+    @torch.jit.ignore
+    def why_no_padding(self) -> Optional[str]:
+        """None where the mixer takes ``valid``: (B, L), False at padding, which stands at the end of the sequence.
+
+        What a valid token becomes is then what it would be alone, to rounding; what padding becomes has no meaning.
+        Otherwise why it does not.
+        """
+        return f'{type(self).__name__} has no form that leaves padding out'
+
+    @torch.jit.ignore
+    def padding_arguments(self, valid: Tensor) -> Dict[str, Tensor]:
+        """What ``forward`` takes beside the tokens for padding to be left out."""
+        return {'valid': valid}
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -233,6 +267,13 @@ class Mixer(nn.Module):
         """
         if self.takes_grid:
             self.tokens = self.tokens.resized(grid_size)
+
+
+def check_padding(mixer: Mixer, argument: str = 'valid') -> None:
+    """Raises ValueError for a mixer that does not take ``valid``."""
+    reason = mixer.why_no_padding()
+    if reason is not None:
+        raise ValueError(f'{argument}: {reason}')
 
 
 class GatedMixer(Mixer):
@@ -312,6 +353,7 @@ class MatrixMixer(GatedMixer):
     # whether parameters belong to positions: 'never', 'always', or 'if data-independent'
     position_parameters: ClassVar[str] = 'if data-independent'
     silu_extras: ClassVar[bool] = True
+    maskable: ClassVar[bool] = False  # whether ``mix``, data-dependent, takes ``valid``
 
     def __init__(
         self,
@@ -364,7 +406,18 @@ class MatrixMixer(GatedMixer):
         """Parameters, relative to this module, that should not use weight decay: those that belong to a position."""
         return set(self.grid_parameters())
 
-    def forward(self, u: Tensor, grid: Optional[Tuple[int, int]] = None, memory: Optional[Tensor] = None) -> Tensor:
+    def why_no_padding(self) -> Optional[str]:
+        if self.maskable and self.data_dependent:
+            return None
+        return super().why_no_padding()
+
+    def forward(
+        self,
+        u: Tensor,
+        grid: Optional[Tuple[int, int]] = None,
+        memory: Optional[Tensor] = None,
+        valid: Optional[Tensor] = None,
+    ) -> Tensor:
         """Mix the tokens.
 
         Args:
@@ -373,18 +426,24 @@ class MatrixMixer(GatedMixer):
                 ``takes_grid`` have a use for it.
             memory: Tokens (B, any length, d_model) to mix into u, instead of u itself: only mixers with a cross pattern
                 (``patterns``).
+            valid: (B, L), False at padding, see ``why_no_padding``; without ``memory``.
 
         Returns:
             (B, L, d_model).
 
         Raises:
-            ValueError: L or ``grid`` does not fit, or the mixer has no cross pattern.
+            ValueError: L or ``grid`` does not fit, the mixer has no cross pattern or does not take ``valid``.
         """
-        projected = self.in_proj(u)
+        if valid is not None:
+            check_padding(self)
+            if memory is not None:
+                raise ValueError('valid: it masks the tokens u, not those of a memory; give one of the two')
         tokens = self._check_grid(u.shape[1], grid)
+        projected = mask_projection(self.in_proj(u), valid, self.plain_extras)
         z, v, extras = self._unpack(projected)
         if memory is None:
-            y = self.mix(v, extras, tokens)
+            masked = {} if valid is None else {'valid': valid}
+            y = self.mix(v, extras, tokens, **masked)
         else:
             _, v_memory, extras_memory = self._unpack(self.in_proj(memory))
             y = self.mix_memory(extras, v_memory, extras_memory)

@@ -17,7 +17,7 @@ from ..ops import hydra_inner, quasiseparable_matrix
 from ..ops.dispatch import check_backend_name, is_exporting
 from ..ops.inner import hydra_inner_late, mix_convolved, scale_rows, split_zxbcdt, unpack_convolved
 from ..ops.reference import accumulation_dtype
-from .base import GatedMixer, GatedRMSNorm, check_sizes, convolved, is_plain
+from .base import GatedMixer, GatedRMSNorm, check_padding, check_sizes, convolved, is_plain, mask_projection
 
 __all__ = ['Hydra']
 
@@ -116,6 +116,11 @@ def check_step_sizes(dt_min: float, dt_max: float) -> None:
     """Raises ValueError for an empty range of initial step sizes."""
     if not 0 < dt_min <= dt_max:
         raise ValueError(f'dt_min={dt_min}, dt_max={dt_max}; needed is 0 < dt_min <= dt_max')
+
+
+def check_step_limit(dt_min: float) -> Optional[str]:
+    """Why padding cannot have steps of size zero, or None."""
+    return f'dt_limit has the minimum {dt_min}, and padding needs steps of size zero' if dt_min > 0 else None
 
 
 def check_state_space(
@@ -240,6 +245,12 @@ class Hydra(GatedMixer):
         """Parameters, relative to this module, that should not use weight decay."""
         return {'A_log', 'D', 'dt_bias', 'init_states'}
 
+    @torch.jit.ignore
+    def why_no_padding(self) -> Optional[str]:
+        if self.init_states is not None:
+            return 'learnable_init_states=True: a state that starts behind the padding is read by it'
+        return check_step_limit(self.dt_limit_min)
+
     def __prepare_scriptable__(self):
         self.calls_parts = not self._lends_weights()
         return super().__prepare_scriptable__()
@@ -279,7 +290,7 @@ class Hydra(GatedMixer):
         return self.norm(y, z)
 
     @torch.jit.unused
-    def _forward_late(self, zxbcdt: Tensor) -> Tensor:
+    def _forward_late(self, zxbcdt: Tensor, cu_seqlens: Optional[Tensor] = None) -> Tensor:
         """``forward`` from in_proj's result on; the norm's factor per token comes after out_proj where kernels can."""
         y, factors = hydra_inner_late(
             zxbcdt,
@@ -296,6 +307,7 @@ class Hydra(GatedMixer):
             share_bc=self.share_bc,
             dt_limit=(self.dt_limit_min, self.dt_limit_max),
             init_states=self.init_states,
+            cu_seqlens=cu_seqlens,
             eps=self.norm.eps,
             backend=self.backend,
             late=_is_plain_product(self.out_proj),
@@ -303,9 +315,30 @@ class Hydra(GatedMixer):
         out = self.out_proj(y)
         return out if factors is None else scale_rows(out, factors)
 
-    def forward(self, u: Tensor) -> Tensor:
-        """Mix the tokens u (B, L, d_model)."""
+    @torch.jit.unused
+    def _forward_packed(self, zxbcdt: Tensor, cu_seqlens: Tensor) -> Tensor:
+        if not self._lends_weights():
+            raise ValueError('cu_seqlens: conv1d, fc_D or norm was replaced, wrapped or hooked and knows no borders')
+        return self._forward_late(zxbcdt, cu_seqlens)
+
+    def forward(self, u: Tensor, valid: Optional[Tensor] = None, cu_seqlens: Optional[Tensor] = None) -> Tensor:
+        """Mix the tokens.
+
+        Args:
+            u: (B, L, d_model).
+            valid: (B, L), False at padding at the end of the sequence, see ``why_no_padding``; None for no padding.
+            cu_seqlens: Several sequences in one row, B = 1: their borders, as in ``quasiseparable_mix``.
+
+        Raises:
+            ValueError: ``valid``, of a mixer that cannot leave padding out; ``cu_seqlens`` that does not fit.
+        """
         zxbcdt = self.in_proj(u)
+        if cu_seqlens is not None:
+            return self._forward_packed(zxbcdt, cu_seqlens)
+        if valid is not None:
+            if not torch.jit.is_scripting():
+                check_padding(self)
+            zxbcdt = mask_projection(zxbcdt, valid, 2 * self.nheads)
         if torch.jit.is_scripting():
             if self.calls_parts:
                 return self.out_proj(self._call_parts(zxbcdt))

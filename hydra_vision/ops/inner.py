@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import choose_backend
+from .packed import check_cu_seqlens, segments_of, separated, set_apart
 from .quasiseparable import mix_unchecked
 from .reference import accumulation_dtype, scale
 
@@ -31,6 +32,7 @@ def hydra_inner(
     share_bc: bool = False,
     dt_limit: Tuple[float, float] = NO_DT_LIMIT,
     init_states: Optional[Tensor] = None,
+    cu_seqlens: Optional[Tensor] = None,
     eps: float = 1e-5,
     backend: str = 'auto',
 ) -> Tensor:
@@ -55,6 +57,7 @@ def hydra_inner(
         share_bc: one B and one C for both directions.
         dt_limit: (min, max) of dt after softplus.
         init_states: (H, P, N) or None; the state from which both directions start.
+        cu_seqlens: as in ``quasiseparable_mix``; the convolution does not cross borders either.
         eps: of the RMS norm.
         backend: as in ``quasiseparable_mix``. 'triton' runs all of it fused, the others only mix by the named backend.
 
@@ -84,6 +87,7 @@ def hydra_inner(
         share_bc=share_bc,
         dt_limit=dt_limit,
         init_states=init_states,
+        cu_seqlens=cu_seqlens,
         eps=eps,
         backend=backend,
         late=False,
@@ -106,6 +110,7 @@ def hydra_inner_late(
     share_bc: bool = False,
     dt_limit: Tuple[float, float] = NO_DT_LIMIT,
     init_states: Optional[Tensor] = None,
+    cu_seqlens: Optional[Tensor] = None,
     eps: float = 1e-5,
     backend: str = 'auto',
     late: bool = True,
@@ -141,6 +146,10 @@ def hydra_inner_late(
         dt_limit,
         init_states,
     )
+    segments = None
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, zxbcdt, init_states)
+        segments = segments_of(cu_seqlens, zxbcdt.shape[1])
     name = choose_backend(backend, zxbcdt.device)
     if name == 'triton':
         from .triton.api import hydra_inner as fused  # lazily: importing hydra_vision must not import Triton
@@ -160,13 +169,18 @@ def hydra_inner_late(
             share_bc=share_bc,
             dt_limit=dt_limit,
             init_states=init_states,
+            segments=segments,
             eps=eps,
             late=late,
         )
 
     dtype, acc = zxbcdt.dtype, accumulation_dtype(zxbcdt.dtype)
     z, xbc, dt = split_zxbcdt(zxbcdt, d_inner, H)
-    xbc = F.silu(depthwise_conv(xbc, conv_weight, conv_bias))
+    if cu_seqlens is None:
+        xbc = F.silu(depthwise_conv(xbc, conv_weight, conv_bias))
+    else:
+        apart, place = set_apart(xbc, cu_seqlens, conv_weight.shape[-1] // 2)
+        xbc = F.silu(depthwise_conv(apart, conv_weight, conv_bias).index_select(1, place))
     y = mix_convolved(
         xbc,
         dt,
@@ -181,6 +195,7 @@ def hydra_inner_late(
         share_bc=share_bc,
         dt_limit=dt_limit,
         backend=name,
+        segments=segments,
     ).to(acc)
     mean_square = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square() / d_inner
     y = scale(scale(y, torch.rsqrt(mean_square + eps)), norm_weight.to(acc))
@@ -209,6 +224,7 @@ def mix_convolved(
     share_bc: bool,
     dt_limit: Tuple[float, float],
     backend: str,
+    segments: Optional[Tensor] = None,
 ) -> Tensor:
     """What ``hydra_inner`` does between its convolution and its norm; arguments as there, all of them known to fit.
 
@@ -216,6 +232,7 @@ def mix_convolved(
         xbc: (B, L, d_inner + k * G * N), convolution and SiLU done.
         dt: (B, L, 2 * H), as it leaves in_proj.
         fc_D: fc_D(x), (B, L, H).
+        segments: (L,), the sequence of each token of a packed row; None for one sequence a row.
 
     Returns:
         y (B, L, d_inner), dtype of ``xbc``.
@@ -225,6 +242,8 @@ def mix_convolved(
     A, diagonal = -torch.exp(A_log.to(acc)), fc_D + D.to(acc)
     name = choose_backend(backend, xbc.device)
     x = x.unflatten(-1, (dt_bias.shape[0], headdim))
+    if segments is not None:
+        dt_f, dt_b, BC[0], BC[2] = separated(segments, dt_f, dt_b, A, BC[0], BC[2])
     return mix_unchecked(name, x, dt_f, dt_b, A, *BC, diagonal.to(acc), init_states).flatten(-2)
 
 

@@ -248,6 +248,8 @@ def test_operators_pass_opcheck():
     numbers = (16, 16, 1, False, 0.0, float('inf'), 1e-5)
     for late in (False, True):
         torch.library.opcheck(hydra_inner_op, (*tensors, *numbers, late), test_utils=tests)
+    segments = torch.arange(9, device=DEVICE, dtype=torch.int32) // 4
+    torch.library.opcheck(hydra_inner_op, (*tensors, *numbers, True, segments), test_utils=tests)
     arguments = [None if t is None else t.to(DEVICE).requires_grad_() for t in mix_arguments(1, 9, 2, 16, 1, 16)]
     torch.library.opcheck(quasiseparable_mix_op, tuple(arguments), test_utils=tests)
 
@@ -323,3 +325,20 @@ def test_tuning_reports_what_runs_and_what_does_not(monkeypatch, capsys):
     assert lines[-1].startswith("(90, 256, 16, 16, 'float32'): Launch(tile=16")
     assert lines[-1].endswith('tail=2)')
     assert times == [2] * 4
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'options'),
+    [(torch.float32, {}), (torch.float32, dict(K=3, share_bc=True)), (DTYPES[-1], {})],
+    ids=str,
+)
+def test_packed_sequences(dtype, options, monkeypatch):
+    """Borders within tiles of 16 tokens, at their edges, and a sequence longer than a tile."""
+    from hydra_vision.ops import quasiseparable_mix
+
+    poison_memory(monkeypatch)
+    cu_seqlens = torch.tensor([0, 1, 6, 8, 16, 37, 40], device=DEVICE)
+    check_inner(1, 40, 2, 16, 1, 16, dtype, DEVICE, SEEDS, cu_seqlens=cu_seqlens, **options)
+    arguments = [t.to(DEVICE) for t in mix_arguments(1, 40, 2, 16, 1, 16)[:9]]
+    y, expected = (quasiseparable_mix(*arguments, cu_seqlens=cu_seqlens, backend=b) for b in ('triton', 'reference'))
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)

@@ -153,6 +153,17 @@ def test_layer_norm(arch):
         check(arch, results, spill_limit=0)
 
 
+@pytest.mark.parametrize('arch', [80, 90])
+def test_packed_rows(arch):
+    """What knows of borders: the decays and the convolutions; the rest is compiled above."""
+    from hydra_vision.ops.triton.offline import compile_launch, problem_launches
+
+    launches = problem_launches(arch, 392, B=1, packed=True)
+    known = [launch for launch in launches if 'decay' in launch.name or 'conv' in launch.name]
+    assert len(known) == 5
+    check(arch, [compile_launch(launch, arch) for launch in known])
+
+
 def test_recording_needs_no_device():
     from hydra_vision.ops.triton.offline import problem_launches
 

@@ -216,6 +216,12 @@ def test_grad_cam_of_a_class(build, kwargs):
             grad_cam(model, x, classes=bad)
 
 
+def test_grad_cam_of_an_image_of_another_size():
+    pytest.importorskip('pytorch_grad_cam')
+    maps, _ = grad_cam(small(), torch.randn(1, 3, 128, 160))
+    assert maps.shape == (1, 128, 160)
+
+
 @pytest.mark.parametrize('block', [0, 1, -1])
 def test_grad_cam_of_a_block_by_hand(block):
     """Scan orders alternate: the map of a block lies on the grid as that block scans."""

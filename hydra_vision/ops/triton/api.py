@@ -46,11 +46,13 @@ def hydra_inner(
     share_bc: bool,
     dt_limit: tuple[float, float],
     init_states: Optional[Tensor],
+    segments: Optional[Tensor] = None,
     eps: float,
     late: bool = False,
 ) -> tuple[Tensor, Optional[Tensor]]:
     """(B, L, d_inner), ready for out_proj, and None. Arguments as in ``hydra_vision.ops.hydra_inner``.
 
+    segments: (L,) int32, the sequence of each token of a packed row.
     late: the norm's factors may come apart, (B, L) float32, for the rows of out_proj's result; as ``scale_rows`` does.
     """
     low, high = float(dt_limit[0]), float(dt_limit[1])
@@ -58,12 +60,12 @@ def hydra_inner(
     if torch.compiler.is_compiling():
         out, factors, *_ = hydra_inner_op(
             zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states,
-            headdim, d_state, ngroups, share_bc, low, high, eps, late,
+            headdim, d_state, ngroups, share_bc, low, high, eps, late, segments,
         )  # fmt: skip
     else:
         out, factors = HydraInner.apply(
             late, zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states,
-            headdim, d_state, ngroups, share_bc, (low, high), eps,
+            headdim, d_state, ngroups, share_bc, (low, high), eps, segments,
         )  # fmt: skip
     return out, factors if factors.ndim == 2 else None
 

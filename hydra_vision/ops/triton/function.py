@@ -49,18 +49,18 @@ class HydraInner(torch.autograd.Function):
         """Tensors and numbers in the order of ``InnerArguments``. Returns out and factors as ``inner_forward``."""
         a = InnerArguments(*arguments)
         out, factors, y, rstd, diag = inner_forward(a, late)
-        ctx.save_for_backward(*arguments[:9], out, y, rstd if rstd.ndim == 2 else factors, diag)
-        ctx.late, ctx.numbers = late, arguments[9:]
+        ctx.save_for_backward(*arguments[:9], a.segments, out, y, rstd if rstd.ndim == 2 else factors, diag)
+        ctx.late, ctx.numbers = late, arguments[9:15]
         ctx.mark_non_differentiable(factors)
         return out, factors
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Any) -> tuple[Any, ...]:
-        """Gradients of the nine tensors; None for the numbers."""
+        """Gradients of the nine tensors; None for the numbers and the segments."""
         refuse_second_derivatives()
-        *tensors, out, y, rstd, diag = ctx.saved_tensors
-        grads = inner_backward(InnerArguments(*tensors, *ctx.numbers), ctx.late, out, y, rstd, diag, dout)
-        return None, *grads, *(None for _ in ctx.numbers)
+        *tensors, segments, out, y, rstd, diag = ctx.saved_tensors
+        grads = inner_backward(InnerArguments(*tensors, *ctx.numbers, segments), ctx.late, out, y, rstd, diag, dout)
+        return None, *grads, *(None for _ in ctx.numbers), None
 
 
 class ScaleRows(torch.autograd.Function):

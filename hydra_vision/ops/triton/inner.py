@@ -52,6 +52,7 @@ class InnerArguments:
     share_bc: bool
     dt_limit: tuple[float, float]
     eps: float
+    segments: Optional[Tensor] = None  # (L,) int32: the sequence of each token of a packed row
 
     def __post_init__(self) -> None:
         if self.zxbcdt.stride(-1) != 1:
@@ -70,12 +71,13 @@ class InnerArguments:
 
     def inputs(self, *others: Tensor) -> list[Tensor]:
         """All tensors that a pass reads, which may read others too."""
-        return [t for t in (*self.tensors(), *others) if t is not None]
+        return [t for t in (*self.tensors(), self.segments, *others) if t is not None]
 
     def form(self, name: str, *others: Tensor) -> tuple[Any, ...]:
         """All that decides which kernels run in the pass of this name, and how; the addresses do not."""
         z, *parameters = self.tensors()
-        numbers = (self.headdim, self.d_state, self.ngroups, self.share_bc, *self.dt_limit, self.eps)
+        sizes = (self.headdim, self.d_state, self.ngroups, self.share_bc, *self.dt_limit, self.eps)
+        numbers = (*sizes, self.segments is not None)
         dtypes = (None if t is None else t.dtype for t in (*parameters, *others))
         return (name, z.get_device(), z.dtype, z.shape, z.stride(), self.conv_weight.shape, self.H, *numbers, *dtypes)
 
@@ -95,7 +97,9 @@ class InnerArguments:
         return self.conv_weight.shape[0]
 
     def chunks(self, plan: Plan) -> Optional[chunks.Chunks]:
-        """Sizes, where the call runs in whole chunks."""
+        """Sizes, where the call runs in whole chunks; packed rows run in tiles."""
+        if self.segments is not None:
+            return None
         return chunks.chunks_of(plan, self.init_states, self.conv_weight.shape[-1])
 
     def plan(self) -> Plan:
@@ -107,7 +111,12 @@ class InnerArguments:
         """The dt columns of zxbcdt."""
         dt = self.zxbcdt[..., self.d_inner + self.width :]
         limit = None if tuple(self.dt_limit) == (0.0, float('inf')) else tuple(self.dt_limit)
-        return DtSource(dt[..., : self.H], dt[..., self.H :], self.A_log, self.dt_bias, limit, True, True)
+        dt_f, dt_b = dt[..., : self.H], dt[..., self.H :]
+        return DtSource(dt_f, dt_b, self.A_log, self.dt_bias, limit, True, True, self.segments)
+
+    def borders(self) -> tuple[Tensor, dict[str, bool]]:
+        """The segments (any tensor where there are none) and the flag of the convolutions that know them."""
+        return (self.D if self.segments is None else self.segments), {'PACKED': self.segments is not None}
 
     def parts(self, xbc: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """x (B, L, H, P) and B_f, C_f, B_b, C_b (B, L, G, N), views of (B, L, width)."""
@@ -133,14 +142,16 @@ def _convolved(a: InnerArguments, plan: Plan) -> Tensor:
     K = a.conv_weight.shape[-1]
     out = torch.empty(plan.B, plan.L, a.width, dtype=plan.dtype, device=plan.device)
     bias = a.D if a.conv_bias is None else a.conv_bias
-    arguments = (u, a.conv_weight, bias, out, u.stride(0), u.stride(1), plan.L, a.width)
+    tensors, sizes = (u, a.conv_weight, bias, out), (u.stride(0), u.stride(1), plan.L, a.width)
     flags = {'HAS_BIAS': a.conv_bias is not None, 'ALIGN': alignment(u, u.stride(0), u.stride(1))}
-    if K == 7:
+    if K == 7 and a.segments is None:
         grid = (triton.cdiv(a.width, LANES) * triton.cdiv(plan.L, SEGMENT) * plan.B,)
-        launch(conv7_kernel, grid, *arguments, SEGMENT, BC=LANES, **flags, **plan.options('conv7'))
+        launch(conv7_kernel, grid, *tensors, *sizes, SEGMENT, BC=LANES, **flags, **plan.options('conv7'))
     else:
         grid = (triton.cdiv(a.width, CHANNELS) * triton.cdiv(plan.L, TOKENS) * plan.B,)
-        launch(conv_kernel, grid, *arguments, K=K, TL=TOKENS, BC=CHANNELS, **flags, **plan.options('conv'))
+        borders, packed = a.borders()
+        flags |= {'K': K, 'TL': TOKENS, 'BC': CHANNELS, **packed}
+        launch(conv_kernel, grid, *tensors, borders, *sizes, **flags, **plan.options('conv'))
     return out
 
 
@@ -354,7 +365,7 @@ def _conv_backward(a: InnerArguments, plan: Plan, dxbc: Tensor, dz: Tensor) -> T
     align_d = {'ALIGN_D': alignment(du, du.stride(0), du.stride(1))}
     flags = {'HAS_BIAS': a.conv_bias is not None}
     strides = (u.stride(0), u.stride(1), du.stride(0), du.stride(1))
-    if K == 7:
+    if K == 7 and a.segments is None:
         segments = triton.cdiv(plan.L, SEGMENT)
         part = torch.empty(plan.B, segments, 8, a.width, dtype=torch.float32, device=plan.device)
         launch(conv7_backward_kernel, (triton.cdiv(a.width, LANES) * segments * plan.B,),
@@ -364,13 +375,14 @@ def _conv_backward(a: InnerArguments, plan: Plan, dxbc: Tensor, dz: Tensor) -> T
     else:
         tiles = triton.cdiv(plan.L, TOKENS)
         grid = (triton.cdiv(a.width, CHANNELS) * tiles * plan.B,)
+        borders, packed = a.borders()
         launch(conv_activation_backward_kernel, grid,
-            u, a.conv_weight, bias, dxbc, u.stride(0), u.stride(1), plan.L, a.width,
-            K=K, TL=TOKENS, BC=CHANNELS, **flags, **align, **plan.options('conv_activation_backward'),
+            u, a.conv_weight, bias, dxbc, borders, u.stride(0), u.stride(1), plan.L, a.width,
+            K=K, TL=TOKENS, BC=CHANNELS, **flags, **packed, **align, **plan.options('conv_activation_backward'),
         )  # fmt: skip
         part = torch.empty(plan.B, tiles, K + 1, a.width, dtype=torch.float32, device=plan.device)
         launch(conv_backward_kernel, grid,
-            u, a.conv_weight, dxbc, du, part, *strides, plan.L, a.width,
-            K=K, TL=TOKENS, BC=CHANNELS, **align, **align_d, **plan.options('conv_backward'),
+            u, a.conv_weight, dxbc, du, part, borders, *strides, plan.L, a.width,
+            K=K, TL=TOKENS, BC=CHANNELS, **packed, **align, **align_d, **plan.options('conv_backward'),
         )  # fmt: skip
     return part

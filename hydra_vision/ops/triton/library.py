@@ -15,11 +15,11 @@ __all__ = ['hydra_inner_op', 'quasiseparable_mix_op']
 # Strides are arguments of the kernels: the compiler may leave inputs as they are instead of copying them.
 _ANY_LAYOUT = {'tags': (torch.Tag.flexible_layout,)}
 _TENSORS = 9  # of hydra_inner: the rest of its arguments are numbers
-# What InnerArguments holds, dt_limit as two numbers, and whether the norm may be applied late.
+# What InnerArguments holds, dt_limit as two numbers, whether the norm may be applied late before the segments.
 _INNER = (
     'Tensor zxbcdt, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, Tensor A_log, Tensor D, Tensor fc_D_weight, '
     'Tensor norm_weight, Tensor? init_states, int headdim, int d_state, int ngroups, bool share_bc, float dt_min, '
-    'float dt_max, float eps, bool late'
+    'float dt_max, float eps, bool late, Tensor? segments=None'
 )
 _MIX = (
     'Tensor x, Tensor dt_f, Tensor dt_b, Tensor A, Tensor B_f, Tensor C_f, Tensor B_b, Tensor C_b, Tensor? D, '
@@ -31,9 +31,9 @@ def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], torch.li
     return torch.library.custom_op(f'hydra_vision::{name}', mutates_args=(), schema=schema, **_ANY_LAYOUT)
 
 
-def _arguments(tensors: Sequence[Optional[Tensor]], numbers: Sequence[Any]) -> InnerArguments:
-    *sizes, dt_min, dt_max, eps = numbers
-    return InnerArguments(*tensors, *sizes, (dt_min, dt_max), eps)
+def _arguments(arguments: Sequence[Any]) -> tuple[InnerArguments, bool]:
+    *front, dt_min, dt_max, eps, late, segments = arguments
+    return InnerArguments(*front, (dt_min, dt_max), eps, segments), late
 
 
 def _present(grads: tuple[Optional[Tensor], ...], like: Tensor) -> list[Tensor]:
@@ -48,13 +48,12 @@ def _absent(grads: list[Tensor], inputs: tuple[Optional[Tensor], ...]) -> list[O
 @_operator('hydra_inner', f'({_INNER}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)')
 def hydra_inner_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What ``inner_forward`` returns."""
-    *numbers, late = arguments[_TENSORS:]
-    return inner_forward(_arguments(arguments[:_TENSORS], numbers), late)
+    return inner_forward(*_arguments(arguments))
 
 
 @hydra_inner_op.register_fake
 def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states, *numbers):
-    headdim, d_state, ngroups, *_, late = numbers
+    headdim, d_state, ngroups, *_, late, segments = numbers
     B, L, _ = zxbcdt.shape
     H = dt_bias.shape[0]
     out = zxbcdt.new_empty(B, L, H * headdim)
@@ -63,7 +62,7 @@ def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weigh
     d_conv, starts = conv_weight.shape[-1], init_states is not None
     fits = in_chunks(zxbcdt.device, zxbcdt.dtype, H, headdim, ngroups, d_state, d_conv, starts)
     nothing = rstd.new_empty(0)
-    factors, rstd = (rstd, nothing) if late and fits else (nothing, rstd)
+    factors, rstd = (rstd, nothing) if late and fits and segments is None else (nothing, rstd)
     return out, factors, y, rstd, zxbcdt.new_empty(B, H, L, dtype=torch.float32)
 
 
@@ -73,8 +72,7 @@ def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weigh
 def _hydra_inner_backward(
     dout: Tensor, out: Tensor, y: Tensor, rstd: Tensor, diag: Tensor, *arguments: Any
 ) -> list[Tensor]:
-    *numbers, late = arguments[_TENSORS:]
-    return _present(inner_backward(_arguments(arguments[:_TENSORS], numbers), late, out, y, rstd, diag, dout), dout)
+    return _present(inner_backward(*_arguments(arguments), out, y, rstd, diag, dout), dout)
 
 
 @_hydra_inner_backward.register_fake
@@ -87,15 +85,15 @@ def _(dout, out, y, rstd, diag, *arguments):
 
 def _inner_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     out, factors, y, rstd, diag = output
-    ctx.save_for_backward(*inputs[:_TENSORS], out, y, rstd if rstd.ndim == 2 else factors, diag)
-    ctx.numbers = inputs[_TENSORS:]
+    ctx.save_for_backward(*inputs[:_TENSORS], inputs[-1], out, y, rstd if rstd.ndim == 2 else factors, diag)
+    ctx.numbers = inputs[_TENSORS:-1]
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _inner_grads(ctx: Any, dout: Tensor, *unused: Any) -> tuple[Any, ...]:
-    *tensors, out, y, rstd, diag = ctx.saved_tensors
-    grads = _hydra_inner_backward(dout, out, y, rstd, diag, *tensors, *ctx.numbers)
-    return *_absent(grads, tuple(tensors)), *(None for _ in ctx.numbers)
+    *tensors, segments, out, y, rstd, diag = ctx.saved_tensors
+    grads = _hydra_inner_backward(dout, out, y, rstd, diag, *tensors, *ctx.numbers, segments)
+    return *_absent(grads, tuple(tensors)), *(None for _ in ctx.numbers), None
 
 
 hydra_inner_op.register_autograd(_inner_grads, setup_context=_inner_setup)
