@@ -13,9 +13,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import hydra_inner, quasiseparable_matrix
+from ..ops import quasiseparable_matrix
 from ..ops.dispatch import check_backend_name, is_exporting
-from ..ops.inner import hydra_inner_late, mix_convolved, scale_rows, split_zxbcdt, unpack_convolved
+from ..ops.inner import InnerArguments, hydra_inner_late, mix_convolved, scale_rows, split_zxbcdt, unpack_convolved
 from ..ops.reference import accumulation_dtype
 from .base import GatedMixer, GatedRMSNorm, check_padding, check_sizes, convolved, is_plain, mask_projection
 
@@ -37,43 +37,10 @@ _SCHEMAS = (
 
 
 @torch.jit.ignore
-def _hydra_inner(
-    zxbcdt: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Optional[Tensor],
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    fc_D_weight: Tensor,
-    norm_weight: Tensor,
-    init_states: Optional[Tensor],
-    headdim: int,
-    d_state: int,
-    ngroups: int,
-    share_bc: bool,
-    dt_min: float,
-    dt_max: float,
-    eps: float,
-    backend: str,
-) -> Tensor:
-    return hydra_inner(
-        zxbcdt,
-        conv_weight,
-        conv_bias,
-        dt_bias,
-        A_log,
-        D,
-        fc_D_weight,
-        norm_weight,
-        headdim=headdim,
-        d_state=d_state,
-        ngroups=ngroups,
-        share_bc=share_bc,
-        dt_limit=(dt_min, dt_max),
-        init_states=init_states,
-        eps=eps,
-        backend=backend,
-    )
+def _hydra_inner(*arguments):
+    """What the scripted operator takes: the fields of ``InnerArguments``, dt_limit as two numbers, the backend."""
+    *front, dt_min, dt_max, eps, backend = arguments
+    return hydra_inner_late(InnerArguments(*front, (dt_min, dt_max), eps), backend=backend, late=False)[0]
 
 
 def _mix_convolved(
@@ -292,7 +259,7 @@ class Hydra(GatedMixer):
     @torch.jit.unused
     def _forward_late(self, zxbcdt: Tensor, cu_seqlens: Optional[Tensor] = None) -> Tensor:
         """``forward`` from in_proj's result on; the norm's factor per token comes after out_proj where kernels can."""
-        y, factors = hydra_inner_late(
+        arguments = InnerArguments(
             zxbcdt,
             self.conv1d.weight,
             self.conv1d.bias,
@@ -301,17 +268,15 @@ class Hydra(GatedMixer):
             self.D,
             self.fc_D.weight,
             self.norm.weight,
-            headdim=self.headdim,
-            d_state=self.d_state,
-            ngroups=self.ngroups,
-            share_bc=self.share_bc,
-            dt_limit=(self.dt_limit_min, self.dt_limit_max),
-            init_states=self.init_states,
-            cu_seqlens=cu_seqlens,
-            eps=self.norm.eps,
-            backend=self.backend,
-            late=_is_plain_product(self.out_proj),
+            self.init_states,
+            self.headdim,
+            self.d_state,
+            self.ngroups,
+            self.share_bc,
+            (self.dt_limit_min, self.dt_limit_max),
+            self.norm.eps,
         )
+        y, factors = hydra_inner_late(arguments, cu_seqlens, self.backend, late=_is_plain_product(self.out_proj))
         out = self.out_proj(y)
         return out if factors is None else scale_rows(out, factors)
 

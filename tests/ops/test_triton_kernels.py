@@ -247,7 +247,7 @@ def test_operators_pass_opcheck():
     tensors = [None if t is None else t.to(DEVICE).requires_grad_() for t in inner_arguments(1, 9, 2, 16, 1, 16)]
     numbers = (16, 16, 1, False, 0.0, float('inf'), 1e-5)
     for late in (False, True):
-        torch.library.opcheck(hydra_inner_op, (*tensors, *numbers, late), test_utils=tests)
+        torch.library.opcheck(hydra_inner_op, (*tensors, *numbers, late, None), test_utils=tests)
     segments = torch.arange(9, device=DEVICE, dtype=torch.int32) // 4
     torch.library.opcheck(hydra_inner_op, (*tensors, *numbers, True, segments), test_utils=tests)
     arguments = [None if t is None else t.to(DEVICE).requires_grad_() for t in mix_arguments(1, 9, 2, 16, 1, 16)]

@@ -1,6 +1,5 @@
 """Host side of everything between in_proj and out_proj: the kernels in order, both ways. No autograd here."""
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Optional
 
@@ -8,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..inner import InnerArguments
 from . import chunks
 from .conv import (
     conv7_backward_kernel,
@@ -23,51 +23,30 @@ from .norm import norm_gate_backward_kernel, norm_gate_kernel
 from .plan import Plan, alignment, make_plan
 from .replay import Results, replayed
 
-__all__ = ['InnerArguments', 'inner_backward', 'inner_forward', 'padded_row']
+__all__ = ['KernelArguments', 'inner_backward', 'inner_forward', 'padded_row']
 
 TOKENS = 64  # a program of the diagonal and of convolutions that are not seven wide
 CHANNELS = 64
 SEGMENT = 256  # tokens a program of the seven-wide convolution
 LANES = 256  # channels of it
 NORM_PROGRAMS = 792
-_PARAMETERS = ('conv_weight', 'conv_bias', 'dt_bias', 'A_log', 'D', 'fc_D_weight', 'norm_weight', 'init_states')
 
 
-@dataclass
-class InnerArguments:
-    """Tensors and numbers of ``hydra_inner``."""
+class KernelArguments(InnerArguments):
+    """``InnerArguments`` as kernels take them: rows of zxbcdt without gaps, parameters contiguous."""
 
-    zxbcdt: Tensor
-    conv_weight: Tensor
-    conv_bias: Optional[Tensor]
-    dt_bias: Tensor
-    A_log: Tensor
-    D: Tensor
-    fc_D_weight: Tensor
-    norm_weight: Tensor
-    init_states: Optional[Tensor]
-    headdim: int
-    d_state: int
-    ngroups: int
-    share_bc: bool
-    dt_limit: tuple[float, float]
-    eps: float
-    segments: Optional[Tensor] = None  # (L,) int32: the sequence of each token of a packed row
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        if self.zxbcdt.stride(-1) != 1:
-            self.zxbcdt = self.zxbcdt.contiguous()
-        for name in _PARAMETERS:  # a slice or an expanded tensor is a parameter too
-            t = getattr(self, name)
-            if t is not None and not t.is_contiguous():
-                setattr(self, name, t.contiguous())
+    def __new__(cls, zxbcdt: Tensor, *others: Any) -> 'KernelArguments':
+        """Copies what is a slice or an expanded tensor."""
+        if zxbcdt.stride(-1) != 1:
+            zxbcdt = zxbcdt.contiguous()
+        parameters = (t if t is None or t.is_contiguous() else t.contiguous() for t in others[:8])
+        return super().__new__(cls, zxbcdt, *parameters, *others[8:])
 
     def tensors(self) -> tuple[Optional[Tensor], ...]:
         """The nine tensors, in order."""
-        return (
-            self.zxbcdt, self.conv_weight, self.conv_bias, self.dt_bias, self.A_log, self.D, self.fc_D_weight,
-            self.norm_weight, self.init_states,
-        )  # fmt: skip
+        return self[:9]
 
     def inputs(self, *others: Tensor) -> list[Tensor]:
         """All tensors that a pass reads, which may read others too."""
@@ -80,16 +59,6 @@ class InnerArguments:
         numbers = (*sizes, self.segments is not None)
         dtypes = (None if t is None else t.dtype for t in (*parameters, *others))
         return (name, z.get_device(), z.dtype, z.shape, z.stride(), self.conv_weight.shape, self.H, *numbers, *dtypes)
-
-    @property
-    def H(self) -> int:
-        """Heads."""
-        return self.dt_bias.shape[0]
-
-    @property
-    def d_inner(self) -> int:
-        """H * P."""
-        return self.H * self.headdim
 
     @property
     def width(self) -> int:
@@ -136,7 +105,7 @@ def padded_row(zxbcdt: Tensor) -> int:
     return -(-zxbcdt.shape[-1] // unit) * unit
 
 
-def _convolved(a: InnerArguments, plan: Plan) -> Tensor:
+def _convolved(a: KernelArguments, plan: Plan) -> Tensor:
     """SiLU(conv(x, B, C)) (B, L, width)."""
     u = a.zxbcdt[..., a.d_inner :]
     K = a.conv_weight.shape[-1]
@@ -155,7 +124,7 @@ def _convolved(a: InnerArguments, plan: Plan) -> Tensor:
     return out
 
 
-def _diagonal(a: InnerArguments, plan: Plan, xbc: Tensor) -> Tensor:
+def _diagonal(a: KernelArguments, plan: Plan, xbc: Tensor) -> Tensor:
     """fc_D(x) + D, (B, H, L) float32."""
     diag = torch.empty(plan.B, plan.H, plan.L, dtype=torch.float32, device=plan.device)
     HB = min(64, max(16, triton.next_power_of_2(a.H)))
@@ -166,7 +135,7 @@ def _diagonal(a: InnerArguments, plan: Plan, xbc: Tensor) -> Tensor:
     return diag
 
 
-def inner_forward(a: InnerArguments, late: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def inner_forward(a: KernelArguments, late: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out (B, L, d_inner); the factors of its rows (B, L) float32; for the backward y, rstd (B, L), diagonal (B, H, L).
 
     late: where the kernels allow it, out is y * weight * SiLU(z) and its rows are still to be multiplied by the
@@ -191,7 +160,7 @@ def inner_forward(a: InnerArguments, late: bool) -> tuple[Tensor, Tensor, Tensor
     return out, *((rstd, y, nothing) if late else (nothing, y, rstd)), diag
 
 
-def _forward_kernels(a: InnerArguments, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward_kernels(a: KernelArguments, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rstd = torch.empty(plan.B, plan.L, dtype=torch.float32, device=plan.device)
     d = decays(plan, a.dt_source())
     xbc = _convolved(a, plan)
@@ -209,7 +178,7 @@ def _forward_kernels(a: InnerArguments, plan: Plan) -> tuple[Tensor, Tensor, Ten
 
 
 def _chunk_convolved(
-    a: InnerArguments, plan: Plan, diag: Optional[Tensor]
+    a: KernelArguments, plan: Plan, diag: Optional[Tensor]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """SiLU(conv(x, B, C)) (B, L, width), its x part and B_f, C_f, B_b, C_b (B, L, N); fills the diagonal (B, H, L)."""
     from .hopper_conv import convolve  # lazily: Gluon is looked for only where it runs
@@ -223,7 +192,7 @@ def _chunk_convolved(
 
 
 def _chunk_forward_kernels(
-    a: InnerArguments, plan: Plan, c: chunks.Chunks, late: bool
+    a: KernelArguments, plan: Plan, c: chunks.Chunks, late: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     diag = torch.empty(plan.B, plan.H, plan.L, dtype=torch.float32, device=plan.device)
     _, x, bc = _chunk_convolved(a, plan, diag)
@@ -236,7 +205,7 @@ def _chunk_forward_kernels(
 
 
 def _norm_backward(
-    a: InnerArguments, plan: Plan, y: Tensor, rstd: Tensor, dout: Tensor, xbc: Tensor, dz: Tensor, late: bool = False
+    a: KernelArguments, plan: Plan, y: Tensor, rstd: Tensor, dout: Tensor, xbc: Tensor, dz: Tensor, late: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Writes the z columns of dz; returns dy (B, L, H, P), the diagonal's gradient (B, L, H), shares of w's."""
     z, rows = a.zxbcdt, plan.B * plan.L
@@ -256,7 +225,7 @@ def _norm_backward(
 
 
 def inner_backward(
-    a: InnerArguments, late: bool, out: Tensor, y: Tensor, rstd: Tensor, diag: Tensor, dout: Tensor
+    a: KernelArguments, late: bool, out: Tensor, y: Tensor, rstd: Tensor, diag: Tensor, dout: Tensor
 ) -> tuple[Optional[Tensor], ...]:
     """Gradients in the order of ``InnerArguments``: zxbcdt, conv_weight, ..., norm_weight, init_states.
 
@@ -296,7 +265,9 @@ def inner_backward(
     )
 
 
-def _backward_kernels(a: InnerArguments, plan: Plan, kept: Tensor, rstd: Tensor, diag: Tensor, dout: Tensor) -> Results:
+def _backward_kernels(
+    a: KernelArguments, plan: Plan, kept: Tensor, rstd: Tensor, diag: Tensor, dout: Tensor
+) -> Results:
     """All kernels of the backward.
 
     Returns:
@@ -321,14 +292,14 @@ def _backward_kernels(a: InnerArguments, plan: Plan, kept: Tensor, rstd: Tensor,
     return rows, xbc, ddiag, norm_part, decay_part, _conv_backward(a, plan, dxbc, dz), g.dstart
 
 
-def _shared_grads(a: InnerArguments, plan: Plan) -> Optional[Tensor]:
+def _shared_grads(a: KernelArguments, plan: Plan) -> Optional[Tensor]:
     """Where both directions share B and C: their gradients (4, B, L, G, N) float32, still apart."""
     if not a.share_bc:
         return None
     return torch.empty(4, plan.B, plan.L, plan.G, plan.N, dtype=torch.float32, device=plan.device)
 
 
-def _add_shared(a: InnerArguments, dxbc: Tensor, shared: Optional[Tensor]) -> None:
+def _add_shared(a: KernelArguments, dxbc: Tensor, shared: Optional[Tensor]) -> None:
     if shared is not None:
         _, (dB, dC, _, _) = a.parts(dxbc)
         dB.copy_(shared[0] + shared[2])
@@ -336,7 +307,7 @@ def _add_shared(a: InnerArguments, dxbc: Tensor, shared: Optional[Tensor]) -> No
 
 
 def _chunk_backward_kernels(
-    c: chunks.Chunks, late: bool, a: InnerArguments, plan: Plan, kept: Tensor, rstd: Tensor, diag: Tensor, dout: Tensor
+    c: chunks.Chunks, late: bool, a: KernelArguments, plan: Plan, kept: Tensor, rstd: Tensor, diag: Tensor, dout: Tensor
 ) -> Results:
     """As ``_backward_kernels``."""
     rows = torch.empty(plan.B, plan.L, padded_row(a.zxbcdt), dtype=plan.dtype, device=plan.device)
@@ -356,7 +327,7 @@ def _chunk_backward_kernels(
     return rows, xbc, ddiag, norm_part, decay_part, _conv_backward(a, plan, dxbc, dz), None
 
 
-def _conv_backward(a: InnerArguments, plan: Plan, dxbc: Tensor, dz: Tensor) -> Tensor:
+def _conv_backward(a: KernelArguments, plan: Plan, dxbc: Tensor, dz: Tensor) -> Tensor:
     """dxbc in; writes the x, B, C columns of dz. Returns shares of the gradients of weight and bias, K + 1 rows."""
     u, du = a.zxbcdt[..., a.d_inner :], dz[..., a.d_inner :]
     K = a.conv_weight.shape[-1]

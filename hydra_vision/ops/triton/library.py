@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .chunks import in_chunks
 from .function import mix_backward_all, mix_forward_all
-from .inner import InnerArguments, inner_backward, inner_forward, padded_row
+from .inner import KernelArguments, inner_backward, inner_forward, padded_row
 
 __all__ = ['hydra_inner_op', 'quasiseparable_mix_op']
 
@@ -19,7 +19,7 @@ _TENSORS = 9  # of hydra_inner: the rest of its arguments are numbers
 _INNER = (
     'Tensor zxbcdt, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, Tensor A_log, Tensor D, Tensor fc_D_weight, '
     'Tensor norm_weight, Tensor? init_states, int headdim, int d_state, int ngroups, bool share_bc, float dt_min, '
-    'float dt_max, float eps, bool late, Tensor? segments=None'
+    'float dt_max, float eps, bool late, Tensor? segments'
 )
 _MIX = (
     'Tensor x, Tensor dt_f, Tensor dt_b, Tensor A, Tensor B_f, Tensor C_f, Tensor B_b, Tensor C_b, Tensor? D, '
@@ -31,9 +31,9 @@ def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], torch.li
     return torch.library.custom_op(f'hydra_vision::{name}', mutates_args=(), schema=schema, **_ANY_LAYOUT)
 
 
-def _arguments(arguments: Sequence[Any]) -> tuple[InnerArguments, bool]:
+def _arguments(arguments: Sequence[Any]) -> tuple[KernelArguments, bool]:
     *front, dt_min, dt_max, eps, late, segments = arguments
-    return InnerArguments(*front, (dt_min, dt_max), eps, segments), late
+    return KernelArguments(*front, (dt_min, dt_max), eps, segments), late
 
 
 def _present(grads: tuple[Optional[Tensor], ...], like: Tensor) -> list[Tensor]:

@@ -23,7 +23,7 @@ from triton.runtime import JITFunction
 from . import layernorm
 from . import plan as plan_module
 from .function import mix_backward_all, mix_forward_all
-from .inner import InnerArguments, inner_backward, inner_forward
+from .inner import KernelArguments, inner_backward, inner_forward
 from .launch import is_descriptor
 from .table import ARCHITECTURES, shipped
 
@@ -148,7 +148,7 @@ def problem_launches(
     with recorded_launches(arch) as launches:
         if inner:
             d_inner, width = H * P, H * P + (2 if share_bc else 4) * G * N
-            a = InnerArguments(
+            a = KernelArguments(
                 empty(B, L, d_inner + width + 2 * H, dtype=dtype), empty(width, 1, 7), empty(width), empty(H), empty(H),
                 empty(H), empty(H, d_inner), empty(d_inner), start, P, N, G, share_bc, (0.0, float('inf')), 1e-5,
                 empty(L, dtype=torch.int32) if packed else None,
