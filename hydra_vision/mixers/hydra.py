@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import quasiseparable_matrix
+from ..ops.arguments import InnerArguments
 from ..ops.dispatch import check_backend_name, is_exporting
-from ..ops.inner import InnerArguments, hydra_inner_late, mix_convolved, scale_rows, split_zxbcdt, unpack_convolved
+from ..ops.inner import hydra_inner_late, mix_convolved, scale_rows, split_zxbcdt, unpack_convolved
 from ..ops.reference import accumulation_dtype
 from .base import GatedMixer, GatedRMSNorm, check_padding, check_sizes, convolved, is_plain, mask_projection
 

@@ -1,18 +1,18 @@
 """Everything between in_proj and out_proj of the Hydra mixer."""
 
-from typing import NamedTuple, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import InnerArguments
 from .dispatch import choose_backend
 from .packed import check_cu_seqlens, segments_of, separated, set_apart
 from .quasiseparable import mix_unchecked
 from .reference import accumulation_dtype, scale
 
 __all__ = [
-    'InnerArguments',
     'hydra_inner',
     'hydra_inner_late',
     'mix_convolved',
@@ -22,37 +22,6 @@ __all__ = [
 ]
 
 NO_DT_LIMIT = (0.0, float('inf'))
-
-
-class InnerArguments(NamedTuple):
-    """The arguments of ``hydra_inner`` on their way to a backend, in the order of the operators' flat form."""
-
-    zxbcdt: Tensor
-    conv_weight: Tensor
-    conv_bias: Optional[Tensor]
-    dt_bias: Tensor
-    A_log: Tensor
-    D: Tensor
-    fc_D_weight: Tensor
-    norm_weight: Tensor
-    init_states: Optional[Tensor]
-    headdim: int
-    d_state: int
-    ngroups: int
-    share_bc: bool
-    dt_limit: Tuple[float, float]
-    eps: float
-    segments: Optional[Tensor] = None  # (L,) int32: the sequence of each token of a packed row
-
-    @property
-    def H(self) -> int:
-        """Heads."""
-        return self.dt_bias.shape[0]
-
-    @property
-    def d_inner(self) -> int:
-        """H * P."""
-        return self.H * self.headdim
 
 
 def hydra_inner(

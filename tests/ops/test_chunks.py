@@ -13,7 +13,7 @@ from torch import Tensor
 from triton_checks import inner_arguments, mix_arguments, poison_memory, value_and_grads
 
 from hydra_vision.ops import hydra_inner
-from hydra_vision.ops.inner import InnerArguments
+from hydra_vision.ops.arguments import InnerArguments
 from hydra_vision.ops.reference import mix_dense
 
 pytestmark = pytest.mark.skipif(os.environ.get('TRITON_INTERPRET') != '1', reason='runs in the interpreter')

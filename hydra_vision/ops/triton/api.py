@@ -5,7 +5,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ..inner import InnerArguments
+from ..arguments import InnerArguments
 from .function import HydraInner, QuasiseparableMix, ScaleRows, refuse_transforms
 from .library import hydra_inner_op, quasiseparable_mix_op
 

@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..inner import InnerArguments
+from ..arguments import InnerArguments
 from . import chunks
 from .conv import (
     conv7_backward_kernel,
