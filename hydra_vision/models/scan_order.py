@@ -152,7 +152,7 @@ class _Permute(torch.autograd.Function):
 
 
 def _computed(tokens: Tensor, height: int, width: int, source: str, target: str, class_index: int) -> Tensor:
-    """``_positions`` of tokens 0, 1, ... as arithmetic: a graph that holds for every grid, without a custom operator."""
+    """``_positions`` of tokens 0, 1, ... as arithmetic: a graph for every grid, without a custom operator."""
 
     def snake(t: Tensor) -> Tensor:  # from place to cell, and from cell to place
         y = t // width

@@ -186,7 +186,7 @@ def test_compile_and_export():
 
 
 @pytest.mark.parametrize('size', [(3, 5), (4, 4), (1, 6), (7, 2)], ids=str)
-@pytest.mark.parametrize('orders', itertools.product(('row', 'column', 'snake'), repeat=2), ids=str)
+@pytest.mark.parametrize('orders', list(itertools.product(('row', 'column', 'snake'), repeat=2)), ids=str)
 def test_arithmetic_for_exporters_gives_the_same_index(orders, size):
     H, W = size
     for class_index in (-1, 0, H * W // 2, H * W):
