@@ -25,10 +25,13 @@ def create(**kwargs) -> torch.nn.Module:
 
 
 @pytest.mark.slow
-def test_onnx_with_dynamic_size(tmp_path):
+@pytest.mark.parametrize(
+    'kwargs', [{}, dict(pos_embed='learn', scan_order='snake', class_token=True, class_token_position='middle')]
+)
+def test_onnx_with_dynamic_size(tmp_path, kwargs):
     pytest.importorskip('onnxscript')
     onnxruntime = pytest.importorskip('onnxruntime')
-    model = create(dynamic_img_size=True)
+    model = create(dynamic_img_size=True, **kwargs)
     report = export_onnx(model, tmp_path / 'm.onnx', dynamic_size=True)
     assert report.difference < 1e-5
     assert report.size == (tmp_path / 'm.onnx').stat().st_size
@@ -167,6 +170,7 @@ def test_bad_input(tmp_path, fails):
         (UserError, 'cannot be written', lambda: export_onnx(create(), '/proc/self/m.onnx')),
         (UserError, 'no folder', lambda: export_onnx(create(), tmp_path / 'none' / 'm.onnx')),
         (ValueError, 'dynamic_img_size=True', lambda: export_onnx(create(mixer='dense'), new, dynamic_size=True)),
+        (ValueError, "it has 'hilbert'", lambda: export_onnx(create(scan_order='hilbert'), new, dynamic_size=True)),
         (ValueError, 'bfloat16', lambda: export_onnx(create().bfloat16(), new)),
         (ValueError, 'training mode', lambda: export_onnx(create().train(), new)),
         (ValueError, 'built for', lambda: export_onnx(create(pos_embed='learn'), new, img_size=(96, 96))),
@@ -191,7 +195,13 @@ def test_bad_input(tmp_path, fails):
         dict(scan_order='hilbert'),
         dict(class_token=True, class_token_position='middle', pos_embed='learn'),
         dict(learnable_init_states=True, ngroups=2),
+        dict(features_only=True, out_indices=[0]),
+        *(dict(mixer=name, headdim=None) for name in ('m2', 'vim', 'vandermonde', 'dft', 'low_rank')),
+        dict(mixer='semiseparable', mixer_kwargs=dict(variant='mult')),
+        dict(mixer='scout', mixer_kwargs=dict(segment=(2, 2))),
+        dict(mlp='monarch', mlp_ratio=2.0),
     ],
+    ids=str,
 )
 def test_the_torchscript_exporter_knows_every_operator(tmp_path, kwargs):
     """timm's onnx_export.py uses it where dynamo is not asked for."""
@@ -203,4 +213,5 @@ def test_the_torchscript_exporter_knows_every_operator(tmp_path, kwargs):
     torch.onnx.export(model, (example,), path, dynamo=False, opset_version=17, input_names=['x'], dynamic_axes=axes)
     x = torch.cat([example, -example])[:3]
     (found,) = runtime.InferenceSession(path).run(None, {'x': x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-3, atol=1e-5)
+    expected = model(x)[0] if 'features_only' in kwargs else model(x)
+    torch.testing.assert_close(torch.from_numpy(found), expected.detach(), rtol=1e-3, atol=1e-5)

@@ -186,6 +186,16 @@ def test_compile_and_export():
     assert torch.equal(exported(x), scan(x))
 
 
+@pytest.mark.parametrize('size', [(3, 5), (4, 4), (1, 6), (7, 2)], ids=str)
+@pytest.mark.parametrize('orders', list(itertools.product(('row', 'column', 'snake'), repeat=2)), ids=str)
+def test_arithmetic_for_exporters_gives_the_same_index(orders, size):
+    H, W = size
+    for class_index in (-1, 0, H * W // 2, H * W):
+        tokens = torch.arange(H * W + (class_index >= 0))
+        expected = scan_order._positions(H, W, *orders, class_index)
+        assert scan_order._computed(tokens, H, W, *orders, class_index).tolist() == expected
+
+
 class _Scan(torch.nn.Module):
     def __init__(self, scan):
         super().__init__()
