@@ -156,11 +156,12 @@ def _prepare(
     patch = tuple(getattr(embed, 'patch_size', (1, 1)))
     if H % patch[0] or W % patch[1]:
         raise ValueError(f'img_size={(H, W)}; the patches of the model are {patch[0]} x {patch[1]}')
-    if not getattr(model, 'dynamic_img_size', True) and tuple(own) != (H, W):
+    any_size = not getattr(embed, 'strict_img_size', False)
+    if not any_size and tuple(own) != (H, W):
         raise ValueError(f'img_size={(H, W)}; the model is built for {tuple(own)}')
     if dynamic_size:
         fixed = {
-            'dynamic_img_size': (getattr(model, 'dynamic_img_size', True), True),
+            'dynamic_img_size': (any_size, True),
             'pos_embed': ('none' if getattr(model, 'pos_embed', None) is None else 'learn', 'none'),
             'scan_order': (getattr(model, 'scan_order', 'row'), 'row'),
         }
