@@ -156,10 +156,11 @@ def _prepare(
     patch = tuple(getattr(embed, 'patch_size', (1, 1)))
     if H % patch[0] or W % patch[1]:
         raise ValueError(f'img_size={(H, W)}; the patches of the model are {patch[0]} x {patch[1]}')
-    if not getattr(model, 'dynamic_img_size', True) and tuple(own) != (H, W):
+    any_size = not getattr(embed, 'strict_img_size', False)
+    if not any_size and tuple(own) != (H, W):
         raise ValueError(f'img_size={(H, W)}; the model is built for {tuple(own)}')
     if dynamic_size:
-        if not getattr(model, 'dynamic_img_size', True):
+        if not any_size:
             raise ValueError('dynamic_size=True needs a model with dynamic_img_size=True; it has False')
         if getattr(model, 'scan_order', 'row') == 'hilbert':
             raise ValueError(

@@ -37,10 +37,12 @@ class PatchEmbed(TimmPatchEmbed):
         super().__init__(*args, **kwargs)
         self.proj.__class__ = PatchConv2d
 
-    def accept_any_size(self) -> None:
-        """Take every size that the patch divides, and return the grid, (B, H // p, W // q, D)."""
-        self.strict_img_size = self.flatten = False
-        self.output_fmt = Format.NHWC
+    def grid_of(self, height: int, width: int) -> Tuple[int, int]:
+        """Patches of an image, padded where the embedding pads; sizes may be a tracer's."""
+        p, q = self.patch_size[0], self.patch_size[1]
+        if self.dynamic_img_pad:
+            return (height + p - 1) // p, (width + q - 1) // q
+        return height // p, width // q
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to (B, L, D), or the grid in ``output_fmt``."""

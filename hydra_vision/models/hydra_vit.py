@@ -265,17 +265,23 @@ class HydraViT(nn.Module):
         self.class_token_position = class_token_position
         self.scan_order = scan_order
         self.no_embed_class = True  # the position embedding covers patches only
+        self.dynamic_img_size = dynamic_img_size
         self.grad_checkpointing = False
 
         grid_size = _check_grid_size(
             img_size, patch_size, pos_embed == 'learn' and not dynamic_img_size, dynamic_img_pad
         )
+        embed_args = {}
+        if dynamic_img_size:
+            # flatten deferred until after pos embed
+            embed_args.update(strict_img_size=False, output_fmt='NHWC')
         self.patch_embed = PatchEmbed(
             img_size=img_size,
             patch_size=patch_size,
             in_chans=in_chans,
             embed_dim=embed_dim,
             dynamic_img_pad=dynamic_img_pad,
+            **embed_args,
             **dd,
         )
         num_patches = self.patch_embed.num_patches
@@ -341,10 +347,8 @@ class HydraViT(nn.Module):
                 f'scan_order={scan_order!r}: position parameters of mixer={mixer!r} are resampled by rows; set '
                 'dynamic_img_size=False'
             )
-        positions = pos_embed == 'learn' or any(blk.takes_grid and blk.mixer.grid_parameters() for blk in self.blocks)
-        self.dynamic_img_size = dynamic_img_size or not positions
-        if self.dynamic_img_size:
-            self.patch_embed.accept_any_size()
+        if pos_embed == 'none' and not any(blk.mixer.grid_parameters() for blk in self.blocks):
+            self.patch_embed.strict_img_size = False  # nothing belongs to a position
         self.feature_info = [dict(module=f'blocks.{i}', num_chs=embed_dim, reduction=reduction) for i in range(depth)]
         self.norm = norm_layer(embed_dim, **dd)
 
@@ -482,10 +486,10 @@ class HydraViT(nn.Module):
         _recommend_size(self, self.patch_embed.img_size)
 
     def _grid(self, x: torch.Tensor) -> Optional[Tuple[int, int]]:
-        """Grid of the embedded patches where it may differ from the model's own, for mixers that depend on it."""
-        if self.dynamic_img_size:
-            return x.shape[1], x.shape[2]
-        return None
+        """Grid of the patches of images (B, C, H, W), where it may differ from the model's own."""
+        if self.patch_embed.strict_img_size:
+            return None
+        return self.patch_embed.grid_of(x.shape[2], x.shape[3])
 
     def _whole_grid(self, grid: Optional[Tuple[int, int]]) -> Tuple[int, int]:
         """What `_grid` returned, or the model's own grid."""
@@ -493,11 +497,11 @@ class HydraViT(nn.Module):
             return grid
         return self.patch_embed.dynamic_feat_size(self.patch_embed.img_size)
 
-    def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
+    def _pos_embed(self, x: torch.Tensor, grid: Optional[Tuple[int, int]] = None) -> torch.Tensor:
         """Patches to tokens in scan order (the first block's), with position embedding and class token."""
-        grid = self._grid(x)
         if self.dynamic_img_size:
             _, H, W, _ = x.shape
+            grid = (H, W)
             if self.pos_embed is not None:
                 pos_embed = resample_abs_pos_embed(
                     self.pos_embed,
@@ -608,9 +612,9 @@ class HydraViT(nn.Module):
 
         # forward pass
         B = x.shape[0]
-        x = self.patch_embed(x)
         grid = self._grid(x)
-        x = self._pos_embed(x)
+        x = self.patch_embed(x)
+        x = self._pos_embed(x, grid)
         x = self.norm_pre(x)
 
         if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
@@ -734,12 +738,9 @@ class HydraViT(nn.Module):
         if self.training and not isinstance(self.patch_drop, nn.Identity):
             raise ValueError('patch_valid: no patches are dropped from a padded batch; set patch_drop_rate=0')
         if coord is None:
+            H, W = self._whole_grid(self._grid(x))
             x = self.patch_embed(x)
-            if self.dynamic_img_size:
-                H, W = x.shape[1:3]
-                x = x.flatten(1, 2)
-            else:
-                H, W = self.patch_embed.grid_size
+            x = x.flatten(1, 2) if self.dynamic_img_size else x
             coord = grid_coordinates(H, W, x.device).expand(x.shape[0], -1, -1)
             valid = valid.flatten(1)
         else:
@@ -785,9 +786,9 @@ class HydraViT(nn.Module):
         """
         if not torch.jit.is_scripting() and _is_padded(x, patch_coord, patch_valid):
             return self._forward_padded(x, patch_coord, patch_valid)
-        x = self.patch_embed(x)
         grid = self._grid(x)
-        x = self._pos_embed(x)
+        x = self.patch_embed(x)
+        x = self._pos_embed(x, grid)
         x = self.norm_pre(x)
         for i, blk in enumerate(self.blocks):
             x = self._next_order(x, i, grid)
