@@ -21,7 +21,8 @@ PROG = 'hydra-vision'
 
 
 class Command(NamedTuple):
-    """A command: `module.add(parser)` adds its arguments, `module.run(arguments)` returns the exit code.
+    """A command: `module.add(parser)` adds its arguments; `module.run(arguments)` returns the exit code, 0 if nothing
+    else is said, and raises UserError for arguments that do not fit.
 
     Without `add`, the module parses by itself: `module.run(argv, prog=...)`.
     """

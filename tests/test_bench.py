@@ -1,7 +1,6 @@
 """`hydra-vision bench` from arguments to files."""
 
 import contextlib
-import csv
 import io
 import json
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL import Image
 from hydra_vision import bench
 from hydra_vision.bench import Case, build_step, time_models
 from hydra_vision.cli import main
+from hydra_vision.io import read_csv
 
 CPU = torch.device('cpu')
 COLUMNS = [
@@ -20,11 +20,6 @@ COLUMNS = [
     *('images_per_s', 'status', 'rounds', 'calls_per_round', 'median_ms', 'p10_ms', 'p90_ms', 'peak_memory_gib'),
     *('gemm_floor_share', 'memory_floor_share'),
 ]
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline='') as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope='module')
@@ -40,7 +35,7 @@ def run(tmp_path_factory) -> tuple[str, Path]:
 
 
 def test_rows(run):
-    rows = rows_of(run[1] / 'results.csv')
+    rows = read_csv(run[1] / 'results.csv')
     assert list(rows[0]) == COLUMNS
     keys = {(r['model'], r['img_size'], r['batch'], r['mode'], r['execution'], r['attention']) for r in rows}
     assert keys == {
@@ -59,16 +54,16 @@ def test_rows(run):
 
 
 def test_samples_hold_every_round(run):
-    samples = rows_of(run[1] / 'samples.csv')
-    assert len(samples) == 3 * len(rows_of(run[1] / 'results.csv'))
-    first = rows_of(run[1] / 'results.csv')[0]
+    samples = read_csv(run[1] / 'samples.csv')
+    assert len(samples) == 3 * len(read_csv(run[1] / 'results.csv'))
+    first = read_csv(run[1] / 'results.csv')[0]
     own = [float(s['ms']) for s in samples if all(s[k] == first[k] for k in ('model', 'img_size', 'mode', 'execution'))]
     assert sorted(own)[1] == pytest.approx(float(first['median_ms']))
 
 
 def test_ratios_pair_the_same_place(run):
-    times = {(r['model'], r['img_size'], r['mode']): float(r['median_ms']) for r in rows_of(run[1] / 'results.csv')}
-    ratios = rows_of(run[1] / 'ratios.csv')
+    times = {(r['model'], r['img_size'], r['mode']): float(r['median_ms']) for r in read_csv(run[1] / 'results.csv')}
+    ratios = read_csv(run[1] / 'ratios.csv')
     assert len(ratios) == 4
     for row in ratios:
         assert (row['model'], row['peer'], row['attention']) == ('test_hydra_vit', 'test_vit', 'flash')
@@ -103,6 +98,7 @@ def test_results_of_another_run_are_kept(run, capsys):
     assert {path.name: path.read_bytes() for path in run[1].iterdir()} == before
 
 
+@pytest.mark.slow
 def test_default_plan_on_the_cpu(monkeypatch, tmp_path, capsys):
     plans = []
 
@@ -132,54 +128,36 @@ def test_batches_on_cuda_follow_the_tokens():
 
 
 @pytest.mark.parametrize(
-    ('options', 'message'),
+    ('options', 'word'),
     [
         ('--models hydra_vit_bas', "'hydra_vit_base'"),
         ('--models test_hydra_vit --img-sizes 100', 'cannot run at 100x100 px'),
         ('--img-sizes 224,448 --batch-sizes 8,4,2', '3 values for 2 image sizes'),
-        ('--img-sizes 0', "'0' is not a size"),
-        ('--models test_hydra_vit, --img-sizes 32', 'empty element'),
         ('--mode inference', 'allowed: infer, train'),
         ('--execution jit', 'allowed: eager, compiled, graphs'),
-        ('--execution graphs', 'needs a CUDA device'),
+        ('--execution graphs', 'CUDA'),
         ('--attention flsh', "'flsh'"),
         ('--rounds 2', 'at least 3'),
         ('--time-limit soon', "'soon'"),
         ('--backend tritn --models test_hydra_vit', "'triton'"),
         ('--backend chunked --models test_vit', 'no model with a choice is in test_vit'),
-        ('--device tpu', "'tpu'"),
         ('--device meta', "'meta'"),
         ('--models test_hydra_vit --img-sizes 32 --output /dev/null/here', '--output'),
         ('--model test_vit', 'unrecognized arguments'),
     ],
 )
-def test_bad_arguments(capsys, options, message):
+def test_bad_arguments(fails, options, word):
     device = [] if '--device' in options else ['--device', 'cpu']
-    try:
-        code = main(['bench', *device, *options.split()])
-    except SystemExit as stop:  # argparse
-        code = stop.code
-    captured = capsys.readouterr()
-    assert code == 2
-    assert message in captured.err
-    assert captured.err.count('\n') == 1, captured.err
-    assert captured.out == ''
+    assert word in fails('bench', *device, *options.split())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
-@pytest.mark.parametrize('options', ['--device cuda', '--device cpu --backend triton'])
-def test_what_needs_a_gpu_says_so(capsys, options):
-    assert main(['bench', *options.split()]) == 2
-    assert 'cuda' in capsys.readouterr().err.lower()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
-def test_default_backend_that_cannot_run(capsys, monkeypatch):
+def test_what_needs_a_gpu_says_so(fails, monkeypatch):
+    for options in ('--device cuda', '--device cpu --backend triton'):
+        assert 'cuda' in fails('bench', *options.split()).lower()
     monkeypatch.setenv('HYDRA_VISION_BACKEND', 'mamba_ssm')
-    assert main(['bench', '--device', 'cpu', '--models', 'test_hydra_vit', '--img-sizes', '32']) == 2
-    message = capsys.readouterr().err
-    assert "'auto', which is 'mamba_ssm', cannot run here" in message
-    assert message.count('\n') == 1
+    error = fails('bench', '--device', 'cpu', '--models', 'test_hydra_vit', '--img-sizes', '32')
+    assert "'auto', which is 'mamba_ssm', cannot run here" in error
 
 
 # What is timed
@@ -195,6 +173,8 @@ def test_infer_step():
     assert output.shape == (2, 1000)
     assert not output.requires_grad
     assert build_step(small(dtype=torch.bfloat16), CPU)[1]().dtype == torch.bfloat16  # autocast
+    _, step = build_step(small('test_hydra_vit', kwargs='{"num_classes": 7, "in_chans": 1}'), CPU)
+    assert step().shape == (2, 7)
 
 
 def test_train_step_runs_the_backward_pass():
@@ -205,12 +185,6 @@ def test_train_step_runs_the_backward_pass():
     step()  # no optimizer: the same gradients again, not their sum
     for before, parameter in zip(first, model.parameters()):
         torch.testing.assert_close(parameter.grad, before)
-
-
-def test_more_arguments_of_a_model():
-    model, step = build_step(small('test_hydra_vit', kwargs='{"num_classes": 7, "in_chans": 1}'), CPU)
-    assert model.num_classes == 7
-    assert step().shape == (2, 7)
 
 
 def timed(cases: list[Case]) -> list[dict[Case, bench.Measurement]]:
@@ -242,7 +216,7 @@ def test_a_model_that_fails_is_a_row_and_the_command_says_so(tmp_path, monkeypat
     monkeypatch.setattr(bench, 'measure_roofline', lambda *a: bench.Roofline(1e12, 1e12))
     options = '--device cpu --models test_hydra_vit --img-sizes 32 --batch-sizes 1 --rounds 3 --time-limit 0'
     assert main(['bench', *options.split(), '--mode', 'infer,train', '--output', str(tmp_path)]) == 1
-    status = {(row['model'], row['mode']): row['status'] for row in rows_of(tmp_path / 'results.csv')}
+    status = {(row['model'], row['mode']): row['status'] for row in read_csv(tmp_path / 'results.csv')}
     assert status['test_vit', 'infer'] == 'out of memory'
     assert status['test_vit', 'train'] == 'failed: RuntimeError: no kernel'
     assert status['test_hydra_vit', 'infer'] == status['test_hydra_vit', 'train'] == 'ok'
@@ -255,7 +229,7 @@ def test_cuda_run(tmp_path, capsys):
     options = '--models test_hydra_vit --img-sizes 160 --batch-sizes 8 --execution eager,compiled,graphs --rounds 3'
     argv = ['bench', '--device', 'cuda', *options.split(), '--mode', 'infer,train', '--time-limit', '0']
     assert main([*argv, '--output', str(tmp_path)]) == 0
-    rows = rows_of(tmp_path / 'results.csv')
+    rows = read_csv(tmp_path / 'results.csv')
     executions = ('eager', 'compiled', 'compiled, CUDA graphs')
     assert {(r['mode'], r['execution']) for r in rows} == {(m, e) for m in ('infer', 'train') for e in executions}
     assert {r['dtype'] for r in rows} == {'bfloat16'}

@@ -12,19 +12,6 @@ from hydra_vision.cli import main
 from hydra_vision.ops.dispatch import BACKENDS
 
 
-def fails(capsys: pytest.CaptureFixture, *argv: str) -> str:
-    """Run a command that must fail with exit code 2 and one line on stderr; returns the line."""
-    try:
-        code = main(argv)
-    except SystemExit as stop:  # argparse
-        code = stop.code
-    captured = capsys.readouterr()
-    assert code == 2
-    assert captured.out == ''
-    assert captured.err.count('\n') == 1, captured.err
-    return captured.err
-
-
 def test_version(capsys):
     with pytest.raises(SystemExit) as stop:
         main(['--version'])
@@ -57,12 +44,10 @@ def test_help_lists_every_command(capsys):
         assert f'  {command} ' in out
 
 
-def test_unknown_command_names_the_nearest(capsys):
-    assert "'bench'" in fails(capsys, 'bensh')
-
-
-def test_unknown_subcommand_names_the_nearest(capsys):
-    assert "'onnx'" in fails(capsys, 'export', 'onxx')
+def test_unknown_names_bring_the_nearest(fails):
+    assert "'bench'" in fails('bensh')
+    assert "'onnx'" in fails('export', 'onxx')
+    assert "'hydra_vit_base'" in fails('models', 'hydra_vit_bsae')
 
 
 def test_env_tables(capsys):
@@ -98,9 +83,9 @@ def test_env_shows_the_environment_variable(capsys, monkeypatch):
     assert 'HYDRA_VISION_BACKEND' in default['why']
 
 
-def test_env_refuses_an_unknown_backend(capsys, monkeypatch):
+def test_env_refuses_an_unknown_backend(fails, monkeypatch):
     monkeypatch.setenv('HYDRA_VISION_BACKEND', 'cuda')
-    assert 'HYDRA_VISION_BACKEND' in fails(capsys, 'env')
+    assert 'HYDRA_VISION_BACKEND' in fails('env')
 
 
 def test_models_table(capsys):
@@ -127,13 +112,9 @@ def test_models_json(capsys):
     assert projections < tiny['gmacs'] < 2 * projections
 
 
-def test_models_names_the_nearest(capsys):
-    assert "'hydra_vit_base'" in fails(capsys, 'models', 'hydra_vit_bsae')
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU to tune for')
-def test_tune_says_what_is_missing(capsys):
-    assert 'no CUDA device is visible' in fails(capsys, 'tune')
+def test_tune_says_what_is_missing(fails):
+    assert 'no CUDA device is visible' in fails('tune')
 
 
 def test_train_gets_its_arguments(capsys):

@@ -3,7 +3,8 @@
 A section (a `##` heading) is one test. Its `python` blocks share one namespace and its blocks run in order, in an empty
 folder; `bash` blocks run line by line, `hydra-vision ...` inside this process. Blocks of any other kind (`text`) are
 shown and not run. `<!-- needs: smp transformers -->` below the heading names optional modules without which the section
-is skipped. A comment `# (2, 3)` behind an assignment states the shape of what is assigned, or of each of its elements.
+is skipped, `<!-- slow -->` says that a push does not run it. A comment `# (2, 3)` behind an assignment states the shape
+of what is assigned, or of each of its elements.
 """
 
 import importlib
@@ -21,7 +22,11 @@ from hydra_vision import cli
 
 DOCS = Path(__file__).resolve().parents[1] / 'docs'
 SECTIONS = [
-    pytest.param(page.name, body, id=f'{page.stem}: {title}')
+    pytest.param(
+        *(page.name, body),
+        id=f'{page.stem}: {title}',
+        marks=[pytest.mark.slow] if '<!-- slow -->' in body else [],
+    )
     for page in sorted(DOCS.glob('*.md'))
     for title, body in re.findall(r'^## (.*?)\n(.*?)(?=^## |\Z)', page.read_text(), flags=re.MULTILINE | re.DOTALL)
     if re.search(r'^```(python|bash)$', body, flags=re.MULTILINE)

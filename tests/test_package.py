@@ -20,7 +20,8 @@ def run(*command: str, **kwargs) -> str:
 
 def test_import_is_light():
     code = (
-        'import sys, timm; before = set(sys.modules); import hydra_vision, hydra_vision.downstream, torch;'
+        'import sys, timm; before = set(sys.modules);'
+        'import hydra_vision, hydra_vision.downstream, hydra_vision.ops.triton, torch;'
         'assert not torch.cuda.is_initialized();'
         'heavy = {"triton", "matplotlib", "sklearn", "rich", "mamba_ssm", "scipy", "pandas", "transformers", "lightly",'
         '"segmentation_models_pytorch", "onnx", "onnxruntime", "torchao", "captum", "pytorch_grad_cam", "pyarrow"};'
@@ -35,7 +36,9 @@ def test_import_takes_at_most_a_fifth_longer_than_timm():
         'import time; a = time.process_time(); import timm; b = time.process_time(); import hydra_vision;'
         'print(b - a, time.process_time() - a)'
     )
-    pairs = [tuple(map(float, run(sys.executable, '-c', code).split())) for _ in range(3)]
+    pairs = []
+    while len(pairs) < 3 and not any(ours <= 1.2 * theirs for theirs, ours in pairs):
+        pairs.append(tuple(map(float, run(sys.executable, '-c', code).split())))
     assert min(ours / theirs for theirs, ours in pairs) <= 1.2, pairs
 
 

@@ -57,6 +57,7 @@ def test_a_script_finds_our_models(script):
     assert done.stdout.split(maxsplit=3) == ['photos', '3', '42', '[[0, 1], [2, 3]]\n']
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.version_info < (3, 11), reason='Python 3.11 brought PYTHONSAFEPATH')
 def test_no_entry_of_the_path_is_lost(tmp_path):
     """Under PYTHONSAFEPATH the first entry is not the working directory, but one of the user's."""
@@ -76,6 +77,7 @@ def test_a_module(tmp_path):
     assert done.returncode == 7, done.stderr
 
 
+@pytest.mark.slow
 def test_what_train_py_does_with_device_modules():
     code = 'import importlib, timm; [importlib.import_module(m) for m in ("hydra_vision", "hydra_vision")];'
     done = python('-W', 'error', '-c', code + 'import hydra_vision.run; assert timm.is_model("test_hydra_vit")')

@@ -60,8 +60,8 @@ def export_onnx(
         model: In float32 on the CPU.
         path: Of the .onnx file. Weights of a model above 1.5 GiB go into `path` + '.data' next to it.
         img_size: Height and width; by default the model's own.
-        dynamic_size: Any height and width that the patch divides; the model has to be built with
-            `dynamic_img_size=True` and `pos_embed='none'`.
+        dynamic_size: Any height and width that the patch divides, of a model that takes them and has another
+            `scan_order` than 'hilbert', which is no formula of the grid's size.
         overwrite: Replace an existing file.
         tolerance: Largest difference allowed, relative to max(1, largest output).
 
@@ -156,17 +156,17 @@ def _prepare(
     patch = tuple(getattr(embed, 'patch_size', (1, 1)))
     if H % patch[0] or W % patch[1]:
         raise ValueError(f'img_size={(H, W)}; the patches of the model are {patch[0]} x {patch[1]}')
-    if not getattr(model, 'dynamic_img_size', True) and tuple(own) != (H, W):
+    any_size = not getattr(embed, 'strict_img_size', False)
+    if not any_size and tuple(own) != (H, W):
         raise ValueError(f'img_size={(H, W)}; the model is built for {tuple(own)}')
     if dynamic_size:
-        fixed = {
-            'dynamic_img_size': (getattr(model, 'dynamic_img_size', True), True),
-            'pos_embed': ('none' if getattr(model, 'pos_embed', None) is None else 'learn', 'none'),
-            'scan_order': (getattr(model, 'scan_order', 'row'), 'row'),
-        }
-        for name, (value, wanted) in fixed.items():
-            if value != wanted:
-                raise ValueError(f'dynamic_size=True needs a model with {name}={wanted!r}; it has {value!r}')
+        if not any_size:
+            raise ValueError('dynamic_size=True needs a model with dynamic_img_size=True; it has False')
+        if getattr(model, 'scan_order', 'row') == 'hilbert':
+            raise ValueError(
+                "dynamic_size=True needs a model with scan_order='row', 'column', 'alternate' or 'snake'; "
+                "it has 'hilbert'"
+            )
     channels = getattr(model, 'in_chans', 3)
     shapes = [(1, channels, H, W), (3, channels, H, W)]
     if dynamic_size:

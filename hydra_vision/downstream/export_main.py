@@ -22,14 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _main(kind: str, arguments: argparse.Namespace) -> int:
-    """Export a model.
-
-    Returns:
-        Exit code 0.
-
-    Raises:
-        UserError: Arguments that do not fit, or an export that does not compute what the model computes.
-    """
+    """Export a model."""
     export, suffix = {'onnx': (export_onnx, '.onnx'), 'aoti': (export_aoti, '.pt2')}[kind]
     check_output(arguments.output, (suffix,), overwrite=arguments.overwrite)
     if arguments.dynamic_size and arguments.checkpoint is None:

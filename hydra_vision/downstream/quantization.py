@@ -28,7 +28,7 @@ def quantized(model: nn.Module, kind: str = 'weight_only') -> nn.Module:
         raise ValueError('the model is in training mode; call model.eval()')
     torchao = require('torchao.quantization', 'quant')
     model = copy.deepcopy(model)
-    # fc_D is a matrix inside of the mixer's fused operator, not a layer that is called
+    # fc_D has few weights, and quantised it would be called: the mixer would not run fused
     torchao.quantize_(
         model,
         getattr(torchao, _KINDS[kind])(),

@@ -183,14 +183,7 @@ def _write_curve(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def train_main(arguments: argparse.Namespace) -> int:
-    """Train a segmenter.
-
-    Returns:
-        Exit code 0.
-
-    Raises:
-        UserError: Arguments or data that do not fit.
-    """
+    """Train a segmenter."""
     _check(arguments)
     device = pick_device(arguments.device)
     amp = amp_dtype(arguments.amp, device)
@@ -328,14 +321,7 @@ def train_main(arguments: argparse.Namespace) -> int:
 
 
 def time_main(arguments: argparse.Namespace) -> int:
-    """Time a model.
-
-    Returns:
-        Exit code 0.
-
-    Raises:
-        UserError: Arguments that do not fit.
-    """
+    """Time a model."""
     _check(arguments)
     device = pick_device(arguments.device)
     amp = amp_dtype(arguments.amp, device)
@@ -374,14 +360,7 @@ def _titles(runs: list[Path], summaries: list[dict[str, Any]]) -> list[str]:
 
 
 def compare_main(arguments: argparse.Namespace) -> int:
-    """Compare finished runs.
-
-    Returns:
-        Exit code 0.
-
-    Raises:
-        UserError: Not finished runs on one data set.
-    """
+    """Compare finished runs."""
     runs = arguments.runs
     try:
         summaries = [json.loads((run / 'summary.json').read_text()) for run in runs]

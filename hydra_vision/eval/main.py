@@ -48,14 +48,7 @@ def add_knn_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def knn_main(arguments: argparse.Namespace) -> int:
-    """Classify by nearest neighbours.
-
-    Returns:
-        Exit code 0.
-
-    Raises:
-        UserError: Arguments or features that do not fit.
-    """
+    """Classify by nearest neighbours."""
     if not 0 < arguments.temperature < math.inf:
         raise UserError(f'--temperature {arguments.temperature}; it must be a number above 0')
 
@@ -87,14 +80,7 @@ def add_linear_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def linear_main(arguments: argparse.Namespace) -> int:
-    """Train and judge a linear probe.
-
-    Returns:
-        Exit code 0.
-
-    Raises:
-        UserError: Arguments or features that do not fit.
-    """
+    """Train and judge a linear probe."""
     own = {'lbfgs': {'max_iter': 1000}, 'sgd': {'epochs': 100, 'head_batch_size': 256}}
     for solver, options in own.items():
         for name, default in options.items():

@@ -31,14 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Extract features into a file.
-
-    Returns:
-        Exit code 0.
-
-    Raises:
-        UserError: Arguments that do not fit, too many unreadable images.
-    """
+    """Extract features into a file."""
     with progress(f'{arguments.model or arguments.checkpoint} features') as meter:
         features = extract(
             arguments.images,

@@ -1,6 +1,6 @@
 """Attention as a matrix mixer, and timm's own attention as the control."""
 
-from typing import ClassVar, Optional
+from typing import ClassVar, Dict, Optional
 
 import torch
 import torch.nn as nn
@@ -32,6 +32,7 @@ class Attention(QueryKeyMixer):
     """
 
     silu_extras = False
+    maskable = True
     patterns: ClassVar[Patterns] = {
         **QueryKeyMixer.patterns,
         'noncausal cross': {},
@@ -59,10 +60,11 @@ class Attention(QueryKeyMixer):
             **wrapper,
         )
 
-    def mix(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
+    def mix(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid], valid: Optional[Tensor] = None) -> Tensor:
         if self.data_dependent:
             q, k = self.queries_and_keys(extras, tokens)
-            y = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=self.causal)
+            keys = None if valid is None or self.causal else valid[:, None, None]  # causal: padding comes last
+            y = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), keys, is_causal=self.causal)
             return y.transpose(1, 2)
         return apply_matrix(self.dense(v, extras, tokens), v)
 
@@ -136,6 +138,14 @@ class VitAttention(Mixer, TimmAttention):
             self.scriptable = False
 
     @torch.jit.ignore
+    def why_no_padding(self) -> Optional[str]:
+        return None
+
+    @torch.jit.ignore
+    def padding_arguments(self, valid: Tensor) -> Dict[str, Tensor]:
+        return {'attn_mask': valid[:, None, None]}
+
+    @torch.jit.ignore
     def cross(self, u: Tensor, memory: Tensor) -> Tensor:
         """Attention of the tokens u (B, L, d_model) to a memory (B, any length, d_model), with the same parameters."""
         q = self.qkv(u).unflatten(-1, (3, self.num_heads, -1))[:, :, 0].transpose(1, 2)
@@ -160,7 +170,7 @@ class Concatenated(nn.ModuleList):
 
 def _softmax_scores(q: Tensor, k: Tensor, causal: bool = False) -> Tensor:
     acc = accumulation_dtype(q.dtype)
-    scores = q.to(acc) @ k.to(acc).mT * q.shape[-1] ** -0.5
+    scores = q.to(acc) @ k.to(acc).transpose(-1, -2) * q.shape[-1] ** -0.5
     if causal:
         ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(ahead, float('-inf'))

@@ -17,6 +17,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..errors import nearest
 from ..ops.inner import depthwise_conv
@@ -33,8 +36,13 @@ __all__ = [
     'apply_matrix',
     'causal_conv',
     'check_arguments',
+    'check_padding',
     'check_sizes',
+    'convolved',
+    'is_plain',
     'keyword_arguments',
+    'mask_projection',
+    'rms_norm',
 ]
 
 
@@ -60,6 +68,34 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     x = F.pad(x, (0, 0, K - 1, 0)).unsqueeze(1).permute(0, 3, 1, 2)  # (B, C, 1, L + K - 1), channels last in memory
     y = F.conv2d(x, weight.to(x.dtype).unsqueeze(2), None if bias is None else bias.to(x.dtype), groups=C)
     return y.permute(0, 2, 3, 1).squeeze(1)
+
+
+# what the weights of plain modules are, to people and to tracers
+_PLAIN_WEIGHTS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
+
+
+def is_plain(module: nn.Module, kind: Type[nn.Module]) -> bool:
+    """Whether a module is exactly a ``kind`` that nothing changes or watches: then its weights can stand for a call.
+
+    What replaces or wraps it (an adapter, a parametrisation, a quantised layer or weight) computes something else, and
+    a hook expects to be called.
+    """
+    return (
+        type(module) is kind
+        and not (module._forward_pre_hooks or module._forward_hooks)
+        and not (module._backward_pre_hooks or module._backward_hooks)
+        and not _has_any_global_hook()
+        and 'forward' not in module.__dict__
+        # not module.weight: of torch.fx that is a proxy. FSDP keeps a flat parameter's weight among the attributes
+        and type(module._parameters.get('weight', module.__dict__.get('weight'))) in _PLAIN_WEIGHTS
+    )
+
+
+def convolved(conv: nn.Module, x: Tensor, causal: bool = False) -> Tensor:
+    """x (B, L, C) after a depthwise ``nn.Conv1d``: with its weights where it is plain, by a call where not."""
+    if is_plain(conv, nn.Conv1d):
+        return (causal_conv if causal else depthwise_conv)(x, conv.weight, conv.bias)
+    return conv(x.transpose(-1, -2))[..., : x.shape[1]].transpose(-1, -2)  # its padding is on both sides
 
 
 def keyword_arguments(cls: Type[nn.Module]) -> Dict[str, Any]:
@@ -95,8 +131,23 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f'{name}={value}; it must be at least 1')
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (..., D) over its root mean square along D, times weight (D,)."""
+    if torch.jit.is_tracing():  # the ONNX exporter on top of it does not know the operator
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+torch.fx.wrap('_gated_rms_norm')  # it asks for the dtype, which a proxy does not have
+
+
+def _gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+    acc = accumulation_dtype(z.dtype)
+    return (rms_norm(y.to(acc), weight.to(acc), eps) * F.silu(z.to(acc))).to(z.dtype)
+
+
 class GatedRMSNorm(nn.Module):
-    """Weight of y = RMSNorm(y) * weight * SiLU(z); the arithmetic belongs to the mixer."""
+    """RMSNorm(y) * weight * SiLU(z). A plain one lends its weight to the operators that compute it fused."""
 
     def __init__(self, dim: int, eps: float = 1e-5, device=None, dtype=None) -> None:
         super().__init__()
@@ -106,6 +157,10 @@ class GatedRMSNorm(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        """y and z (B, L, dim) -> (B, L, dim), dtype of z; computed in float32, for float64 in float64."""
+        return _gated_rms_norm(y, z, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f'{self.weight.shape[0]}, eps={self.eps}'
@@ -117,11 +172,29 @@ PATTERNS = ('noncausal self', 'causal self', 'noncausal cross', 'causal cross')
 Patterns = Mapping[str, Mapping[str, Any]]  # the supported ones, with the arguments that each needs
 
 
+def mask_projection(projected: Tensor, valid: Optional[Tensor], steps: int) -> Tensor:
+    """Sets what a token that is padding may not tell others: its columns to zero, its step sizes to what gives zero.
+
+    A convolution then sees at padding what it sees beyond the end of a sequence; a state neither changes nor decays.
+
+    Args:
+        projected: (B, L, D), what a projection makes of the tokens; the last columns are step sizes before softplus.
+        valid: (B, L), False at padding, or None for no padding.
+        steps: Number of the last columns.
+    """
+    if valid is None:
+        return projected
+    padding = projected.new_zeros(projected.shape[-1])
+    padding[projected.shape[-1] - steps :] = -3e4  # softplus of it, with any bias, is exactly zero; float16 has it
+    return torch.where(valid.unsqueeze(-1), projected, padding)
+
+
 class Mixer(nn.Module):
     """Contract of a sequence mixer, (B, L, d_model) -> (B, L, d_model).
 
-    ``forward(u)``, or ``forward(u, grid)`` where ``takes_grid``; ``matrix(u)``, the matrix that it applies; and, for
-    models, what it has to know of their tokens and which of its parameters are not decayed.
+    ``forward(u)``, or ``forward(u, grid)`` where ``takes_grid``; ``forward(u, **padding_arguments(valid))`` where it
+    can leave padding out; ``matrix(u)``, the matrix that it applies; and, for models, what it has to know of their
+    tokens and which of its parameters are not decayed.
     """
 
     takes_grid = False  # whether forward takes the (H, W) of the patches
@@ -147,6 +220,20 @@ class Mixer(nn.Module):
     def layout_arguments(cls, kwargs: Mapping[str, Any]) -> Tuple[str, ...]:
         """Which of ``grid_size``, ``num_prefix_tokens`` and ``prefix_position`` a mixer with these arguments takes."""
         return ()
+
+    @torch.jit.ignore
+    def why_no_padding(self) -> Optional[str]:
+        """None where the mixer takes ``valid``: (B, L), False at padding, which stands at the end of the sequence.
+
+        What a valid token becomes is then what it would be alone, to rounding; what padding becomes has no meaning.
+        Otherwise why it does not.
+        """
+        return f'{type(self).__name__} has no form that leaves padding out'
+
+    @torch.jit.ignore
+    def padding_arguments(self, valid: Tensor) -> Dict[str, Tensor]:
+        """What ``forward`` takes beside the tokens for padding to be left out."""
+        return {'valid': valid}
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -180,6 +267,13 @@ class Mixer(nn.Module):
         """
         if self.takes_grid:
             self.tokens = self.tokens.resized(grid_size)
+
+
+def check_padding(mixer: Mixer, argument: str = 'valid') -> None:
+    """Raises ValueError for a mixer that does not take ``valid``."""
+    reason = mixer.why_no_padding()
+    if reason is not None:
+        raise ValueError(f'{argument}: {reason}')
 
 
 class GatedMixer(Mixer):
@@ -259,6 +353,7 @@ class MatrixMixer(GatedMixer):
     # whether parameters belong to positions: 'never', 'always', or 'if data-independent'
     position_parameters: ClassVar[str] = 'if data-independent'
     silu_extras: ClassVar[bool] = True
+    maskable: ClassVar[bool] = False  # whether ``mix``, data-dependent, takes ``valid``
 
     def __init__(
         self,
@@ -311,7 +406,18 @@ class MatrixMixer(GatedMixer):
         """Parameters, relative to this module, that should not use weight decay: those that belong to a position."""
         return set(self.grid_parameters())
 
-    def forward(self, u: Tensor, grid: Optional[Tuple[int, int]] = None, memory: Optional[Tensor] = None) -> Tensor:
+    def why_no_padding(self) -> Optional[str]:
+        if self.maskable and self.data_dependent:
+            return None
+        return super().why_no_padding()
+
+    def forward(
+        self,
+        u: Tensor,
+        grid: Optional[Tuple[int, int]] = None,
+        memory: Optional[Tensor] = None,
+        valid: Optional[Tensor] = None,
+    ) -> Tensor:
         """Mix the tokens.
 
         Args:
@@ -320,32 +426,34 @@ class MatrixMixer(GatedMixer):
                 ``takes_grid`` have a use for it.
             memory: Tokens (B, any length, d_model) to mix into u, instead of u itself: only mixers with a cross pattern
                 (``patterns``).
+            valid: (B, L), False at padding, see ``why_no_padding``; without ``memory``.
 
         Returns:
             (B, L, d_model).
 
         Raises:
-            ValueError: L or ``grid`` does not fit, or the mixer has no cross pattern.
+            ValueError: L or ``grid`` does not fit, the mixer has no cross pattern or does not take ``valid``.
         """
-        projected = self.in_proj(u)
+        if valid is not None:
+            check_padding(self)
+            if memory is not None:
+                raise ValueError('valid: it masks the tokens u, not those of a memory; give one of the two')
         tokens = self._check_grid(u.shape[1], grid)
+        projected = mask_projection(self.in_proj(u), valid, self.plain_extras)
         z, v, extras = self._unpack(projected)
         if memory is None:
-            y = self.mix(v, extras, tokens)
+            masked = {} if valid is None else {'valid': valid}
+            y = self.mix(v, extras, tokens, **masked)
         else:
             _, v_memory, extras_memory = self._unpack(self.in_proj(memory))
             y = self.mix_memory(extras, v_memory, extras_memory)
-        y = self.add_residual(y, v)
-        acc = accumulation_dtype(projected.dtype)
-        y = F.rms_norm(y.flatten(-2).to(acc), (self.d_inner,), self.norm.weight.to(acc), self.norm.eps)
-        return self.out_proj((y * F.silu(z.to(acc))).to(projected.dtype))
+        return self.out_proj(self.norm(self.add_residual(y, v).flatten(-2), z))
 
     def _unpack(self, projected: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """z (B, L, d_inner), v (B, L, H, P) and extras (B, L, conv_extras + plain_extras), convolution done."""
         v_dim = self.v_heads * self.headdim
         z, vx, plain = projected.split([self.d_inner, v_dim + self.conv_extras, self.plain_extras], dim=-1)
-        convolve = depthwise_conv if self.conv == 'centred' else causal_conv
-        vx = convolve(vx, self.conv1d.weight, self.conv1d.bias)
+        vx = convolved(self.conv1d, vx, self.conv == 'causal')
         if self.silu_extras:
             vx = F.silu(vx)
         v, extras = vx.split([v_dim, self.conv_extras], dim=-1)

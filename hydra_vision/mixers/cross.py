@@ -104,10 +104,9 @@ class HydraCross(Mixer):
         acc = weighted.dtype
         states = torch.einsum('bjdhn,bjhp->bdhnp', weighted, x.to(acc))  # d: the two directions
         y = torch.einsum('bidhn,bdhnp->bihp', C, states)
-        diagonal = F.linear(v.flatten(-2), self.fc_D.weight.to(v.dtype)).to(acc) + self.D.to(acc)
+        diagonal = self.fc_D(v.flatten(-2)).to(acc) + self.D.to(acc)
         y = (y + diagonal.unsqueeze(-1) * v.to(acc)).flatten(-2)
-        y = F.rms_norm(y, (self.d_inner,), self.norm.weight.to(acc), self.norm.eps)
-        return self.out_proj((y * F.silu(z.to(acc))).to(z.dtype))
+        return self.out_proj(self.norm(y, z))
 
     @torch.jit.ignore
     def matrix(self, u: Tensor, memory: Tensor) -> Tensor:

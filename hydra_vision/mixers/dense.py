@@ -73,6 +73,8 @@ class Fourier(MatrixMixer):
         self._build()
 
     def mix(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
+        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():  # the exporter on top of traces has no FFT
+            return apply_matrix(self.dense(v, extras, tokens), v)
         spectrum = torch.fft.fft(v.to(accumulation_dtype(v.dtype)), dim=1, norm='ortho')
         y = spectrum.real - spectrum.imag if self.kernel == 'hartley' else spectrum.real
         return y.to(v.dtype)

@@ -6,43 +6,51 @@ Paper: Hwang, Lahoti, Dao, Gu, "Hydra: Bidirectional State Space Models Through 
 """
 
 import math
-from typing import Optional, Set, Tuple
+from typing import Final, Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook
 
-from ..ops import hydra_inner, quasiseparable_matrix
+from ..ops import quasiseparable_matrix
+from ..ops.arguments import InnerArguments
 from ..ops.dispatch import check_backend_name, is_exporting
-from ..ops.inner import hydra_inner_late, scale_rows, unpack_zxbcdt
+from ..ops.inner import hydra_inner_late, mix_convolved, scale_rows, split_zxbcdt, unpack_convolved
 from ..ops.reference import accumulation_dtype
-from .base import GatedMixer, check_sizes
+from .base import GatedMixer, GatedRMSNorm, check_padding, check_sizes, convolved, is_plain, mask_projection
 
 __all__ = ['Hydra']
 
-# torch.fx keeps the operator as one node: tracing into it would freeze shapes and backend. TorchScript calls it in
+# torch.fx keeps an operator as one node: tracing into it would freeze shapes and backend. TorchScript calls it in
 # Python for the same reason, by the name of an operator, so that what calls it can be saved. Who loads it imports
 # hydra_vision first.
 torch.fx.wrap('_hydra_inner')
-_SCHEMA = (
+torch.fx.wrap('_mix_convolved')
+_SCHEMAS = (
     'hydra_inner_scripted(Tensor zxbcdt, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, Tensor A_log, '
     'Tensor D, Tensor fc_D_weight, Tensor norm_weight, Tensor? init_states, int headdim, int d_state, int ngroups, '
-    'bool share_bc, float dt_min, float dt_max, float eps, str backend) -> Tensor'
+    'bool share_bc, float dt_min, float dt_max, float eps, str backend) -> Tensor',
+    'mix_convolved_scripted(Tensor xbc, Tensor dt, Tensor fc_D, Tensor dt_bias, Tensor A_log, Tensor D, '
+    'Tensor? init_states, int headdim, int d_state, int ngroups, bool share_bc, float dt_min, float dt_max, '
+    'str backend) -> Tensor',
 )
 
 
 @torch.jit.ignore
-def _hydra_inner(
-    zxbcdt: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Optional[Tensor],
+def _hydra_inner(*arguments):
+    """What the scripted operator takes: the fields of ``InnerArguments``, dt_limit as two numbers, the backend."""
+    *front, dt_min, dt_max, eps, backend = arguments
+    return hydra_inner_late(InnerArguments(*front, (dt_min, dt_max), eps), backend=backend, late=False)[0]
+
+
+def _mix_convolved(
+    xbc: Tensor,
+    dt: Tensor,
+    fc_D: Tensor,
     dt_bias: Tensor,
     A_log: Tensor,
     D: Tensor,
-    fc_D_weight: Tensor,
-    norm_weight: Tensor,
     init_states: Optional[Tensor],
     headdim: int,
     d_state: int,
@@ -50,39 +58,37 @@ def _hydra_inner(
     share_bc: bool,
     dt_min: float,
     dt_max: float,
-    eps: float,
     backend: str,
 ) -> Tensor:
-    return hydra_inner(
-        zxbcdt,
-        conv_weight,
-        conv_bias,
-        dt_bias,
-        A_log,
-        D,
-        fc_D_weight,
-        norm_weight,
-        headdim=headdim,
-        d_state=d_state,
-        ngroups=ngroups,
-        share_bc=share_bc,
-        dt_limit=(dt_min, dt_max),
-        init_states=init_states,
-        eps=eps,
-        backend=backend,
-    )
+    if torch.jit.is_scripting():
+        y: Tensor = torch.ops.hydra_vision.mix_convolved_scripted(
+            xbc, dt, fc_D, dt_bias, A_log, D, init_states,
+            headdim, d_state, ngroups, share_bc, dt_min, dt_max, backend,
+        )  # fmt: skip
+        return y
+    else:
+        return mix_convolved(
+            xbc, dt, fc_D, dt_bias, A_log, D, init_states, headdim=headdim, d_state=d_state, ngroups=ngroups,
+            share_bc=share_bc, dt_limit=(dt_min, dt_max), backend=backend,
+        )  # fmt: skip
 
 
-if not hasattr(torch.ops.hydra_vision, 'hydra_inner_scripted'):  # a second import keeps the operator of the first
+if not hasattr(torch.ops.hydra_vision, 'hydra_inner_scripted'):  # a second import keeps the operators of the first
     _LIBRARY = torch.library.Library('hydra_vision', 'FRAGMENT')
-    _LIBRARY.define(_SCHEMA)
-    _LIBRARY.impl('hydra_inner_scripted', _hydra_inner, 'CompositeImplicitAutograd')
+    for _schema, _function in zip(_SCHEMAS, (_hydra_inner, _mix_convolved)):
+        _LIBRARY.define(_schema)
+        _LIBRARY.impl(_schema.partition('(')[0], _function, 'CompositeImplicitAutograd')
 
 
 def check_step_sizes(dt_min: float, dt_max: float) -> None:
     """Raises ValueError for an empty range of initial step sizes."""
     if not 0 < dt_min <= dt_max:
         raise ValueError(f'dt_min={dt_min}, dt_max={dt_max}; needed is 0 < dt_min <= dt_max')
+
+
+def check_step_limit(dt_min: float) -> Optional[str]:
+    """Why padding cannot have steps of size zero, or None."""
+    return f'dt_limit has the minimum {dt_min}, and padding needs steps of size zero' if dt_min > 0 else None
 
 
 def check_state_space(
@@ -112,20 +118,9 @@ def init_dt_bias_(dt_bias: Tensor, dt_min: float, dt_max: float, floor: float) -
     dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
 
-def _is_plain_projection(module: nn.Module) -> bool:
-    """Whether a module is y = W x and nothing sees its x and y, so that a factor per row may come after it.
-
-    What replaces it (an adapter, a quantised layer or weight) need not be linear, and a hook expects the normalised x.
-    """
-    return (
-        type(module) is nn.Linear
-        and module.bias is None
-        and type(module.weight) is nn.Parameter
-        and 'forward' not in vars(module)
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-        and not _has_any_global_hook()
-    )
+def _is_plain_product(module: nn.Module) -> bool:
+    """Whether a module is y = W x and nothing sees its x and y."""
+    return is_plain(module, nn.Linear) and module._parameters['bias'] is None
 
 
 def _is_exporting() -> bool:
@@ -160,6 +155,7 @@ class Hydra(GatedMixer):
     """
 
     scriptable = True
+    calls_parts: Final[bool]  # of the module as TorchScript compiles it
 
     def __init__(
         self,
@@ -189,6 +185,7 @@ class Hydra(GatedMixer):
         self.d_state, self.ngroups, self.share_bc, self.backend = d_state, ngroups, share_bc, backend
         self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
         self.dt_limit_min, self.dt_limit_max = float(dt_limit[0]), float(dt_limit[1])
+        self.calls_parts = False
 
         self._build_input(d_inner + (2 if share_bc else 4) * ngroups * d_state, 2 * nheads, **dd)
         self.dt_bias = nn.Parameter(torch.empty(nheads, **dd))
@@ -216,10 +213,54 @@ class Hydra(GatedMixer):
         """Parameters, relative to this module, that should not use weight decay."""
         return {'A_log', 'D', 'dt_bias', 'init_states'}
 
+    @torch.jit.ignore
+    def why_no_padding(self) -> Optional[str]:
+        if self.init_states is not None:
+            return 'learnable_init_states=True: a state that starts behind the padding is read by it'
+        return check_step_limit(self.dt_limit_min)
+
+    def __prepare_scriptable__(self):
+        self.calls_parts = not self._lends_weights()
+        return super().__prepare_scriptable__()
+
     @torch.jit.unused
-    def _forward_late(self, zxbcdt: Tensor) -> Tensor:
+    def _lends_weights(self) -> bool:
+        """Whether conv1d, fc_D and norm are plain, so that the fused operator computes with their weights."""
+        parts = self._modules  # self.conv1d takes longer than all questions about it
+        return (
+            is_plain(parts['conv1d'], nn.Conv1d)
+            and _is_plain_product(parts['fc_D'])
+            and is_plain(parts['norm'], GatedRMSNorm)
+        )
+
+    def _call_parts(self, zxbcdt: Tensor) -> Tensor:
+        """From in_proj's result to what out_proj takes, with a call of conv1d, fc_D and norm each."""
+        conv_dim = self.d_inner + (2 if self.share_bc else 4) * self.ngroups * self.d_state
+        z, xbc, dt = zxbcdt.split([self.d_inner, conv_dim, 2 * self.nheads], dim=-1)
+        xbc = F.silu(self.conv1d(xbc.transpose(1, 2)).transpose(1, 2))
+        fc_D = self.fc_D(xbc[..., : self.d_inner])
+        y = _mix_convolved(
+            xbc,
+            dt,
+            fc_D,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            self.init_states,
+            self.headdim,
+            self.d_state,
+            self.ngroups,
+            self.share_bc,
+            self.dt_limit_min,
+            self.dt_limit_max,
+            self.backend,
+        )
+        return self.norm(y, z)
+
+    @torch.jit.unused
+    def _forward_late(self, zxbcdt: Tensor, cu_seqlens: Optional[Tensor] = None) -> Tensor:
         """``forward`` from in_proj's result on; the norm's factor per token comes after out_proj where kernels can."""
-        y, factors = hydra_inner_late(
+        arguments = InnerArguments(
             zxbcdt,
             self.conv1d.weight,
             self.conv1d.bias,
@@ -228,23 +269,45 @@ class Hydra(GatedMixer):
             self.D,
             self.fc_D.weight,
             self.norm.weight,
-            headdim=self.headdim,
-            d_state=self.d_state,
-            ngroups=self.ngroups,
-            share_bc=self.share_bc,
-            dt_limit=(self.dt_limit_min, self.dt_limit_max),
-            init_states=self.init_states,
-            eps=self.norm.eps,
-            backend=self.backend,
-            late=_is_plain_projection(self.out_proj),
+            self.init_states,
+            self.headdim,
+            self.d_state,
+            self.ngroups,
+            self.share_bc,
+            (self.dt_limit_min, self.dt_limit_max),
+            self.norm.eps,
         )
+        y, factors = hydra_inner_late(arguments, cu_seqlens, self.backend, late=_is_plain_product(self.out_proj))
         out = self.out_proj(y)
         return out if factors is None else scale_rows(out, factors)
 
-    def forward(self, u: Tensor) -> Tensor:
-        """Mix the tokens u (B, L, d_model)."""
+    @torch.jit.unused
+    def _forward_packed(self, zxbcdt: Tensor, cu_seqlens: Tensor) -> Tensor:
+        if not self._lends_weights():
+            raise ValueError('cu_seqlens: conv1d, fc_D or norm was replaced, wrapped or hooked and knows no borders')
+        return self._forward_late(zxbcdt, cu_seqlens)
+
+    def forward(self, u: Tensor, valid: Optional[Tensor] = None, cu_seqlens: Optional[Tensor] = None) -> Tensor:
+        """Mix the tokens.
+
+        Args:
+            u: (B, L, d_model).
+            valid: (B, L), False at padding at the end of the sequence, see ``why_no_padding``; None for no padding.
+            cu_seqlens: Several sequences in one row, B = 1: their borders, as in ``quasiseparable_mix``.
+
+        Raises:
+            ValueError: ``valid``, of a mixer that cannot leave padding out; ``cu_seqlens`` that does not fit.
+        """
         zxbcdt = self.in_proj(u)
+        if cu_seqlens is not None:
+            return self._forward_packed(zxbcdt, cu_seqlens)
+        if valid is not None:
+            if not torch.jit.is_scripting():
+                check_padding(self)
+            zxbcdt = mask_projection(zxbcdt, valid, 2 * self.nheads)
         if torch.jit.is_scripting():
+            if self.calls_parts:
+                return self.out_proj(self._call_parts(zxbcdt))
             y = torch.ops.hydra_vision.hydra_inner_scripted(
                 zxbcdt,
                 self.conv1d.weight,
@@ -264,6 +327,8 @@ class Hydra(GatedMixer):
                 self.norm.eps,
                 self.backend,
             )
+        elif not self._lends_weights():
+            y = self._call_parts(zxbcdt)
         else:
             # An exported or traced graph may run where the kernels return no factors; for torch.fx zxbcdt is a proxy.
             if isinstance(zxbcdt, Tensor) and zxbcdt.is_cuda and not _is_exporting():
@@ -296,20 +361,19 @@ class Hydra(GatedMixer):
         The diagonal holds fc_D(x) + D. What ``learnable_init_states`` adds is not a function of x and not in M.
         float32, for float64 input float64; O(L^2) memory.
         """
-        zxbcdt = self.in_proj(u)
-        _, x, dt_f, dt_b, B_f, C_f, B_b, C_b = unpack_zxbcdt(
-            zxbcdt,
-            self.conv1d.weight,
-            self.conv1d.bias,
+        _, xbc, dt = split_zxbcdt(self.in_proj(u), self.d_inner, self.nheads)
+        x, dt_f, dt_b, B_f, C_f, B_b, C_b = unpack_convolved(
+            F.silu(convolved(self.conv1d, xbc)),
+            dt,
             self.dt_bias,
-            headdim=self.headdim,
-            d_state=self.d_state,
-            ngroups=self.ngroups,
-            share_bc=self.share_bc,
-            dt_limit=(self.dt_limit_min, self.dt_limit_max),
+            self.headdim,
+            self.d_state,
+            self.ngroups,
+            self.share_bc,
+            (self.dt_limit_min, self.dt_limit_max),
         )
-        acc = accumulation_dtype(zxbcdt.dtype)
-        diagonal = F.linear(x, self.fc_D.weight.to(x.dtype)) + self.D.to(acc)
+        acc = accumulation_dtype(x.dtype)
+        diagonal = self.fc_D(x) + self.D.to(acc)
         return quasiseparable_matrix(dt_f, dt_b, -torch.exp(self.A_log.to(acc)), B_f, C_f, B_b, C_b, diagonal.to(acc))
 
     def extra_repr(self) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..ops.reference import accumulation_dtype
 from ..ops.selective_scan import SCAN_BACKENDS, selective_scan, selective_scan_matrix
-from .base import Mixer, Patterns, causal_conv, check_sizes
+from .base import Mixer, Patterns, check_sizes, convolved, mask_projection
 from .hydra import check_step_sizes, init_dt_bias_
 
 __all__ = ['Mamba', 'Vim']
@@ -133,10 +133,18 @@ class Mamba(Mixer):
             name for suffix in self.directions for name in (f'A{suffix}_log', f'D{suffix}', f'dt_proj{suffix}.bias')
         }
 
-    def forward(self, u: Tensor) -> Tensor:
-        """Mix the tokens u (B, L, d_model)."""
-        x, z = self.in_proj(u).chunk(2, dim=-1)
-        y = sum(self._direction(x, suffix) for suffix in self.directions)
+    def why_no_padding(self) -> Optional[str]:
+        return None
+
+    def forward(self, u: Tensor, valid: Optional[Tensor] = None) -> Tensor:
+        """Mix the tokens.
+
+        Args:
+            u: (B, L, d_model).
+            valid: (B, L), False at padding at the end of the sequence; None for no padding.
+        """
+        x, z = mask_projection(self.in_proj(u), valid, 0).chunk(2, dim=-1)
+        y = sum(self._direction(x, suffix, valid) for suffix in self.directions)
         if len(self.directions) > 1:
             y = y / len(self.directions)
         return self.out_proj((y * F.silu(z.to(y.dtype))).to(x.dtype))
@@ -161,18 +169,19 @@ class Mamba(Mixer):
         """Convolved x (B, L, E), dt (B, L, E), A (E, N), B, C (B, L, N), D (E,) of a direction."""
         acc = accumulation_dtype(x.dtype)
         conv = getattr(self, f'conv1d{suffix}')
-        backward = suffix == '_b'
-        weight = conv.weight
-        x = F.silu(causal_conv(x.flip(1), weight, conv.bias).flip(1) if backward else causal_conv(x, weight, conv.bias))
+        x = convolved(conv, x.flip(1), causal=True).flip(1) if suffix == '_b' else convolved(conv, x, causal=True)
+        x = F.silu(x)
         columns = getattr(self, f'x_proj{suffix}')(x)
         r, B, C = columns.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         dt = getattr(self, f'dt_proj{suffix}')(r)
         A = -torch.exp(getattr(self, f'A{suffix}_log').to(acc))
         return x, dt, A, B, C, getattr(self, f'D{suffix}').to(acc)
 
-    def _direction(self, x: Tensor, suffix: str) -> Tensor:
+    def _direction(self, x: Tensor, suffix: str, valid: Optional[Tensor] = None) -> Tensor:
         """(B, L, E) -> (B, L, E), float32 or wider."""
         x, dt, A, B, C, D = self._terms(x, suffix)
+        if valid is not None:
+            dt = dt.masked_fill(~valid.unsqueeze(-1), 0.0)
         y = selective_scan(x, dt, A, B, C, reverse=suffix == '_b', backend=self.backend)
         return y + D * x.to(y.dtype)
 

@@ -13,7 +13,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor
 
 from ..ops.reference import accumulation_dtype
-from .base import MatrixMixer, causal_conv, check_sizes
+from .base import MatrixMixer, check_sizes, convolved
 from .grid import TokenGrid, resample_axis
 from .toeplitz import toeplitz_matrix, toeplitz_product
 
@@ -146,7 +146,7 @@ class ImplicitFilter(nn.Module):
         # window: down to 1 % of its height at 0.3 L in the fastest channel, at 1.5 L in the slowest
         decay = torch.linspace(math.log(100) / 1.5, math.log(100) / 0.3, self.channels, device=device, dtype=acc)
         h = h * torch.exp(-t * decay)
-        ahead, behind = h.mT.unbind(0)
+        ahead, behind = h.transpose(-1, -2).unbind(0)
         return torch.cat([behind[:, : L - 1].flip(-1), ahead], dim=-1)
 
 
@@ -266,29 +266,29 @@ class LongConv(MatrixMixer):
             return super().matrix(u, grid)
         self._check_grid(u.shape[1], grid)
         acc = accumulation_dtype(u.dtype)
-        x1, x2, _ = (t.to(acc).mT for t in self._gates(u))  # (B, d_inner, L)
+        x1, x2, _ = (t.to(acc).transpose(-1, -2) for t in self._gates(u))  # (B, d_inner, L)
         M = toeplitz_matrix(self.filter(u.shape[1]).to(acc))
         M = M + self.skip.to(acc)[:, None, None] * torch.eye(u.shape[1], dtype=acc, device=u.device)
         return x2.unsqueeze(-1) * M * x1.unsqueeze(-2)
 
     def _gates(self, u: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """x1, x2 and v (B, L, d_inner) of M2's own wrapper."""
-        return causal_conv(self.in_proj(u), self.conv1d.weight, self.conv1d.bias).chunk(3, dim=-1)
+        return convolved(self.conv1d, self.in_proj(u), causal=True).chunk(3, dim=-1)
 
     def mix(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
         L = v.shape[1]
-        y = toeplitz_product(self.filter(L) / L, (v.squeeze(-1) * extras).mT)
-        return y.mT.unsqueeze(-1)
+        y = toeplitz_product(self.filter(L) / L, (v.squeeze(-1) * extras).transpose(-1, -2))
+        return y.transpose(-1, -2).unsqueeze(-1)
 
     def dense(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
         L = v.shape[1]
         acc = accumulation_dtype(v.dtype)
-        return toeplitz_matrix(self.filter(L).to(acc) / L) * extras.to(acc).mT.unsqueeze(2)
+        return toeplitz_matrix(self.filter(L).to(acc) / L) * extras.to(acc).transpose(-1, -2).unsqueeze(2)
 
 
 def _long_convolution(filter: ImplicitFilter, skip: Tensor, x: Tensor) -> Tensor:
     """x (B, L, C) convolved with a filter per channel, and skip times it; dtype of x."""
-    return toeplitz_product(filter(x.shape[1]), x.mT).mT + skip.to(x.dtype) * x
+    return toeplitz_product(filter(x.shape[1]), x.transpose(-1, -2)).transpose(-1, -2) + skip.to(x.dtype) * x
 
 
 class BlockDiagonalLinear(nn.Module):
@@ -397,7 +397,9 @@ class MonarchLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features)."""
         x = torch.matmul(x.unflatten(-1, (self.blocks, -1)).unsqueeze(-2), self.weight1).squeeze(-2)
-        x = x.mT.flatten(-2).unflatten(-1, (self.blocks, -1)).unsqueeze(-2)  # of every block a part to every block
+        x = (
+            x.transpose(-1, -2).flatten(-2).unflatten(-1, (self.blocks, -1)).unsqueeze(-2)
+        )  # of every block a part to every block
         y = torch.matmul(x, self.weight2).flatten(-3)
         return y if self.bias is None else y + self.bias
 

@@ -21,14 +21,15 @@ __all__ = ['Cauchy', 'Vandermonde']
 
 def _columns(x: Tensor) -> Tuple[Tensor, ...]:
     """The d columns (..., L) of x (..., L, d), contiguous: read with stride d, sums of pairs take twice the time."""
-    return x.movedim(-1, 0).contiguous().unbind()
+    return x.movedim(x.ndim - 1, 0).contiguous().unbind()
 
 
 def _sum_of_reciprocals(a: Tensor, b: Tensor) -> Tensor:
     """M[..., i, j] = sum_d 1 / (a[..., i, d] + b[..., j, d])."""
-    M = a.new_zeros(*a.shape[:-1], b.shape[-2])
+    M: Optional[Tensor] = None
     for a_d, b_d in zip(_columns(a), _columns(b)):
-        M += (a_d[..., :, None] + b_d[..., None, :]).reciprocal_()
+        term = (a_d[..., :, None] + b_d[..., None, :]).reciprocal_()
+        M = term if M is None else M.add_(term)
     return M
 
 
@@ -36,9 +37,10 @@ def _sum_of_cosines(frequency: Tensor) -> Tensor:
     """M[..., i, j] = sum_d cos(frequency[..., i, d] * j)."""
     L = frequency.shape[-2]
     j = torch.arange(L, device=frequency.device, dtype=frequency.dtype)
-    M = frequency.new_zeros(*frequency.shape[:-1], L)
+    M: Optional[Tensor] = None
     for d in range(frequency.shape[-1]):
-        M += (frequency[..., :, None, d] * j).cos_()
+        term = (frequency[..., :, None, d] * j).cos_()
+        M = term if M is None else M.add_(term)
     return M
 
 
@@ -152,6 +154,6 @@ class Vandermonde(_PairwiseMixer):
     def dense(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
         q, k = (2 * math.pi * self.eps * t for t in self._wide(extras, tokens))
         total = _sum_of_cosines if torch.jit.is_tracing() else _SumOfCosines.apply  # a trace could not be saved
-        M = total(q) - total(k).mT
+        M = total(q) - total(k).transpose(-1, -2)
         M = M * (self._scale(v, v.shape[1]) * 2**-0.5)
         return torch.tril(M) if self.causal else M

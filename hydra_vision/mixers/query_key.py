@@ -108,7 +108,7 @@ class LowRank(QueryKeyMixer):
             return super().mix_memory(extras, v, extras_memory)
         q, _ = self.queries_and_keys(extras, None)
         _, k = self.queries_and_keys(extras_memory, None)
-        state = (k * (v.shape[1] * self.qk_dim) ** -0.5).mT @ v.transpose(1, 2)
+        state = (k * (v.shape[1] * self.qk_dim) ** -0.5).transpose(-1, -2) @ v.transpose(1, 2)
         return (q @ state).transpose(1, 2)
 
     def mix(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
@@ -120,12 +120,12 @@ class LowRank(QueryKeyMixer):
         if not self.data_dependent:  # one q and k for all images
             state = torch.einsum('hjd,bjhp->bhdp', k[0].to(v.dtype), v)
             return torch.einsum('hid,bhdp->bihp', q[0].to(v.dtype), state)
-        state = k.mT @ v.transpose(1, 2)  # (B, H, d, P)
+        state = k.transpose(-1, -2) @ v.transpose(1, 2)  # (B, H, d, P)
         return (q @ state).transpose(1, 2)
 
     def dense(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
         q, k = self.queries_and_keys(extras, tokens)
-        M = q @ k.mT * self._scale(v, v.shape[1])
+        M = q @ k.transpose(-1, -2) * self._scale(v, v.shape[1])
         return torch.tril(M) if self.causal else M
 
 
@@ -135,7 +135,7 @@ def _causal_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Q = min(_CHUNK, L)
     padding = -L % Q
     q, k, v = (torch.nn.functional.pad(t, (0, 0, 0, padding)).unflatten(2, (-1, Q)) for t in (q, k, v))
-    states = k.mT @ v  # (B, H, chunks, d, P)
+    states = k.transpose(-1, -2) @ v  # (B, H, chunks, d, P)
     before = states.cumsum(2) - states
-    y = torch.tril(q @ k.mT) @ v + q @ before
+    y = torch.tril(q @ k.transpose(-1, -2)) @ v + q @ before
     return y.flatten(2, 3)[:, :, :L]

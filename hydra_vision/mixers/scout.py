@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..ops.dispatch import is_exporting
 from ..ops.reference import accumulation_dtype
-from .base import Mixer, Patterns, check_arguments, check_sizes, keyword_arguments
+from .base import Mixer, Patterns, check_arguments, check_sizes, keyword_arguments, rms_norm
 from .grid import GridSize, TokenGrid
 from .hydra import Hydra
 from .mamba import Mamba, Vim
@@ -26,6 +26,13 @@ __all__ = ['CheckpointAttention', 'Scout']
 
 CHECKPOINTS = ('mean', 'last')
 LINEAR_MIXERS = {'hydra': Hydra, 'mamba': Mamba, 'semiseparable': Semiseparable, 'vim': Vim}
+
+
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's, in operators that every exporter knows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
 
 
 class CheckpointAttention(Mixer):
@@ -172,9 +179,9 @@ class CheckpointAttention(Mixer):
         else:
             patches = torch.cat([t[:, :, :start], t[:, :, end:]], dim=2) if end > start else t
             if self.takes_grid:
-                maps = patches.unflatten(2, tokens.size).flatten(0, 1).movedim(-1, 1)  # (B H, P, rows, columns)
+                maps = patches.unflatten(2, tokens.size).flatten(0, 1).movedim(3, 1)  # (B H, P, rows, columns)
                 maps = F.avg_pool2d(maps, self.segment, ceil_mode=True, count_include_pad=False)
-                found = maps.flatten(2).mT.unflatten(0, t.shape[:2])
+                found = maps.flatten(2).transpose(-1, -2).unflatten(0, (-1, self.nheads))
             else:
                 s = self._segment_length(tokens)
                 S = tokens.num_patches // s
@@ -226,7 +233,7 @@ class CheckpointAttention(Mixer):
         """(B, H, L, 1 + S) Softmax over the token itself and the checkpoints, in float32 or wider."""
         acc = accumulation_dtype(q.dtype)
         q, k, k_c = (t.to(acc) for t in (q, k, k_c))
-        scores = (q @ k_c.mT).to(acc)
+        scores = (q @ k_c.transpose(-1, -2)).to(acc)
         if mask is not None:
             scores = scores.masked_fill(~mask, float('-inf'))
         itself = (q * k).sum(-1).masked_fill(own, float('-inf'))
@@ -297,7 +304,7 @@ class Scout(Mixer):
         self.linear = cls(d_model, expand=expand, **given, **dd)
         if self.linear.takes_grid:
             raise ValueError(f'linear_kwargs={linear_kwargs!r}: the linear mixer must depend on the data')
-        self.norm = nn.RMSNorm(d_model, eps=1e-6, **dd)
+        self.norm = RMSNorm(d_model, eps=1e-6, **dd)
         self.attention = CheckpointAttention(
             d_model,
             headdim=headdim,

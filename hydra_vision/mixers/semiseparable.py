@@ -19,7 +19,7 @@ from ..ops.reference import accumulation_dtype
 from ..ops.semiseparable import semiseparable_matrix, semiseparable_mix
 from .base import MatrixMixer, Patterns
 from .grid import TokenGrid
-from .hydra import check_state_space, init_dt_bias_
+from .hydra import check_state_space, check_step_limit, init_dt_bias_
 
 __all__ = ['Quasiseparable', 'Semiseparable']
 
@@ -71,6 +71,7 @@ class Semiseparable(MatrixMixer):
     """
 
     patterns: ClassVar[Patterns] = {'noncausal self': {}, 'causal self': {'variant': 'causal'}}
+    maskable = True
 
     def __init__(
         self,
@@ -140,6 +141,9 @@ class Semiseparable(MatrixMixer):
     def grid_parameters(self) -> Tuple[str, ...]:
         return () if self.data_dependent else ('BC',)
 
+    def why_no_padding(self) -> Optional[str]:
+        return check_step_limit(self.dt_limit[0]) or super().why_no_padding()
+
     def resample(self, name: str, value: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
         value = old.tokens(value, new)
         if old.size == new.size:
@@ -165,12 +169,12 @@ class Semiseparable(MatrixMixer):
         pairs = pairs * (self.directions // len(pairs))
         diagonal = None
         if self.diagonal:
-            diagonal = F.linear(v.flatten(-2), self.fc_D.weight.to(v.dtype)).to(acc) + self.D.to(acc)
+            diagonal = self.fc_D(v.flatten(-2)).to(acc) + self.D.to(acc)
         scans = [(dt[:, :, n], *pair.unbind(2)) for n, pair in enumerate(pairs)]
         return -torch.exp(self.A_log.to(acc)), scans, diagonal
 
-    def mix(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tensor:
-        A, scans, diagonal = self._terms(v, extras, tokens)
+    def mix(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid], valid: Optional[Tensor] = None) -> Tensor:
+        A, scans, diagonal = self._terms(v, extras, tokens)  # the step sizes say what is valid
         P = v.shape[-1]
         x = self._widened(v)
         if self.shifted:
@@ -205,7 +209,7 @@ class Semiseparable(MatrixMixer):
         if self.variant in ('mult', 'concat'):
             return torch.cat(Ms, dim=1)
         M = sum(Ms)
-        return M if diagonal is None else M + torch.diag_embed(diagonal.mT)
+        return M if diagonal is None else M + torch.diag_embed(diagonal.transpose(-1, -2))
 
     def _widened(self, t: Tensor) -> Tensor:
         """Zeros behind the last dimension up to a width that the kernels have, where it is they that compute."""

@@ -33,6 +33,8 @@ def toeplitz_product(t: Tensor, v: Tensor) -> Tensor:
     L = v.shape[-1]
     acc = accumulation_dtype(v.dtype)
     t = t.to(acc)
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():  # the exporter on top of traces has no FFT
+        return (toeplitz_matrix(t) @ v.to(acc).unsqueeze(-1)).squeeze(-1).to(v.dtype)
     n = _fast_length(2 * L - 1)
     # a circulant of this size: offsets 0 ... L-1, places without use, offsets -(L-1) ... -1
     unused = t.new_zeros(*t.shape[:-1], n - (2 * L - 1))
@@ -107,7 +109,9 @@ class Toeplitz(MatrixMixer):
         """(B or 1, H, 2L-1), scaled."""
         if not self.data_dependent:
             return 0.5 * tokens.num_tokens**-0.5 * self._at('t', tokens).unsqueeze(0)
-        ahead, behind = extras.to(accumulation_dtype(extras.dtype)).mT.unflatten(1, (2, self.nheads)).unbind(1)
+        ahead, behind = (
+            extras.to(accumulation_dtype(extras.dtype)).transpose(-1, -2).unflatten(1, (2, self.nheads)).unbind(1)
+        )
         t = torch.cat([behind[..., 1:].flip(-1), ahead], dim=-1)
         return 0.5 * extras.shape[1] ** -0.5 * t
 

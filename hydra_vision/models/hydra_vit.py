@@ -37,15 +37,18 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from timm.models._manipulate import checkpoint
+from timm.models.naflexvit import global_pool_naflex
 from timm.models.vision_transformer import global_pool_nlc
 
 from ..mixers import BlockDiagonalLinear, MonarchLinear, StructuredMlp
+from ..mixers.base import check_padding
 from ._layer_norm import BlockNorm
 from ._mixer import mixer_factories, resample_mixer_parameter
+from ._padded import grid_coordinates, naflex_inputs, reorder_tokens, sampled_pos_embed, scan_positions
 from ._patch_embed import PatchEmbed
 from .scan_order import SCAN_ORDERS, block_order, reorder
 
@@ -89,9 +92,21 @@ class HydraBlock(nn.Module):
         else:
             self.norm2 = self.mlp = self.drop_path2 = None
 
-    def forward(self, x: torch.Tensor, grid: Optional[Tuple[int, int]] = None) -> torch.Tensor:
-        """x (B, L, dim); grid: (H, W) of its patches, where they are not those the model was made for."""
-        if self.takes_grid:
+    @torch.jit.unused
+    def _mix_valid(self, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        return self.mixer(x, **self.mixer.padding_arguments(valid))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        grid: Optional[Tuple[int, int]] = None,
+        valid: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """x (B, L, dim); grid: (H, W) of its patches, where they are not those the model was made for; valid: (B, L),
+        False at padding, which stands last."""
+        if valid is not None:
+            y = self._mix_valid(self.norm1(x), valid)
+        elif self.takes_grid:
             y = self.mixer(self.norm1(x), grid)
         else:
             y = self.mixer(self.norm1(x))
@@ -192,8 +207,9 @@ class HydraViT(nn.Module):
                 have it first.
             scan_order: Order of the patches while the blocks run: 'row' (the paper), 'column', 'alternate' (rows in
                 even blocks, columns in odd ones), 'snake' or 'hilbert'. Position embedding and outputs are by rows.
-            dynamic_img_size: Accept any image size that the patch size divides.
-            dynamic_img_pad: Pad images that the patch size does not divide (with dynamic_img_size).
+            dynamic_img_size: Accept any image size that the patch size divides, also with what belongs to positions (a
+                position embedding, a mixer's parameters), which is resampled. A model without any always does.
+            dynamic_img_pad: Pad images that the patch size does not divide.
             drop_rate: Head dropout rate.
             pos_drop_rate: Dropout rate after the embedding.
             patch_drop_rate: Share of patch tokens dropped in training; the kept ones stay in order.
@@ -331,6 +347,8 @@ class HydraViT(nn.Module):
                 f'scan_order={scan_order!r}: position parameters of mixer={mixer!r} are resampled by rows; set '
                 'dynamic_img_size=False'
             )
+        if pos_embed == 'none' and not any(blk.mixer.grid_parameters() for blk in self.blocks):
+            self.patch_embed.strict_img_size = False  # nothing belongs to a position
         self.feature_info = [dict(module=f'blocks.{i}', num_chs=embed_dim, reduction=reduction) for i in range(depth)]
         self.norm = norm_layer(embed_dim, **dd)
 
@@ -465,12 +483,13 @@ class HydraViT(nn.Module):
             for info in self.feature_info:
                 info['reduction'] = reduction
         update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
+        _recommend_size(self, self.patch_embed.img_size)
 
     def _grid(self, x: torch.Tensor) -> Optional[Tuple[int, int]]:
-        """Grid of the embedded patches where it may differ from the model's own, for mixers that depend on it."""
-        if self.dynamic_img_size:
-            return x.shape[1], x.shape[2]
-        return None
+        """Grid of the patches of images (B, C, H, W), where it may differ from the model's own."""
+        if self.patch_embed.strict_img_size:
+            return None
+        return self.patch_embed.grid_of(x.shape[2], x.shape[3])
 
     def _whole_grid(self, grid: Optional[Tuple[int, int]]) -> Tuple[int, int]:
         """What `_grid` returned, or the model's own grid."""
@@ -478,11 +497,11 @@ class HydraViT(nn.Module):
             return grid
         return self.patch_embed.dynamic_feat_size(self.patch_embed.img_size)
 
-    def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
+    def _pos_embed(self, x: torch.Tensor, grid: Optional[Tuple[int, int]] = None) -> torch.Tensor:
         """Patches to tokens in scan order (the first block's), with position embedding and class token."""
-        grid = self._grid(x)
         if self.dynamic_img_size:
             _, H, W, _ = x.shape
+            grid = (H, W)
             if self.pos_embed is not None:
                 pos_embed = resample_abs_pos_embed(
                     self.pos_embed,
@@ -593,9 +612,9 @@ class HydraViT(nn.Module):
 
         # forward pass
         B = x.shape[0]
-        x = self.patch_embed(x)
         grid = self._grid(x)
-        x = self._pos_embed(x)
+        x = self.patch_embed(x)
+        x = self._pos_embed(x, grid)
         x = self.norm_pre(x)
 
         if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
@@ -705,11 +724,71 @@ class HydraViT(nn.Module):
             intermediates_only=True,
         )
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Forward pass through feature layers (embeddings, blocks, final norm): (B, C, H, W) -> (B, L, embed_dim)."""
-        x = self.patch_embed(x)
+    @torch.jit.unused
+    def _forward_padded(
+        self,
+        x: torch.Tensor,
+        patch_coord: Optional[torch.Tensor],
+        patch_valid: Optional[torch.Tensor],
+    ) -> Dict[str, torch.Tensor]:
+        """`forward_features` of images or patches with padding among them."""
+        x, coord, valid = naflex_inputs(x, patch_coord, patch_valid)
+        for i, blk in enumerate(self.blocks):
+            check_padding(blk.mixer, f'patch_valid, block {i}')
+        if self.training and not isinstance(self.patch_drop, nn.Identity):
+            raise ValueError('patch_valid: no patches are dropped from a padded batch; set patch_drop_rate=0')
+        if coord is None:
+            H, W = self._whole_grid(self._grid(x))
+            x = self.patch_embed(x)
+            x = x.flatten(1, 2) if self.dynamic_img_size else x
+            coord = grid_coordinates(H, W, x.device).expand(x.shape[0], -1, -1)
+            valid = valid.flatten(1)
+        else:
+            x = self.patch_embed.from_patches(x)
+        if valid.shape != x.shape[:2] or valid.dtype != torch.bool:
+            form = f'{tuple(valid.shape)}, {valid.dtype}'
+            raise ValueError(f'patch_valid has shape {form}; it must be {tuple(x.shape[:2])}, torch.bool')
+        if self.pos_embed is not None:
+            x = x + sampled_pos_embed(self.pos_embed, self.patch_embed.grid_size, coord, valid)
+        x = self.pos_drop(x)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        x = self.norm_pre(x)
+        in_scan = torch.arange(x.shape[1], device=x.device) < valid.sum(1, keepdim=True) + self.num_prefix_tokens
+        order, place = None, None
+        for i, blk in enumerate(self.blocks):
+            before, order = order, block_order(self.scan_order, i)
+            if order != before:
+                if place is not None:
+                    x = reorder_tokens(x, place)
+                token = self.class_token_position if self.has_class_token else None
+                place = scan_positions(order, coord, valid, token)
+                x = reorder_tokens(x, place.argsort(1))
+            x = checkpoint(blk, x, None, in_scan) if self.grad_checkpointing else blk(x, None, in_scan)
+        return {'patches': reorder_tokens(self.norm(x), place), 'patch_valid': valid}
+
+    def forward_features(
+        self,
+        x: torch.Tensor,
+        patch_coord: Optional[torch.Tensor] = None,
+        patch_valid: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """Forward pass through feature layers (embeddings, blocks, final norm).
+
+        Args:
+            x: Images (B, C, H, W), or what `forward` takes.
+            patch_coord: As in `forward`.
+            patch_valid: As in `forward`.
+
+        Returns:
+            (B, L, embed_dim); of a padded batch, as timm's NaFlexVit, the arguments of `forward_head`: a dictionary
+            with 'patches' (B, L, embed_dim), the class token and then the patches where they stood, and 'patch_valid'.
+        """
+        if not torch.jit.is_scripting() and _is_padded(x, patch_coord, patch_valid):
+            return self._forward_padded(x, patch_coord, patch_valid)
         grid = self._grid(x)
-        x = self._pos_embed(x)
+        x = self.patch_embed(x)
+        x = self._pos_embed(x, grid)
         x = self.norm_pre(x)
         for i, blk in enumerate(self.blocks):
             x = self._next_order(x, i, grid)
@@ -719,35 +798,76 @@ class HydraViT(nn.Module):
                 x = blk(x, grid)
         return self._output_order(self.norm(x), len(self.blocks) - 1, grid)
 
-    def pool(self, x: torch.Tensor, pool_type: Optional[str] = None) -> torch.Tensor:
+    def pool(
+        self,
+        x: torch.Tensor,
+        pool_type: Optional[str] = None,
+        patch_valid: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
         """Apply pooling to feature tokens.
 
         Args:
             x: Feature tensor.
             pool_type: Pooling type override.
+            patch_valid: (B, N), False at patches that are padding.
 
         Returns:
             Pooled features.
         """
         pool_type = self.global_pool if pool_type is None else pool_type
+        if patch_valid is not None and not torch.jit.is_scripting():
+            wide = x if x.dtype == torch.float64 else x.float()  # bfloat16 does not count beyond 256
+            return global_pool_naflex(wide, patch_valid, pool_type, self.num_prefix_tokens).to(x.dtype)
         return global_pool_nlc(x, pool_type=pool_type, num_prefix_tokens=self.num_prefix_tokens)
 
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+    def forward_head(
+        self,
+        patches: torch.Tensor,
+        pre_logits: bool = False,
+        patch_valid: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
         """Forward pass through classifier head.
 
         Args:
-            x: Feature tensor.
+            patches: Feature tensor.
             pre_logits: Return features before final classifier.
+            patch_valid: (B, N), False at patches that are padding.
 
         Returns:
             Output tensor.
         """
-        x = self.head_drop(self.pool(x))
+        x = self.head_drop(self.pool(patches, patch_valid=patch_valid))
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Forward pass: images (B, in_chans, H, W) to logits (B, num_classes)."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        patch_coord: Optional[torch.Tensor] = None,
+        patch_valid: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """Forward pass to logits (B, num_classes).
+
+        An image in a padded batch gets what it would get alone, to rounding.
+
+        Args:
+            x: Images (B, in_chans, H, W); patches (B, N, height * width * in_chans) or (B, N, height, width, in_chans)
+                with `patch_coord`; or a dictionary of timm's NaFlex loader: 'patches', 'patch_coord', 'patch_valid'.
+            patch_coord: (B, N, 2) Row and column of each patch in its image.
+            patch_valid: (B, N) False at patches that are padding; N = h * w patches by rows for images.
+
+        Raises:
+            ValueError: A padded batch and a mixer that cannot leave padding out, or shapes that do not fit.
+        """
+        if not torch.jit.is_scripting() and _is_padded(x, patch_coord, patch_valid):
+            features = self._forward_padded(x, patch_coord, patch_valid)
+            return self.forward_head(features['patches'], patch_valid=features['patch_valid'])
         return self.forward_head(self.forward_features(x))
+
+
+@torch.jit.unused
+def _is_padded(x: Any, patch_coord: Any, patch_valid: Any) -> bool:
+    """For torch.fx, whose stand-ins are no tensors, an argument that is left out is not there."""
+    return isinstance(x, dict) or isinstance(patch_coord, torch.Tensor) or isinstance(patch_valid, torch.Tensor)
 
 
 def _check_choice(name: str, value: str, allowed: Tuple[str, ...]) -> None:
@@ -815,9 +935,16 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: HydraViT) -> Dict[st
     return out_dict
 
 
+def _recommend_size(model: nn.Module, img_size: Union[int, Tuple[int, int]]) -> None:
+    """timm's preprocessing takes the size of a model that takes any from its configuration."""
+    cfg = getattr(model, 'pretrained_cfg', None)
+    if cfg and cfg.get('input_size'):
+        cfg['input_size'] = (cfg['input_size'][0], *to_2tuple(img_size))
+
+
 def _create_hydra_vit(variant: str, pretrained: bool = False, **kwargs) -> HydraViT:
     out_indices = kwargs.pop('out_indices', 3)
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         HydraViT,
         variant,
         pretrained,
@@ -825,6 +952,10 @@ def _create_hydra_vit(variant: str, pretrained: bool = False, **kwargs) -> Hydra
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )
+    registered = get_pretrained_cfg(variant).input_size[1:]
+    if 'img_size' in kwargs and tuple(model.pretrained_cfg['input_size'][1:]) == registered:  # no file says otherwise
+        _recommend_size(model, kwargs['img_size'])
+    return model
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
@@ -835,7 +966,7 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
         'pool_size': None,
         'crop_pct': 0.9,
         'interpolation': 'bicubic',
-        'fixed_input_size': True,
+        'fixed_input_size': False,
         'mean': IMAGENET_DEFAULT_MEAN,
         'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'patch_embed.proj',

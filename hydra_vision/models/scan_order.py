@@ -9,6 +9,8 @@ from typing import Iterator, List, Tuple
 import torch
 from torch import Tensor
 
+from ..ops.dispatch import is_exporting
+
 __all__ = ['SCAN_ORDERS', 'block_order', 'raster_index', 'reorder']
 
 # 'alternate' is 'row' in even blocks and 'column' in odd ones
@@ -112,6 +114,9 @@ def _reorder(x: Tensor, height: int, width: int, source: str, target: str, class
         index, _ = _indices(int(height), int(width), source, target, int(class_index), x.device)
         return x.index_select(1, index)
     symbols = isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt)
+    if symbols and is_exporting() and 'hilbert' not in (source, target):
+        tokens = torch.arange(x.shape[1], device=x.device)
+        return x.index_select(1, _computed(tokens, height, width, source, target, class_index))
     if symbols or torch.compiler.is_dynamo_compiling():  # sizes that may change: one operator in the graph
         index, inverse = _scan_indices(x, height, width, source, target, class_index)
     else:
@@ -144,6 +149,27 @@ class _Permute(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (inverse,) = ctx.saved_tensors
         return grad.index_select(1, inverse), None, None
+
+
+def _computed(tokens: Tensor, height: int, width: int, source: str, target: str, class_index: int) -> Tensor:
+    """``_positions`` of tokens 0, 1, ... as arithmetic: a graph for every grid, without a custom operator."""
+
+    def snake(t: Tensor) -> Tensor:  # from place to cell, and from cell to place
+        y = t // width
+        return torch.where(y % 2 == 0, t, (2 * y + 1) * width - 1 - t)
+
+    def transposed(t: Tensor, height: int, width: int) -> Tensor:
+        x = t // height
+        return (t - x * height) * width + x  # t % height, which the ONNX exporter takes of constants only
+
+    t = tokens if class_index == -1 else tokens - (tokens > class_index).long()
+    if target != 'row':
+        t = snake(t) if target == 'snake' else transposed(t, height, width)
+    if source != 'row':
+        t = snake(t) if source == 'snake' else transposed(t, width, height)
+    if class_index == -1:
+        return t
+    return torch.where(tokens == class_index, tokens, t + (t >= class_index).long())
 
 
 @lru_cache(maxsize=256)

@@ -106,9 +106,9 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs) -> VisionMamba
 
 default_cfgs = generate_default_cfgs(
     {
-        'vim_tiny_patch16_224.untrained': _cfg(license='apache-2.0'),
-        'vim_small_patch16_224.untrained': _cfg(license='apache-2.0'),
-        'vim_base_patch16_224.untrained': _cfg(license='apache-2.0'),
+        'vim_tiny_patch16_224.untrained': _cfg(license='apache-2.0', fixed_input_size=True),
+        'vim_small_patch16_224.untrained': _cfg(license='apache-2.0', fixed_input_size=True),
+        'vim_base_patch16_224.untrained': _cfg(license='apache-2.0', fixed_input_size=True),
     }
 )
 

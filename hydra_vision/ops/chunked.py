@@ -102,7 +102,7 @@ def mix_chunked(
             read = sums[:, :-1] if from_left else total - sums[:, 1:]
             write = total - sums[:, 1:] if from_left else sums[:, :-1]
             weighted = xc * (write.to(acc).exp() * dt).unsqueeze(-1)
-            states = Bt.mT @ _by_group(weighted, G)  # (Bc, G, N, H/G * P)
+            states = Bt.transpose(-1, -2) @ _by_group(weighted, G)  # (Bc, G, N, H/G * P)
             entering = _scan(
                 states.unflatten(0, (batch, chunks)), total[:, 0].unflatten(0, (batch, chunks)), start, from_left
             ).flatten(0, 1)
@@ -164,7 +164,9 @@ def _mix_tiles(
 
     i = torch.arange(q, device=x.device)
     lower = i[:, None] > i[None, :]
-    scores = torch.where(lower, per_group(C_f) @ per_group(B_f).mT, per_group(C_b) @ per_group(B_b).mT)
+    scores = torch.where(
+        lower, per_group(C_f) @ per_group(B_f).transpose(-1, -2), per_group(C_b) @ per_group(B_b).transpose(-1, -2)
+    )
     before_f, after_f, before_b, after_b = (per_head(t) for t in (P_f[:, :-1], P_f[:, 1:], P_b[:, :-1], P_b[:, 1:]))
     tile = torch.where(
         lower,
@@ -211,7 +213,7 @@ def _mix_neighbours_(
     def send(x: Tensor, column: Tensor, Bt: Tensor, Ct: Tensor) -> Tensor:
         """(Bc, pairs, span, H, P) of one side -> what the other side reads, before the factor of its rows."""
         weighted = (x * column.unsqueeze(-1)).flatten(0, 1)
-        scores = Ct @ Bt.mT  # (Bc, pairs, G, span, span)
+        scores = Ct @ Bt.transpose(-1, -2)  # (Bc, pairs, G, span, span)
         return _by_token(scores.flatten(0, 1) @ _by_group(weighted, G), P).view_as(x)
 
     y_left, y_right = halves(y)

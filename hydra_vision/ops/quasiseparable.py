@@ -9,6 +9,7 @@ from .chunked import mix_chunked
 from .dispatch import choose_backend, is_exporting
 from .exported import mix_exported
 from .mamba_ssm import mix_mamba_ssm
+from .packed import check_cu_seqlens, segments_of, separated
 from .reference import dense_matrix, mix_dense
 
 __all__ = ['mix_unchecked', 'quasiseparable_matrix', 'quasiseparable_mix']
@@ -26,6 +27,7 @@ def quasiseparable_mix(
     D: Optional[Tensor] = None,
     *,
     init_states: Optional[Tensor] = None,
+    cu_seqlens: Optional[Tensor] = None,
     backend: str = 'auto',
 ) -> Tensor:
     """Mix tokens with the data-dependent quasiseparable matrix, y = M x (Hydra, NeurIPS 2024, eq. 3).
@@ -45,6 +47,8 @@ def quasiseparable_mix(
         C_b: (B, L, G, N).
         D: the diagonal, (B, L, H) or (H,); None for zero.
         init_states: (H, P, N), the state from which both directions start; None for zero.
+        cu_seqlens: (sequences + 1,), int32 or int64, from 0 to L: several sequences stand in one row, B = 1, token
+            cu_seqlens[n] being the first of the n-th. M is then zero between them.
         backend: 'auto', 'reference', 'chunked', 'triton' or 'mamba_ssm'.
 
     x, B_* and C_* share one floating dtype; dt_*, A, D and init_states have that dtype or float32. Sums are accumulated
@@ -60,6 +64,10 @@ def quasiseparable_mix(
     """
     _check({'x': x, 'B_f': B_f, 'C_f': C_f, 'B_b': B_b, 'C_b': C_b}, dt_f, dt_b, A, D, init_states)
     name = choose_backend(backend, x.device)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, x, init_states)
+        segments = segments_of(cu_seqlens, x.shape[1])
+        dt_f, dt_b, B_f, B_b = separated(segments, dt_f, dt_b, A, B_f, B_b)
     return mix_unchecked(name, x, dt_f, dt_b, A, B_f, C_f, B_b, C_b, D, init_states)
 
 

@@ -113,8 +113,8 @@ def _mamba_ssm_reason() -> Optional[str]:
 def _scan_mamba_ssm(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    u, delta, Bt, Ct = (t.mT.contiguous().float() for t in (x, dt, B, C))
-    return selective_scan_fn(u, delta, A.float(), Bt, Ct).mT.to(x.dtype)
+    u, delta, Bt, Ct = (t.transpose(-1, -2).contiguous().float() for t in (x, dt, B, C))
+    return selective_scan_fn(u, delta, A.float(), Bt, Ct).transpose(-1, -2).to(x.dtype)
 
 
 def selective_scan_matrix(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, reverse: bool = False) -> Tensor:
@@ -126,12 +126,12 @@ def selective_scan_matrix(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, revers
     if reverse:
         return selective_scan_matrix(*(t.flip(1) if t.ndim == 3 else t for t in (dt, A, B, C))).flip(-1, -2)
     dt, A, B, C = (t.to(acc) for t in (dt, A, B, C))
-    sums = dt.double().cumsum(1).mT  # (B, E, L)
+    sums = dt.double().cumsum(1).transpose(-1, -2)  # (B, E, L)
     elapsed = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).clamp(min=0).to(acc)
     M = torch.zeros_like(elapsed)
     for n in range(A.shape[1]):
         M += torch.exp(A[:, n, None, None] * elapsed) * (C[:, :, n, None] * B[:, None, :, n]).unsqueeze(1)
-    return torch.tril(M * dt.mT.unsqueeze(-2))
+    return torch.tril(M * dt.transpose(-1, -2).unsqueeze(-2))
 
 
 def scan_recurrence(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
@@ -173,10 +173,10 @@ def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tenso
         for q in range(Q):
             h = _step(h, x[:, :, q], dt[:, :, q], A, B[:, :, q])
         decay = torch.exp(dt.sum(2).unsqueeze(-1) * A)  # of a whole chunk, (B, n, E, N)
-        entering = [torch.zeros_like(h[:, 0])]
-        for c in range(chunks - 1):
+        entering = [h[:, 0]]
+        for c in range(1, chunks - 1):
             entering.append(decay[:, c] * entering[-1] + h[:, c])
-        h = torch.stack(entering, 1)
+        h = torch.nn.functional.pad(torch.stack(entering, 1), (0, 0, 0, 0, 1, 0))  # zero enters the first
     else:
         h = x.new_zeros(x.shape[0], 1, *A.shape)
     states, ys = h, []

@@ -46,8 +46,9 @@ def semiseparable_mix(
         ValueError: A shape that does not fit or an unknown backend.
         RuntimeError: The named backend cannot run here.
     """
-    symbolic = isinstance(x.shape[1], torch.SymInt)
-    if choose_backend(backend, x.device) == 'chunked' and not symbolic:
+    # its tiles depend on L, and it writes through views, which the ONNX exporter on top of traces does not know
+    unfit = isinstance(x.shape[1], torch.SymInt) or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export())
+    if choose_backend(backend, x.device) == 'chunked' and not unfit:
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):  # the decays and sums keep their float32
@@ -72,7 +73,7 @@ def _with_empty_token(reverse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _one_half(reverse: bool, A: Tensor, x: 'Tensor | None', dt: Tensor, B: Tensor, C: Tensor) -> tuple:
     """Arguments of the quasiseparable operator with one half empty: a token with dt = 0 writes nothing."""
-    none = torch.zeros_like(dt)
+    none = dt * 0.0  # not zeros_like, which keeps the batch of a trace
     return x, *((none, dt) if reverse else (dt, none)), A, B, C, B, C
 
 
@@ -113,7 +114,7 @@ def _mix_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse
     i = torch.arange(q, device=x.device)
     seen = i[:, None] <= i[None, :] if reverse else i[:, None] >= i[None, :]
     tile = exponent.masked_fill(~seen, float('-inf')).to(acc).exp()  # (Bc, tiles, H, q, q)
-    scores = (C.unflatten(2, tiles) @ B.unflatten(2, tiles).mT).transpose(1, 2)  # (Bc, tiles, G, q, q)
+    scores = (C.unflatten(2, tiles) @ B.unflatten(2, tiles).transpose(-1, -2)).transpose(1, 2)  # (Bc, tiles, G, q, q)
     tile = scale(tile.unflatten(2, (G, H // G)), scores.unsqueeze(3)).flatten(2, 3)
     tile = scale(tile, dt_tile.unsqueeze(-2))
     y = (tile @ x_c.unflatten(1, tiles).transpose(2, 3)).transpose(2, 3).reshape(x_c.shape)
@@ -132,7 +133,7 @@ def _mix_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse
             column.to(acc).exp() * dt.unflatten(1, pair)[:, :, writer]
         ).unsqueeze(-1)  # (Bc, pairs, span, H, P)
         C_read, B_written = C.unflatten(2, pair)[:, :, :, reader], B.unflatten(2, pair)[:, :, :, writer]
-        scores = (C_read @ B_written.mT).transpose(1, 2)  # (Bc, pairs, G, span, span)
+        scores = (C_read @ B_written.transpose(-1, -2)).transpose(1, 2)  # (Bc, pairs, G, span, span)
         heard = _by_token(scores.flatten(0, 1) @ _by_group(weighted.flatten(0, 1), G), P).view_as(weighted)
         y.unflatten(1, pair).select(2, reader).add_(scale(heard, row.to(acc).exp().unsqueeze(-1)))
         span *= 2
@@ -142,7 +143,7 @@ def _mix_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse
         write = at if reverse else total.unsqueeze(1) - at
         read = total.unsqueeze(1) - at if reverse else at
         weighted = x_c * (write.to(acc).exp() * dt).unsqueeze(-1)
-        states = (B.mT @ _by_group(weighted, G)).unflatten(0, (batch, chunks))  # (B, c, G, N, H/G * P)
+        states = (B.transpose(-1, -2) @ _by_group(weighted, G)).unflatten(0, (batch, chunks))  # (B, c, G, N, H/G * P)
         entering = _scan(states, total.unflatten(0, (batch, chunks)), None, not reverse).flatten(0, 1)
         y = add(y, scale(_by_token(C @ entering, P), read.to(acc).exp().unsqueeze(-1)))
     y = y.unflatten(0, (batch, chunks)).flatten(1, 2)

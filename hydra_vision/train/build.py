@@ -1,5 +1,6 @@
 """Builds what a recipe describes around a model: device, initial weights, optimizer, schedule."""
 
+import inspect
 import math
 from typing import Any
 
@@ -195,10 +196,12 @@ def create_model(config: Config, num_classes: int, load_weights: bool = True) ->
         raise ConfigError(f'unknown model.name={model.name!r}{nearest(model.name, timm.list_models())}')
     kwargs: dict[str, Any] = dict(model.kwargs)
     cfg = None if ':' in model.name else get_pretrained_cfg(model.name)
-    if config.data.img_size is not None and cfg is not None and cfg.fixed_input_size:
+    # ours take img_size whether their arguments tie them to it or not
+    sized = cfg is not None and (cfg.fixed_input_size or timm.models.is_model_in_modules(model.name, {'hydra_vit'}))
+    if config.data.img_size is not None and sized:
         size = config.data.img_size
         kwargs['img_size'] = size if isinstance(size, int) else tuple(size)
-    if config.data.progressive_sizes is not None and cfg is not None and cfg.fixed_input_size:
+    if config.data.progressive_sizes is not None and sized:
         kwargs.setdefault('dynamic_img_size', True)
     from_file = load_weights and model.checkpoint is not None
     head, weights = num_classes, {}
@@ -286,6 +289,10 @@ def _describe_start(path: str, weights: dict[str, Any], head: int, model: nn.Mod
 def _check_size(config: Config, model: nn.Module) -> None:
     """Reject an image size that patches do not tile: the patch convolution would silently drop the rest."""
     patch = getattr(getattr(model, 'patch_embed', None), 'patch_size', None)
+    if config.data.naflex_seq_len is not None:
+        if patch is None or 'patch_valid' not in inspect.signature(model.forward).parameters:
+            raise ConfigError(f'data.naflex_seq_len: {config.model.name} takes no patches; a Hydra-ViT does')
+        return
     if patch is None or getattr(model.patch_embed, 'dynamic_img_pad', False):
         return
     patches = (patch, patch) if isinstance(patch, int) else patch

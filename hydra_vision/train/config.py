@@ -81,6 +81,11 @@ class DataConfig:
     progressive_sizes: tuple[int, ...] | None = _field(
         None, 'sizes of the training images, one per equal part of the epochs; the last one is img_size', ge=1
     )
+    naflex_seq_len: int | None = _field(
+        None,
+        "patches an image, padding included; images keep their aspect ratio (timm's NaFlex); null: img_size",
+        ge=1,
+    )
     batch_size: int = _field(
         128, 'images per batch over all processes; an optimizer step takes accum_steps batches', ge=1
     )
@@ -351,6 +356,17 @@ class Config:
             raise ConfigError("optim.clip_mode='agc' needs whole weights; distributed.strategy='fsdp' shards them")
         if self.model.freeze_backbone and optim.layer_decay is not None:
             raise ConfigError('optim.layer_decay has no effect with model.freeze_backbone: only the classifier learns')
+        if data.naflex_seq_len is not None:
+            for key, used in (
+                ('data.progressive_sizes', data.progressive_sizes is not None),
+                (f'data.name={SYNTHETIC!r}', data.name == SYNTHETIC),
+                ('augment.mixup and augment.cutmix', self.augment.mixes),
+                (f'augment.crop_mode={self.augment.crop_mode!r}', self.augment.crop_mode != 'rrc'),
+                ('run.channels_last', self.run.channels_last),
+                ('distill.teacher', self.distill.teacher is not None),
+            ):
+                if used:
+                    raise ConfigError(f'{key}: not with data.naflex_seq_len, whose batches are patches; leave it out')
         sizes = data.progressive_sizes
         if sizes is not None and len(sizes) > schedule.epochs > 0:
             raise ConfigError(f'data.progressive_sizes has {len(sizes)} sizes for schedule.epochs={schedule.epochs}')

@@ -10,6 +10,8 @@ from PIL import Image
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.data.auto_augment import AugmentOp
 from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.naflex_dataset import NaFlexCollator
+from timm.data.naflex_loader import NaFlexPrefetchLoader
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
@@ -26,6 +28,8 @@ from .sources import Split, SyntheticImages
 
 _ALONE = World()
 
+Images = torch.Tensor | dict[str, Any]  # (B, C, H, W), or timm's NaFlex batch of patches
+
 
 def resolve_input(config: Config, model: nn.Module) -> dict[str, Any]:
     """Input size, mean, std, interpolation and crop: the recipe's where given, the model's own otherwise."""
@@ -36,6 +40,8 @@ def resolve_input(config: Config, model: nn.Module) -> dict[str, Any]:
         args['input_size'] = (config.model.in_chans, *size)
     resolved = resolve_data_config(args, model=model)
     resolved['input_size'] = (config.model.in_chans, *resolved['input_size'][1:])
+    if data.naflex_seq_len is not None:
+        resolved['sequence'] = {'max_seq_len': data.naflex_seq_len, 'patch_size': tuple(model.patch_embed.patch_size)}
     for key in ('mean', 'std'):  # a model cfg states three channels whatever the model was built with
         if len(resolved[key]) not in (1, config.model.in_chans):
             resolved[key] = (sum(resolved[key]) / len(resolved[key]),) * config.model.in_chans
@@ -159,6 +165,8 @@ def val_loader(
 
 def _transform(inputs: dict[str, Any], **kwargs: Any) -> Callable:
     """timm's transform, its assertions raised as ConfigError."""
+    if 'sequence' in inputs:
+        kwargs |= {'naflex': True, 'patchify': True, **inputs['sequence']}
     try:
         transform = create_transform(
             inputs['input_size'], mean=inputs['mean'], std=inputs['std'], use_prefetcher=True, **kwargs
@@ -189,12 +197,13 @@ def _loader(
     workers = worker_count(workers, local_processes())
     if sampler is None:
         dataset.set_loader_cfg(num_workers=workers)
+    sequence = inputs.get('sequence')
     loader = DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,
-        collate_fn=fast_collate,
+        collate_fn=fast_collate if sequence is None else NaFlexCollator(sequence['max_seq_len']),
         pin_memory=device.type == 'cuda',
         drop_last=erasing is not None,  # training
         worker_init_fn=survive_stop,
@@ -202,7 +211,7 @@ def _loader(
         persistent_workers=workers > 0 and sampler is not None,
         generator=torch.Generator(),
     )
-    prefetcher = PrefetchLoader(
+    prefetcher = (PrefetchLoader if sequence is None else NaFlexPrefetchLoader)(
         loader,
         mean=inputs['mean'],
         std=inputs['std'],
@@ -273,6 +282,13 @@ class SyntheticLoader:
 # Reading them
 
 
+def first_images(images: Images, count: int) -> Images:
+    """The first images of a batch."""
+    if isinstance(images, dict):
+        return {key: t[:count] if isinstance(t, torch.Tensor) else t for key, t in images.items()}
+    return images[:count]
+
+
 def epoch_batches(loader: Iterable, seed: int, epoch: int, start: int = 0) -> Iterator[tuple]:
     """The batches of an epoch from the one numbered `start` on.
 
@@ -296,7 +312,7 @@ def epoch_batches(loader: Iterable, seed: int, epoch: int, start: int = 0) -> It
         skip = 0
     if isinstance(getattr(loader, 'random_erasing', None), _SeededErasing):
         loader.random_erasing.start((seed, epoch), start - skip)
-    if isinstance(loader, PrefetchLoader):  # it seeds the loader processes of a streamed set
+    if isinstance(loader, (PrefetchLoader, NaFlexPrefetchLoader)):  # it seeds the loader processes of a streamed set
         loader.loader.generator.manual_seed(seed_from(seed, epoch, loader.rank))
     return itertools.islice(loader, skip, None)
 
@@ -361,9 +377,9 @@ class _SeededErasing:
         """Set the batch that comes next."""
         self.epoch, self.batch = epoch, batch
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor, **patches: torch.Tensor) -> torch.Tensor:
         with seeded((*self.epoch, self.batch, self.rank), images.device):
-            images = self.erasing(images)
+            images = self.erasing(images, **patches)
         self.batch += 1
         return images
 

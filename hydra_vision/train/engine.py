@@ -208,7 +208,7 @@ class Trainer:
                 pending = (batch + 1) % accum != 0 and batch + 1 != total
                 progress.losses.append(self.forward_backward(images, targets, group, last=not pending))
                 progress.batches = batch + 1
-                shown.advance(len(images) * self.world.size, progress.mean_loss())
+                shown.advance(len(targets) * self.world.size, progress.mean_loss())
                 # Optimizer step, logging, checkpoint, stop
                 if not pending:
                     self._optimizer_step(shown, images)
@@ -239,12 +239,12 @@ class Trainer:
         }
 
     def forward_backward(
-        self, images: torch.Tensor, targets: torch.Tensor, group: int, last: bool = True
+        self, images: data.Images, targets: torch.Tensor, group: int, last: bool = True
     ) -> torch.Tensor:
         """Mix a batch and add its gradient.
 
         Args:
-            images: (B, C, H, W) on the device; mixing changes them in place.
+            images: (B, C, H, W) on the device, which mixing changes in place; or a NaFlex batch.
             targets: Class indices (B,).
             group: Batches of this optimizer step.
             last: Whether it is the last of them.
@@ -258,7 +258,7 @@ class Trainer:
             images = images.contiguous(memory_format=torch.channels_last)
         return self.learner.backward(images, targets, group, last)
 
-    def _optimizer_step(self, shown: report.PassProgress, images: torch.Tensor) -> None:
+    def _optimizer_step(self, shown: report.PassProgress, images: data.Images) -> None:
         """One optimizer step, then what is due after it: checks, a row of metrics, a checkpoint, the end."""
         learner, every = self.learner, self.config.log.every
         log_due = every > 0 and (learner.updates + 1) % every == 0
@@ -287,14 +287,14 @@ class Trainer:
         """Copy pending losses to the host and check that they are finite."""
         self.guard.check_losses(self.progress, self.epoch, len(self.train_loader))
 
-    def _log_step(self, images: torch.Tensor) -> None:
-        """Log metrics inside an epoch; Hydra layers are measured on the latest batch of images (B, C, H, W)."""
+    def _log_step(self, images: data.Images) -> None:
+        """Log metrics inside an epoch; Hydra layers are measured on the latest batch of images."""
         learner, config = self.learner, self.config
         updates, started = self.logged
         seconds = time.monotonic() - started
         layers = {}
         if config.log.mixers and (self.world.primary or learner.sharded):
-            layers = mixer_statistics(self.model, images[: config.log.mixer_images], self.amp)
+            layers = mixer_statistics(self.model, data.first_images(images, config.log.mixer_images), self.amp)
         values = {
             'epoch': self.epoch + self.progress.batches / len(self.train_loader),
             'lr': learner.lr,

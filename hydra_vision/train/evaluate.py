@@ -46,7 +46,8 @@ def evaluate(
     for model in models.values():
         model.eval()
     for images, targets in loader:
-        images = images.to(device, non_blocking=True)
+        if not isinstance(images, dict):  # a NaFlex batch, which is there already
+            images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)

@@ -104,7 +104,7 @@ class Learner:
         """Add the gradient of one batch.
 
         Args:
-            images: (B, C, H, W) on the device.
+            images: (B, C, H, W) on the device, or a NaFlex batch.
             targets: Class indices (B,), or soft targets (B, classes).
             group: Batches of this optimizer step, over which the loss is averaged.
             last: Whether it is the last of them; only then do processes exchange their gradients.

@@ -113,8 +113,10 @@ def _train(trainer: Trainer, batches: Any, accum: int) -> int:
     images = 0
     for index, (inputs, targets) in enumerate(batches):
         last = (index + 1) % accum == 0
-        trainer.forward_backward(inputs.clone(), targets, accum, last)  # mixing changes its input, which may come again
-        images += len(inputs)
+        if not isinstance(inputs, dict):
+            inputs = inputs.clone()  # mixing changes its input, which may come again
+        trainer.forward_backward(inputs, targets, accum, last)
+        images += len(targets)
         if last:
             trainer.learner.update()
     return images
@@ -123,7 +125,7 @@ def _train(trainer: Trainer, batches: Any, accum: int) -> int:
 def _validation_rate(trainer: Trainer) -> float:
     """Images per second of validation, raw and averaged weights together, from the second of two runs over a batch."""
     models = [trainer.learner.forward] + ([] if trainer.learner.forward_ema is None else [trainer.learner.forward_ema])
-    images, _ = next(iter(trainer.val_loader))
+    images, targets = next(iter(trainer.val_loader))
     amp = trainer.amp
     for model in models:
         model.eval()
@@ -133,7 +135,7 @@ def _validation_rate(trainer: Trainer) -> float:
             for model in models:
                 model(images)
         seconds = _now(trainer.device) - started
-    return len(images) / seconds
+    return len(targets) / seconds
 
 
 def _now(device: torch.device) -> float:

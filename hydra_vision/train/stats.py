@@ -24,7 +24,7 @@ def total_norm(tensors: Iterable[torch.Tensor]) -> float:
 
 @torch.no_grad()
 def mixer_statistics(
-    model: nn.Module, images: torch.Tensor, amp: torch.dtype | None = None
+    model: nn.Module, images: torch.Tensor | dict[str, torch.Tensor], amp: torch.dtype | None = None
 ) -> dict[str, dict[str, float]]:
     """Step sizes and decays of every Hydra layer of a model, over the tokens, heads and both directions of a batch.
 
@@ -33,7 +33,7 @@ def mixer_statistics(
 
     Args:
         model: Any model; one without Hydra layers gives nothing. Not the wrapper that `torch.compile` returns.
-        images: (B, C, H, W) on the model's device.
+        images: (B, C, H, W) on the model's device, or a NaFlex batch, whose padding counts as tokens.
         amp: Autocast type, None for none.
 
     Returns:
@@ -55,7 +55,7 @@ def mixer_statistics(
     training = model.training
     model.eval()
     try:
-        with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
+        with torch.autocast(next(model.parameters()).device.type, dtype=amp, enabled=amp is not None):
             model(images)
     finally:
         model.train(training)
@@ -80,8 +80,7 @@ def across_layers(layers: Mapping[str, Mapping[str, float]]) -> dict[str, float]
 def _layer_statistics(layer: Hydra, u: torch.Tensor) -> dict[str, torch.Tensor]:
     """Statistics of one layer for tokens u (B, L, d_model), as scalars on the device."""
     heads = layer.nheads
-    weight, bias = layer.in_proj.weight[-2 * heads :], layer.in_proj.bias
-    raw = F.linear(u, weight, None if bias is None else bias[-2 * heads :]).float()  # (B, L, 2H): the last columns
+    raw = layer.in_proj(u)[..., -2 * heads :].float()  # (B, L, 2H)
     dt = F.softplus(raw.unflatten(-1, (2, heads)) + layer.dt_bias.float())  # (B, L, 2, H)
     dt = dt.clamp(layer.dt_limit_min, layer.dt_limit_max)
     decay = torch.exp(-torch.exp(layer.A_log.float()) * dt).flatten(0, 1)  # (B * L, 2, H)

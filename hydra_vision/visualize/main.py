@@ -47,14 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Draw pictures of the kind that the first argument names.
-
-    Returns:
-        Exit code 0.
-
-    Raises:
-        UserError: Arguments that do not fit.
-    """
+    """Draw pictures of the kind that the first argument names."""
     _check_options(arguments)
     kinds = [kind for kind in KINDS if kind != 'gallery'] if arguments.kind == 'gallery' else [arguments.kind]
     paths = _outputs(arguments, kinds)

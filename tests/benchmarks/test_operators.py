@@ -1,6 +1,5 @@
 """The operator next to its peers, whose packages are replaced by a causal recurrence with the same contract."""
 
-import csv
 import importlib.util
 import sys
 import types
@@ -25,6 +24,7 @@ from benchmarks.operators import (
 )
 from hydra_vision import bench
 from hydra_vision.errors import UserError
+from hydra_vision.io import read_csv
 from hydra_vision.ops import mamba_ssm as two_scans
 from hydra_vision.ops import quasiseparable_mix
 from hydra_vision.ops.mamba_ssm import join_directions
@@ -187,8 +187,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, 'measure_roofline', lambda *a: Roofline(1e12, 1e12))
     options = '--device cpu --operators reference,chunked --shapes 1x20 --heads 2 --headdim 8 --d-state 4 --rounds 3'
     assert main([*options.split(), '--time-limit', '0', '--attention', 'math', '--output', str(tmp_path)]) == 0
-    with (tmp_path / 'operators.csv').open(newline='') as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(tmp_path / 'operators.csv')
     names = {'reference', 'chunked', 'sdpa'}
     assert {(r['operator'], r['B'], r['L'], r['passes']) for r in rows} == {
         (name, '1', '20', passes) for name in names for passes in ('forward', 'forward+backward')
@@ -206,7 +205,6 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 def test_the_command_on_cuda(tmp_path):
     argv = ['--operators', 'triton,chunked,reference', '--shapes', '4x196', '--rounds', '3', '--time-limit', '0']
     assert main([*argv, '--output', str(tmp_path)]) == 0
-    with (tmp_path / 'operators.csv').open(newline='') as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(tmp_path / 'operators.csv')
     assert {r['operator'] for r in rows} == {'triton', 'chunked', 'reference', 'sdpa'}
     assert all(float(r['memory_floor_share']) > 0 for r in rows)

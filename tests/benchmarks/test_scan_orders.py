@@ -1,9 +1,8 @@
-import csv
-
 import pytest
 
 from benchmarks.scan_orders import main
 from hydra_vision import bench
+from hydra_vision.io import read_csv
 from hydra_vision.models.scan_order import SCAN_ORDERS
 
 OPTIONS = '--model test_hydra_vit --img-size 32 --batch-size 1 --device cpu --rounds 3 --time-limit 0'
@@ -15,10 +14,10 @@ def no_roofline(monkeypatch):
 
 
 def rows_of(folder) -> list[dict[str, str]]:
-    with (folder / 'scan_orders.csv').open(newline='') as file:
-        return list(csv.DictReader(file))
+    return read_csv(folder / 'scan_orders.csv')
 
 
+@pytest.mark.slow
 def test_every_order_is_timed_in_both_modes(tmp_path, capsys):
     assert main([*OPTIONS.split(), '--output', str(tmp_path)]) == 0
     rows = rows_of(tmp_path)

@@ -232,23 +232,11 @@ def test_command_on_images(tmp_path, capsys):
     assert result['weights'] == 'random'
 
 
-def fails(capsys, *argv: str) -> str:
-    try:
-        code = main(argv)
-    except SystemExit as stop:
-        code = stop.code
-    captured = capsys.readouterr()
-    assert code == 2
-    assert captured.out == ''
-    return captured.err
-
-
-def test_features_that_do_not_belong_together(digits, tmp_path, capsys, monkeypatch):
-    train, test = digits
+def test_features_that_do_not_belong_together(digits, tmp_path):
+    train, _ = digits
     backbone = load_backbone(CHECKPOINT)
-    other = load_backbone(
-        'hydra_vit_nano', random_init=True, model_kwargs=dict(depth=4, img_size=8, patch_size=2, in_chans=1)
-    )
+    sizes = dict(depth=4, img_size=8, patch_size=2, in_chans=1)
+    other = load_backbone('hydra_vit_nano', random_init=True, model_kwargs=sizes)
     variants = {
         'model': dict(model=other),
         'pool': dict(model=backbone, pool='max'),
@@ -261,37 +249,33 @@ def test_features_that_do_not_belong_together(digits, tmp_path, capsys, monkeypa
     tokens = extract(DIGITS[1], tmp_path / 'tokens.npy', model=backbone, workers=0, pool='tokens')
     with pytest.raises(FeatureError, match=r'\[16, 128\] values an image'):
         paired_splits(tokens, tokens)
-    model = ['--model', 'hydra_vit_nano', '--random-init', '--model-kwargs']
-    model += ['depth=4', 'img_size=8', 'patch_size=2', 'in_chans=1']
-    assert 'features of another model' in fails(capsys, 'probe', 'knn', str(train.path), DIGITS[1], *model)
-    assert 'both sets are features already' in fails(capsys, 'probe', 'knn', str(train.path), str(test.path), *model)
-    assert 'no model' in fails(capsys, 'probe', 'knn', *DIGITS)
-    assert "'test_hydra_vit'" in fails(capsys, 'probe', 'knn', *DIGITS, '--model', 'test_hydra_vi')
-    assert '--batch-size: both sets are features' in fails(
-        capsys, 'probe', 'knn', *(str(f.path) for f in digits), '--batch-size', '8'
-    )
-    for option, value in (('--device', 'cpu'), ('--seed', '3')):  # nothing that would use them
-        error = fails(capsys, 'probe', 'linear', str(train.path), str(test.path), '--sweep', '1', option, value)
-        assert option in error
-    assert main(['probe', 'linear', str(train.path), str(test.path), '--solver', 'sgd', '--epochs', '1', '--sweep', '1',
-                 '--device', 'cpu', '--seed', '3']) == 0  # fmt: skip
-    capsys.readouterr()
-    with monkeypatch.context() as patch:  # before the images are run through the model
-        patch.setattr('hydra_vision.eval.main.extract', lambda *_, **__: pytest.fail('extracted'))
-        other_size = ['--model', CHECKPOINT, '--mean', '0.5']
-        assert 'settings: data' in fails(capsys, 'probe', 'knn', str(train.path), DIGITS[1], *other_size)
-    one = fails(capsys, 'probe', 'linear', *(str(f.path) for f in digits), '--sweep', '1', '--holdout', '0.3')
-    assert '--holdout is for choosing' in one
-    assert '--epochs is for --solver sgd' in fails(
-        capsys, 'probe', 'linear', str(train.path), str(test.path), '--epochs', '3'
-    )
-    assert '--k 1438: there are 1437' in fails(capsys, 'probe', 'knn', *DIGITS, '--k', '1,1438', *model)
-    assert "'avg', 'max', 'cls'" in fails(capsys, 'probe', 'linear', *DIGITS, '--pool', 'tokens', *model)
+
+
+def test_commands_that_make_no_sense(digits, tmp_path, fails, monkeypatch):
+    """They end before images are run through a model."""
+    train, test = files = [features.path for features in digits]
     (tmp_path / 'one' / 'cat').mkdir(parents=True)
     Image.new('L', (8, 8)).save(tmp_path / 'one' / 'cat' / 'a.png')
-    assert 'classes to test on' in fails(capsys, 'probe', 'knn', DIGITS[0], str(tmp_path / 'one'), *model)
-    assert 'have one class, cat' in fails(capsys, 'probe', 'knn', str(tmp_path / 'one'), str(tmp_path / 'one'), *model)
-    assert '--holdout' in fails(capsys, 'probe', 'linear', str(train.path), str(test.path), '--holdout', '1.5')
+    one = tmp_path / 'one'
+    model = ['--model', 'hydra_vit_nano', '--random-init', '--model-kwargs']
+    model += ['depth=4', 'img_size=8', 'patch_size=2', 'in_chans=1']
+    monkeypatch.setattr('hydra_vision.eval.main.extract', lambda *_, **__: pytest.fail('extracted'))
+    for argv, match in (
+        (['knn', train, DIGITS[1], *model], 'features of another model'),
+        (['knn', train, DIGITS[1], '--model', CHECKPOINT, '--mean', '0.5'], 'settings: data'),
+        (['knn', *files, *model], 'both sets are features already'),
+        (['knn', *files, '--batch-size', '8'], '--batch-size: both sets are features'),
+        (['knn', *DIGITS], 'no model'),
+        (['knn', *DIGITS, '--k', '1,1438', *model], '--k 1438: there are 1437'),
+        (['knn', DIGITS[0], one, *model], 'classes to test on'),
+        (['knn', one, one, *model], 'have one class, cat'),
+        (['linear', *DIGITS, '--pool', 'tokens', *model], "'avg', 'max', 'cls'"),
+        *((['linear', *files, '--sweep', '1', option, '3'], option) for option in ('--seed', '--holdout')),
+        (['linear', *files, '--sweep', '1', '--device', 'cpu'], '--device'),  # nothing that would use it
+        (['linear', *files, '--epochs', '3'], '--epochs is for --solver sgd'),
+        (['linear', *files, '--holdout', '1.5'], '--holdout'),
+    ):
+        assert match in fails('probe', *argv)
 
 
 def test_classes_that_do_not_fit(digits, tmp_path):

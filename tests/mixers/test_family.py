@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from matrix_definitions import SS_VARIANTS, cases, make, matrix, output
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydra_vision import Hydra, mixers
 from hydra_vision.mixers.monarch import ImplicitFilter
@@ -284,23 +283,10 @@ def test_half_precision_is_that_of_rounding_the_tokens(case):
     assert (y.double() - expected).norm() < 0.03 * expected.norm()
 
 
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (list, tuple)) else (out,):
-            if isinstance(t, torch.Tensor):
-                self.numel = max(self.numel, t.numel())
-        return out
-
-
-def largest(mixer, L: int) -> int:
-    with LargestTensor() as mode:
-        mixer(torch.randn(1, L, 16)).sum().backward()
-    return mode.numel
+@pytest.fixture
+def largest(largest_numel):
+    """Forward and backward of a mixer over L tokens."""
+    return lambda mixer, L: largest_numel(lambda: mixer(torch.randn(1, L, 16)).sum().backward())
 
 
 @pytest.mark.parametrize(
@@ -317,7 +303,7 @@ def largest(mixer, L: int) -> int:
         ('semiseparable', dict(d_state=8, variant='quasiseparable', data_dependent=False)),
     ],
 )
-def test_structured_mixers_never_form_the_matrix(name, kwargs):
+def test_structured_mixers_never_form_the_matrix(name, kwargs, largest):
     """Forward and backward: the largest tensor grows like L (for monarch, like its own parameters), not like L^2."""
     sizes = {}
     for side in (16, 32):
@@ -330,7 +316,7 @@ def test_structured_mixers_never_form_the_matrix(name, kwargs):
 
 @pytest.mark.parametrize('name', ['cauchy', 'vandermonde'])
 @pytest.mark.parametrize('dd', [True, False])
-def test_the_sum_over_d_is_never_materialised(name, dd):
+def test_the_sum_over_d_is_never_materialised(name, dd, largest):
     """Forward and backward: the largest tensor is one (B, H, L, L), whatever d."""
     L, grid = 128, {} if dd else dict(grid_size=128)
     mixer = mixers.create(name, 16, qk_dim=32, headdim=16, expand=1, data_dependent=dd, **grid)

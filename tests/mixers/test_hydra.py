@@ -184,11 +184,11 @@ def test_unknown_argument_is_a_type_error():
 
 def _late_seen(mixer, monkeypatch):
     """What ``_forward_late`` asks the operator for, and its result."""
-    asked = []
+    asked, inner = [], hydra.hydra_inner_late
 
-    def operator(zxbcdt, *args, late, **kwargs):
+    def operator(*arguments, late, **kwargs):
         asked.append(late)
-        y = hydra.hydra_inner(zxbcdt, *args, **kwargs)
+        y, _ = inner(*arguments, late=False, **kwargs)
         return (2 * y, torch.full(y.shape[:2], 0.5)) if late else (y, None)
 
     monkeypatch.setattr(hydra, 'hydra_inner_late', operator)
@@ -239,7 +239,7 @@ def test_the_norms_factor_does_not_wait_under_global_hooks(monkeypatch):
 @pytest.mark.parametrize('strict', [False, True])
 def test_exporting_is_told_from_compiling(strict):
     """Only then may the graph of torch.compile leave the norm's factor for after out_proj, as eager mode does."""
-    from hydra_vision.mixers.hydra import _is_exporting, _is_plain_projection
+    from hydra_vision.mixers.hydra import _is_exporting, _is_plain_product
 
     class Doubled(torch.nn.Module):
         def __init__(self):
@@ -248,7 +248,7 @@ def test_exporting_is_told_from_compiling(strict):
 
         def forward(self, x):
             y = self.out_proj(x)
-            return 2 * y if _is_plain_projection(self.out_proj) and not _is_exporting() else y
+            return 2 * y if _is_plain_product(self.out_proj) and not _is_exporting() else y
 
     model, x = Doubled(), torch.randn(2, 4)
     torch._dynamo.reset()

@@ -199,6 +199,7 @@ def test_a_trace_can_be_saved(tmp_path):
     torch.testing.assert_close(torch.jit.load(tmp_path / 'model.pt')(x + 1), model(x + 1), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['toeplitz', 'm2', 'vim', 'checkpoint'])
 def test_export_with_dynamic_image_size(name):
     model = create(name, {}, depth=1, dynamic_img_size=True)

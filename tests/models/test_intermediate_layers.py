@@ -48,16 +48,6 @@ def test_last_layer_normed_is_what_the_head_pools():
         torch.testing.assert_close(model.head(tokens.mean(1)), model(x))
 
 
-def test_the_first_token_is_a_patch():
-    """Why `[:, 0]` is not to be read out: it is the top left patch, in position if not in content."""
-    model, x = build(), torch.randn(1, 3, 32, 64)
-    with torch.inference_mode():
-        (tokens,) = model.get_intermediate_layers(x, norm=True)
-        (maps,) = model.get_intermediate_layers(x, norm=True, reshape=True)
-    assert tokens.shape[1] == 8  # 2 x 4 patches, nothing else
-    torch.testing.assert_close(tokens[:, 0], maps[:, :, 0, 0])
-
-
 @pytest.mark.parametrize('position', ['first', 'middle', 'last'])
 @pytest.mark.parametrize('reshape', [False, True])
 def test_class_token_is_returned_as_timm_does(position, reshape):

@@ -15,17 +15,19 @@ def pair(**kwargs):
     return theirs, ours
 
 
-@pytest.mark.parametrize('kwargs', [
-    {},
-    {'strict_img_size': False, 'output_fmt': 'NHWC'},
-    {'strict_img_size': False, 'dynamic_img_pad': True},
-    {'in_chans': 1},
-    {'patch_size': (4, 8)},
-    {'bias': False},
+@pytest.mark.parametrize(('size', 'kwargs'), [
+    ((32, 48), {}),
+    ((32, 48), {'strict_img_size': False, 'output_fmt': 'NHWC'}),
+    ((35, 41), {'strict_img_size': False, 'dynamic_img_pad': True}),
+    ((35, 41), {'img_size': (35, 41)}),  # what no whole patch covers is left out
+    ((32, 48), {'in_chans': 1}),
+    ((32, 48), {'patch_size': (4, 8)}),
+    ((32, 48), {'bias': False}),
 ], ids=str)  # fmt: skip
-def test_result_and_gradients_are_timms(kwargs):
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=str)
+def test_result_and_gradients_are_timms(size, kwargs, layout):
     theirs, ours = pair(**{'img_size': (32, 48), 'patch_size': 8, 'embed_dim': 24, **kwargs})
-    x = torch.randn(3, kwargs.get('in_chans', 3), 32, 48, dtype=torch.float64)
+    x = torch.randn(3, kwargs.get('in_chans', 3), *size, dtype=torch.float64).contiguous(memory_format=layout)
     expected, found = theirs(x), ours(x)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     weight = torch.randn_like(expected)
@@ -35,18 +37,6 @@ def test_result_and_gradients_are_timms(kwargs):
 
 def test_tokens_are_contiguous():
     assert PatchEmbed(32, 8, 3, 24)(torch.randn(2, 3, 32, 32)).is_contiguous()
-
-
-def test_what_no_whole_patch_covers_is_left_out_as_timm_does():
-    theirs, ours = pair(img_size=(35, 41), patch_size=8, embed_dim=24)
-    x = torch.randn(2, 3, 35, 41, dtype=torch.float64)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
-
-
-def test_padding_of_other_sizes():
-    theirs, ours = pair(img_size=32, patch_size=8, embed_dim=24, strict_img_size=False, dynamic_img_pad=True)
-    x = torch.randn(2, 3, 35, 41, dtype=torch.float64)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
 
 
 def test_other_patch_size():
@@ -61,9 +51,3 @@ def test_other_patch_size():
 def test_images_of_other_channels_are_named():
     with pytest.raises(AssertionError, match=r'Input channels \(1\) do not match model \(3\)'):
         PatchEmbed(32, 8, 3, 24)(torch.randn(2, 1, 32, 32))
-
-
-def test_channels_last_images():
-    theirs, ours = pair(img_size=32, patch_size=8, embed_dim=24)
-    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    torch.testing.assert_close(ours(x.contiguous(memory_format=torch.channels_last)), theirs(x))

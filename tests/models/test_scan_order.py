@@ -37,6 +37,8 @@ def test_known_orders():
     assert raster_index('hilbert', 2, 2) in ([0, 2, 3, 1], [0, 1, 3, 2])
     with pytest.raises(ValueError, match="order='zigzag'"):
         raster_index('zigzag', 2, 2)
+    with pytest.raises(ValueError, match="scan_order='spiral'"):
+        tiny('spiral')
 
 
 @pytest.mark.parametrize('order', ['snake', 'hilbert'])
@@ -115,14 +117,6 @@ def test_model_against_blocks_on_permuted_tokens(order, position):
         assert not torch.allclose(row(x), model(x), atol=1e-3)  # the order matters
 
 
-def test_transposed_image_under_the_transposed_order():
-    model, row = tiny('column', img_size=64), tiny('row', img_size=64)
-    row.load_state_dict(model.state_dict())
-    row.patch_embed.proj.weight.data = row.patch_embed.proj.weight.data.transpose(2, 3).contiguous()
-    x = torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(model(x), row(x.transpose(2, 3)))
-
-
 @pytest.mark.parametrize('order', ORDERS)
 def test_other_sizes(order):
     model = tiny(order, dynamic_img_size=True)
@@ -153,10 +147,16 @@ def test_fx_script_and_checkpointing(order, tmp_path):
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::torch.jit.TracerWarning')
-@pytest.mark.parametrize(('order', 'dynamic'), [('hilbert', False), ('snake', True), ('alternate', True)])
+@pytest.mark.parametrize(
+    ('order', 'dynamic'),
+    [
+        ('alternate', True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (('hilbert', False), ('snake', True))),
+    ],
+)
 def test_a_trace_can_be_made_and_saved(tmp_path, order, dynamic):
     scan_order._CACHE.clear()  # the first call of all is the trace
-    model = tiny(order, class_token=True, class_token_position='last', dynamic_img_size=dynamic)
+    model = tiny(order, depth=2, class_token=True, class_token_position='last', dynamic_img_size=dynamic)
     x = torch.randn(2, 3, 48, 80)
     torch.jit.save(torch.jit.trace(model, x), tmp_path / 'model.pt')
     torch.testing.assert_close(torch.jit.load(tmp_path / 'model.pt')(x + 1), model(x + 1), rtol=1e-4, atol=1e-5)
@@ -170,6 +170,7 @@ def test_inference_mode_leaves_nothing_that_breaks_training():
     model(x).sum().backward()
 
 
+@pytest.mark.slow
 def test_compile_and_export():
     def scan(x):  # (B, H, W, C)
         return reorder(x.flatten(1, 2), x.shape[1], x.shape[2], 'row', 'hilbert', -1) * 2
@@ -183,6 +184,16 @@ def test_compile_and_export():
         assert torch.equal(*grads)
     exported = torch.export.export(_Scan(scan), (x,)).module()
     assert torch.equal(exported(x), scan(x))
+
+
+@pytest.mark.parametrize('size', [(3, 5), (4, 4), (1, 6), (7, 2)], ids=str)
+@pytest.mark.parametrize('orders', list(itertools.product(('row', 'column', 'snake'), repeat=2)), ids=str)
+def test_arithmetic_for_exporters_gives_the_same_index(orders, size):
+    H, W = size
+    for class_index in (-1, 0, H * W // 2, H * W):
+        tokens = torch.arange(H * W + (class_index >= 0))
+        expected = scan_order._positions(H, W, *orders, class_index)
+        assert scan_order._computed(tokens, H, W, *orders, class_index).tolist() == expected
 
 
 class _Scan(torch.nn.Module):
@@ -212,11 +223,6 @@ def test_parameters_a_patch_stay_at_their_grid():
     state = tiny('hilbert', **{**kwargs, 'img_size': 48}).state_dict()  # nine patches in scan order
     name = 'blocks.0.mixer.q'  # not resampled by rows: loading names the mismatch
     assert checkpoint_filter_fn(state, model)[name] is state[name]
-
-
-def test_unknown_order():
-    with pytest.raises(ValueError, match="scan_order='spiral'"):
-        tiny('spiral')
 
 
 def test_pictures_know_the_order():

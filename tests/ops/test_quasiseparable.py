@@ -56,9 +56,13 @@ def test_all_forms_equal_the_definition(mix_inputs, L, G, init_states):
     assert relative(mix_chunked(**inputs, chunk_size=4, tile_size=1), expected) < 1e-13
 
 
-@pytest.mark.parametrize('dt', ['usual', 'zero', 'large', 'mixed'])
-@pytest.mark.parametrize('A', ['weak', 'usual', 'strong'])
-@pytest.mark.parametrize('L', LENGTHS)
+@pytest.mark.parametrize(
+    ('L', 'A', 'dt'),
+    [
+        *((L, 'usual', 'usual') for L in LENGTHS),
+        *((L, A, dt) for L in (7, 197) for A in ('weak', 'strong') for dt in ('zero', 'large', 'mixed')),
+    ],
+)
 def test_forms_agree_in_float64_and_float32(mix_inputs, L, A, dt):
     inputs = mix_inputs(L=L, G=2, dt=dt, A=A, init_states=True)
     expected = mix_recurrence(**inputs)
@@ -134,8 +138,7 @@ def test_extremes_are_finite_with_finite_gradients(mix_inputs, backend, A, dt, d
         assert torch.isfinite(t.grad).all(), name
 
 
-@pytest.mark.parametrize('init_states', [False, True])
-@pytest.mark.parametrize('D', ['token', 'head', 'none'])
+@pytest.mark.parametrize(('D', 'init_states'), [('token', True), ('head', False), ('none', False)])
 @pytest.mark.parametrize('L', [1, 2, 7])
 @pytest.mark.parametrize('form', [mix_dense, mix_recurrence, mix_chunked], ids=lambda f: f.__name__)
 def test_gradcheck(mix_inputs, form, L, D, init_states):
@@ -147,7 +150,7 @@ def test_gradcheck(mix_inputs, form, L, D, init_states):
         def function(*tensors, option=option):
             return form(**{**dict.fromkeys(inputs), **dict(zip(names, tensors))}, **option)
 
-        assert torch.autograd.gradcheck(function, tuple(inputs[k] for k in names))
+        assert torch.autograd.gradcheck(function, tuple(inputs[k] for k in names), fast_mode=True)
 
 
 @pytest.mark.parametrize('L', [2, 65, 197])
@@ -211,36 +214,33 @@ def test_chunked_uses_no_flip_roll_or_doubled_x(mix_inputs):
     assert not names & {'aten::flip', 'aten::roll', 'aten::cat'}, names
 
 
-BAD = [
-    ('x', lambda t: t[:, :-1], ValueError, 'x has shape'),
-    ('x', lambda t: t.flatten(2), ValueError, 'x has shape'),
-    ('x', lambda t: t.float(), TypeError, 'must be that of x'),
-    ('x', lambda t: t.long(), TypeError, 'x has dtype torch.int64'),
-    ('x', lambda t: None, TypeError, 'x must be a tensor'),
-    ('dt_f', lambda t: t[..., None], ValueError, 'dt_f has shape'),
-    ('dt_f', lambda t: t[:, :0], ValueError, 'L and H must be at least 1'),
-    ('dt_b', lambda t: t[..., :-1], ValueError, 'dt_b has shape'),
-    ('dt_b', lambda t: t.half(), TypeError, 'dt_b has dtype'),
-    ('A', lambda t: t.abs(), ValueError, 'A must be negative'),
-    ('A', lambda t: t * 0, ValueError, 'A must be negative'),
-    ('A', lambda t: t * float('nan'), ValueError, 'A must be negative'),
-    ('A', lambda t: t[:-1], ValueError, 'A has shape'),
-    ('B_f', lambda t: t[:, :, 0], ValueError, 'B_f has shape'),
-    ('B_f', lambda t: t.repeat(1, 1, 3, 1), ValueError, 'G must divide the number of heads H = 4'),
-    ('C_b', lambda t: t[..., :-1], ValueError, 'C_b has shape'),
-    ('C_f', lambda t: t.float(), TypeError, 'C_f has dtype'),
-    ('D', lambda t: t[..., :-1], ValueError, 'D has shape'),
-    ('D', lambda t: t.sum((0, 1))[:-1], ValueError, 'D has shape'),
-    ('init_states', lambda t: t[:-1], ValueError, 'init_states has shape'),
-    ('B_b', lambda t: t.to('meta'), ValueError, 'B_b is on device'),
-]
-
-
-@pytest.mark.parametrize(('name', 'change', 'error', 'message'), BAD, ids=lambda v: v if isinstance(v, str) else '')
-def test_bad_input_names_the_argument(mix_inputs, name, change, error, message):
+@pytest.mark.parametrize(
+    ('name', 'change', 'error'),
+    [
+        ('x', lambda t: t[:, :-1], ValueError),
+        ('x', lambda t: t.flatten(2), ValueError),
+        ('x', lambda t: t.long(), TypeError),
+        ('x', lambda t: None, TypeError),
+        ('dt_f', lambda t: t[..., None], ValueError),
+        ('dt_f', lambda t: t[:, :0], ValueError),
+        ('dt_b', lambda t: t[..., :-1], ValueError),
+        ('dt_b', lambda t: t.half(), TypeError),
+        *(('A', change, ValueError) for change in (torch.abs, lambda t: t * 0, lambda t: t * float('nan'))),
+        ('A', lambda t: t[:-1], ValueError),
+        ('B_f', lambda t: t[:, :, 0], ValueError),
+        ('B_f', lambda t: t.repeat(1, 1, 3, 1), ValueError),
+        ('C_b', lambda t: t[..., :-1], ValueError),
+        ('C_f', lambda t: t.float(), TypeError),
+        ('D', lambda t: t[..., :-1], ValueError),
+        ('D', lambda t: t.sum((0, 1))[:-1], ValueError),
+        ('init_states', lambda t: t[:-1], ValueError),
+        ('B_b', lambda t: t.to('meta'), ValueError),
+    ],
+)
+def test_bad_input_names_the_argument(mix_inputs, name, change, error):
     inputs = mix_inputs(init_states=True)
     inputs[name] = change(inputs[name])
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=f'^{name} '):
         quasiseparable_mix(**inputs)
 
 

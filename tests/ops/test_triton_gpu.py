@@ -102,7 +102,7 @@ def test_replayed_kernels_give_the_same_at_other_addresses(L, H, dtype, options,
         cases.append(tensors)
 
     def run(tensors):
-        a = inner.InnerArguments(*tensors, *numbers)
+        a = inner.KernelArguments(*tensors, *numbers)
         out, factors, y, rstd, diag = inner.inner_forward(a, late=True)
         rstd = rstd if rstd.ndim == 2 else factors
         return [out, y, rstd, diag, *inner.inner_backward(a, True, out, y, rstd, diag, torch.ones_like(out))]

@@ -11,12 +11,13 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='the package triton is not installed')
-def test_kernels_in_the_interpreter():
+@pytest.mark.parametrize('which', ['not slow', 'slow'], ids=['push', 'full'])
+def test_kernels_in_the_interpreter(which):
     """In two processes, side by side."""
     groups = (('test_triton_kernels.py', 'test_triton_layernorm.py'), ('test_chunks.py',))
     started = [
         subprocess.Popen(
-            [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider']
+            [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', '-m', which]
             + [str(Path(__file__).with_name(name)) for name in names],
             env={**os.environ, 'TRITON_INTERPRET': '1', 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'},
             stdout=subprocess.PIPE,

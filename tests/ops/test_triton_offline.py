@@ -83,7 +83,7 @@ def test_every_bucket_is_compiled_with_its_own_row():
     assert found == {launch_for(90, L, 64, 64, 'bfloat16').options('states')['num_warps'] for L in L_BUCKETS}
 
 
-@pytest.mark.parametrize('L', [20, 212])
+@pytest.mark.parametrize('L', [20, pytest.param(212, marks=pytest.mark.slow)])
 def test_short_last_tile(L):
     """20 tokens in the last of four tiles, or in all: the other kernels are those of any length."""
     from hydra_vision.ops.triton.offline import compile_launch, problem_launches
@@ -93,6 +93,7 @@ def test_short_last_tile(L):
     check(90, [compile_launch(launch, 90) for launch in launches])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('arch', [80, 90])
 @pytest.mark.parametrize(('H', 'P'), [(13, 64), (17, 16), (22, 64)])
 def test_heads_that_few_numbers_divide(arch, H, P):
@@ -103,6 +104,7 @@ def test_heads_that_few_numbers_divide(arch, H, P):
     check(arch, [compile_launch(launch, arch) for launch in launches if launch.name == 'bc_grads_kernel'])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('H', 'P'), [(17, 16), (17, 32), (1, 16)])
 def test_descriptors_of_one_head(H, P):
     """ptxas adds to the low word of a 64-bit descriptor and carries into the high one, which must then be zero before.
@@ -132,6 +134,7 @@ def test_descriptors_of_one_head(H, P):
                 last[written[1]] = line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('arch', [80, 90])
 def test_many_wide_heads(arch):
     """The diagonal's gradient returns through a product over all heads, here 128 of 64 columns."""
@@ -148,6 +151,17 @@ def test_layer_norm(arch):
     for D in (768, 4096):
         results = [compile_launch(launch, arch) for launch in layer_norm_launches(D)]
         check(arch, results, spill_limit=0)
+
+
+@pytest.mark.parametrize('arch', [80, 90])
+def test_packed_rows(arch):
+    """What knows of borders: the decays and the convolutions; the rest is compiled above."""
+    from hydra_vision.ops.triton.offline import compile_launch, problem_launches
+
+    launches = problem_launches(arch, 392, B=1, packed=True)
+    known = [launch for launch in launches if 'decay' in launch.name or 'conv' in launch.name]
+    assert len(known) == 5
+    check(arch, [compile_launch(launch, arch) for launch in known])
 
 
 def test_recording_needs_no_device():

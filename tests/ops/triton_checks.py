@@ -180,10 +180,11 @@ def check_inner(
     device: str,
     seeds: int = SEEDS,
     dt_limit: tuple[float, float] = (0.0, float('inf')),
+    cu_seqlens: Optional[Tensor] = None,
     **options: Any,
 ) -> None:
     """``hydra_inner`` and every gradient against the dense form in float64. options: of ``inner_arguments``."""
-    numbers = {'headdim': P, 'd_state': N, 'ngroups': G, 'dt_limit': dt_limit}
+    numbers = {'headdim': P, 'd_state': N, 'ngroups': G, 'dt_limit': dt_limit, 'cu_seqlens': cu_seqlens}
     numbers['share_bc'] = options.get('share_bc', False)
 
     def reference(a: list) -> Tensor:

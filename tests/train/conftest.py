@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hydra_vision.train import data, sources
+from hydra_vision.train import data, report, sources
 from hydra_vision.train.checkpoint import LAST, load_checkpoint
 from hydra_vision.train.config import Config
 from hydra_vision.train.main import main
@@ -41,6 +42,13 @@ def in_scratch_folder(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def curves_are_not_drawn(request, monkeypatch):
+    """Drawing takes as long as the rest of a small run; one test looks at the picture."""
+    if 'picture' not in request.node.name:
+        monkeypatch.setattr(report, 'write_curve', lambda folder, *_: (folder / 'curve.png').touch())
+
+
 def save_images(folder: Path, count: int, color: Sequence[int], size: int = 24, suffix: str = '.png') -> None:
     """Noisy images around one colour."""
     folder.mkdir(parents=True)
@@ -59,6 +67,20 @@ def tiny(tmp_path_factory) -> tuple[str, ...]:
         save_images(folder / 'train' / label, 16, color, size=12)
         save_images(folder / 'val' / label, 6, color, size=12)
     return ('--config', str(folder / 'tiny.yaml'), '--data-dir', str(folder))
+
+
+@pytest.fixture(scope='session')
+def whole(tiny, tmp_path_factory) -> Path:
+    """A run of ``tiny`` that is done: to compare with, not to be changed."""
+    folder = tmp_path_factory.mktemp('whole') / 'run'
+    assert main([*tiny, '--output', str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def finished(whole, tmp_path) -> Path:
+    """A copy of it, ``run`` in the current folder."""
+    return Path(shutil.copytree(whole, tmp_path / 'run'))
 
 
 @pytest.fixture
@@ -213,6 +235,22 @@ def processes(tmp_path) -> Callable[..., Processes]:
         return Processes(tmp_path, arguments, world)
 
     return start
+
+
+@pytest.fixture
+def killed_at_update_8(processes, tmp_path) -> Callable[..., str]:
+    """Starts two processes, kills them behind update 8 and lets them go on, in ``parts``; what those print."""
+
+    def go(*command: object) -> str:
+        killed = processes(*command, '--output', 'parts', world=2)
+        killed.wait_for_update(tmp_path / 'parts', 8)
+        killed.kill(signal.SIGKILL)
+        killed.wait()
+        again = processes(*command, '--output', 'parts', '--resume', 'auto', world=2)
+        assert again.wait() == [0, 0], again.output()
+        return again.output()
+
+    return go
 
 
 def same(first, second) -> bool:

@@ -128,24 +128,17 @@ def test_random_state_survives_a_checkpoint(tmp_path):
     assert draw() == expected
 
 
-@pytest.mark.parametrize(
-    ('content', 'message'),
-    [(None, 'no checkpoint'), (b'', 'is empty'), (b'hello', 'is a text file; expected a checkpoint')],
-)
-def test_files_that_are_no_checkpoint(tmp_path, content, message):
+def test_files_that_are_no_checkpoint_or_not_ours(tmp_path):
     path = tmp_path / 'model.pt'
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match='no checkpoint'):
         load_checkpoint(path)
-
-
-def test_checkpoints_of_others(tmp_path):
-    torch.save({'state_dict': {}}, tmp_path / 'weights.pt')
-    with pytest.raises(CheckpointError, match=r'was not written by this trainer'):
-        load_checkpoint(tmp_path / 'weights.pt')
-    torch.save({'format': 2, 'checksum': '', 'epoch': 1}, tmp_path / 'earlier.pt')
-    assert load_checkpoint(tmp_path / 'earlier.pt')['epoch'] == 1
-    torch.save({'format': 99}, tmp_path / 'future.pt')
-    with pytest.raises(CheckpointError, match=r'has format 99'):
-        load_checkpoint(tmp_path / 'future.pt')
+    for content, message in ((b'', 'is empty'), (b'hello', 'is a text file; expected a checkpoint')):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(path)
+    for state, message in (({'state_dict': {}}, 'was not written by this trainer'), ({'format': 99}, 'has format 99')):
+        torch.save(state, path)
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(path)
+    torch.save({'format': 2, 'checksum': '', 'epoch': 1}, path)
+    assert load_checkpoint(path)['epoch'] == 1

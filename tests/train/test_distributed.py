@@ -1,6 +1,5 @@
 """Several processes: on the CPU through gloo here, on GPUs through NCCL where there are two."""
 
-import csv
 import json
 import os
 import signal
@@ -14,6 +13,7 @@ import torch
 
 import hydra_vision
 from hydra_vision.errors import ConfigError
+from hydra_vision.io import read_csv
 from hydra_vision.train import build
 from hydra_vision.train.checkpoint import BEST, LAST, load_checkpoint
 from hydra_vision.train.config import Config
@@ -28,8 +28,7 @@ KWARGS = ', kwargs: {patch_size: 4, depth: 1, embed_dim: 64}'
 
 
 def losses(folder: Path) -> list[float]:
-    with open(folder / 'steps.csv', newline='') as file:
-        return [float(row['loss']) for row in csv.DictReader(file)]
+    return [float(row['loss']) for row in read_csv(folder / 'steps.csv')]
 
 
 def assert_close_runs(first: Path, second: Path, tolerance: float = 1e-4) -> None:
@@ -45,7 +44,11 @@ def assert_close_runs(first: Path, second: Path, tolerance: float = 1e-4) -> Non
 
 
 @pytest.mark.parametrize(
-    'options', [(), ('--accum-steps', 2, '--set', 'optim.clip_grad=0.1'), ('--set', 'augment.repeats=3')]
+    'options',
+    [
+        ('--accum-steps', 2, '--set', 'optim.clip_grad=0.1'),
+        *(pytest.param(case, marks=pytest.mark.slow) for case in ((), ('--set', 'augment.repeats=3'))),
+    ],
 )
 def test_two_processes_learn_what_one_learns(tiny, run, processes, tmp_path, options):
     """The same batches, learning rate, losses, weights, averages and validation; 18 validation images on 2 x 8."""
@@ -60,6 +63,7 @@ def test_two_processes_learn_what_one_learns(tiny, run, processes, tmp_path, opt
         assert row['images_per_second'] * row['seconds'] == pytest.approx(48, rel=0.05)
 
 
+@pytest.mark.slow
 def test_gradients_in_bfloat16_are_close_to_those_in_float32(tiny, processes, tmp_path):
     for name in ('fp32', 'bf16'):
         started = processes(*tiny, *PLAIN, '--set', f'distributed.gradients={name}', '--output', name, world=2)
@@ -68,20 +72,16 @@ def test_gradients_in_bfloat16_are_close_to_those_in_float32(tiny, processes, tm
     assert losses(tmp_path / 'bf16') == pytest.approx(losses(tmp_path / 'fp32'), rel=0.02)
 
 
-@pytest.mark.parametrize('strategy', ['ddp', 'fsdp'])
-def test_processes_that_are_killed_go_on_bit_by_bit(tiny, processes, tmp_path, assert_same_run, strategy):
+@pytest.mark.parametrize('strategy', ['ddp', pytest.param('fsdp', marks=pytest.mark.slow)])
+def test_processes_that_are_killed_go_on_bit_by_bit(
+    tiny, processes, killed_at_update_8, tmp_path, assert_same_run, strategy
+):
     random = ('--set', 'model.drop_path_rate=0.3', '--set', 'augment.mixup=0.2', '--set', 'augment.erase_prob=0.5')
     command = (*tiny, *random, '--set', f'distributed.strategy={strategy}', '--set', 'checkpoint.every_steps=1')
     command = (*command, '--set', 'log.every=1', '--epochs', 2)
     whole = processes(*command, '--output', 'whole', world=2)
     assert whole.wait() == [0, 0], whole.output()
-    killed = processes(*command, '--output', 'parts', world=2)
-    killed.wait_for_update(tmp_path / 'parts', 8)
-    killed.kill(signal.SIGKILL)
-    killed.wait()
-    again = processes(*command, '--output', 'parts', '--resume', 'auto', world=2)
-    assert again.wait() == [0, 0], again.output()
-    assert 'from epoch 1 and' in again.output()
+    assert 'from epoch 1 and' in killed_at_update_8(*command)
     assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
 
 
@@ -150,8 +150,7 @@ def test_a_process_that_cannot_read_its_images_names_itself(image_folder, proces
 
 
 @pytest.mark.parametrize('size', [1, 3])
-def test_validation_of_a_checkpoint_by_several_processes(tiny, run, validated, processes, tmp_path, size):
-    assert run(*tiny, '--epochs', '2', '--output', 'run')[0] == 0
+def test_validation_of_a_checkpoint_by_several_processes(finished, validated, processes, tmp_path, size):
     alone = validated('run')
     shared = processes('--validate', 'run', '--json', '--set', f'data.val_batch_size={size}', world=2)
     assert shared.wait() == [0, 0], shared.output()
@@ -162,6 +161,7 @@ def test_validation_of_a_checkpoint_by_several_processes(tiny, run, validated, p
         assert found[name]['loss'] == pytest.approx(result['loss'], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_batch_norms_share_their_statistics(tiny, run, processes, tmp_path):
     """What is saved, and validated on every process, is the mean of what the processes have."""
     recipe = tmp_path / 'resnet.yaml'

@@ -1,6 +1,5 @@
 """Metrics: statistics of layers, loggers, speed and remaining time."""
 
-import csv
 import importlib.util
 import io
 import math
@@ -14,8 +13,9 @@ from rich.console import Console
 
 import hydra_vision  # noqa: F401  registers the models
 from hydra_vision.errors import ConfigError
+from hydra_vision.io import read_csv
 from hydra_vision.mixers import Hydra
-from hydra_vision.ops.inner import unpack_zxbcdt
+from hydra_vision.ops.inner import split_zxbcdt, unpack_convolved
 from hydra_vision.train import engine, log, report, stats
 from hydra_vision.train.checkpoint import LAST, load_checkpoint
 from hydra_vision.train.config import Config
@@ -25,11 +25,6 @@ from hydra_vision.train.stats import across_layers, mixer_statistics, total_norm
 
 def small_model(**kwargs) -> torch.nn.Module:
     return timm.create_model('hydra_vit_nano', img_size=16, patch_size=4, depth=2, num_classes=5, **kwargs)
-
-
-def read(path) -> list[dict[str, str]]:
-    with open(path, newline='') as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize('kwargs', [{}, {'share_bc': True, 'dt_limit': (0.02, 0.05)}])
@@ -47,15 +42,9 @@ def test_statistics_are_those_of_what_the_mixer_uses(kwargs):
     assert model.training
     for name, u in inputs.items():
         layer = model.get_submodule(name)
-        dt_f, dt_b = unpack_zxbcdt(
-            layer.in_proj(u),
-            *(layer.conv1d.weight, layer.conv1d.bias, layer.dt_bias),
-            headdim=layer.headdim,
-            d_state=layer.d_state,
-            ngroups=layer.ngroups,
-            share_bc=layer.share_bc,
-            dt_limit=(layer.dt_limit_min, layer.dt_limit_max),
-        )[2:4]
+        _, xbc, dt = split_zxbcdt(layer.in_proj(u), layer.d_inner, layer.nheads)
+        numbers = (layer.headdim, layer.d_state, layer.ngroups, layer.share_bc)
+        dt_f, dt_b = unpack_convolved(xbc, dt, layer.dt_bias, *numbers, (layer.dt_limit_min, layer.dt_limit_max))[1:3]
         dt = torch.stack([dt_f, dt_b]).detach()
         decay = torch.exp(-torch.exp(layer.A_log.detach()) * dt).flatten()
         assert found[name]['dt_mean'] == pytest.approx(float(dt.mean()), rel=1e-4)
@@ -107,7 +96,7 @@ def test_rows_are_written_every_few_updates_and_nothing_is_measured_in_between(t
     measure = engine.mixer_statistics
     monkeypatch.setattr(engine, 'mixer_statistics', lambda *args: calls.append(1) or measure(*args))
     assert run(*tiny, '--set', 'log.every=4', '--output', 'run')[0] == 0
-    rows, layers = read(tmp_path / 'run' / 'steps.csv'), read(tmp_path / 'run' / 'mixers.csv')
+    rows, layers = read_csv(tmp_path / 'run' / 'steps.csv'), read_csv(tmp_path / 'run' / 'mixers.csv')
     assert [row['updates'] for row in rows] == ['4', '8', '12', '16']
     assert len(calls) == 4
     for row in rows:
@@ -119,6 +108,7 @@ def test_rows_are_written_every_few_updates_and_nothing_is_measured_in_between(t
     assert [(row['updates'], row['layer']) for row in layers] == [(row['updates'], 'blocks.0.mixer') for row in rows]
 
 
+@pytest.mark.slow
 def test_measuring_changes_nothing(tiny, run, tmp_path, assert_same_run):
     random = ('--set', 'model.drop_rate=0.2', '--set', 'model.drop_path_rate=0.2')
     assert run(*tiny, *random, '--set', 'log.every=1', '--output', 'often')[0] == 0
@@ -134,8 +124,8 @@ def test_rows_after_the_checkpoint_are_dropped_and_a_torn_one_as_well(tmp_path):
     with open(tmp_path / 'steps.csv', 'a') as file:
         file.write('20,1.0,0.0')  # killed while it was written
     CsvLogger(tmp_path, 10)
-    assert [row['updates'] for row in read(tmp_path / 'steps.csv')] == ['5', '10']
-    assert [row['updates'] for row in read(tmp_path / 'mixers.csv')] == ['5', '10']
+    assert [row['updates'] for row in read_csv(tmp_path / 'steps.csv')] == ['5', '10']
+    assert [row['updates'] for row in read_csv(tmp_path / 'mixers.csv')] == ['5', '10']
 
 
 @pytest.mark.slow
@@ -144,7 +134,9 @@ def test_a_compiled_run_is_measured_and_saved_as_a_plain_one(tiny, run, tmp_path
         command = (*tiny, '--epochs', '2', '--set', 'log.every=5', '--compile', compiled, '--output', name)
         assert run(*command)[0] == 0
     assert not any('_orig_mod' in name for name in load_checkpoint(tmp_path / 'compiled' / LAST)['state_dict'])
-    for first, second in zip(*(read(tmp_path / name / 'mixers.csv') for name in ('plain', 'compiled')), strict=True):
+    for first, second in zip(
+        *(read_csv(tmp_path / name / 'mixers.csv') for name in ('plain', 'compiled')), strict=True
+    ):
         for key in ('dt_mean', 'dt_max', 'decay_q50'):
             assert float(first[key]) == pytest.approx(float(second[key]), rel=1e-2)
 

@@ -1,6 +1,5 @@
 """Runs that are interrupted and go on: the end is that of a run that never was."""
 
-import csv
 import multiprocessing
 import os
 import random
@@ -12,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from hydra_vision.io import read_csv
 from hydra_vision.train import checkpoint, engine
 from hydra_vision.train.checkpoint import BEST, KEPT, LAST, CheckpointSchedule, load_checkpoint, save_checkpoint
+from hydra_vision.train.main import main
 
 # Everything that is random at once: dropout, stochastic depth, augmentation, erasing, mixing, order.
 RANDOM = (
@@ -21,6 +22,14 @@ RANDOM = (
     *('--set', 'augment.auto_augment=rand-m5-mstd0.5', '--set', 'augment.mixup=0.2', '--set', 'augment.cutmix=1'),
     *('--accum-steps', '2', '--set', 'optim.clip_grad=1'),
 )
+
+
+@pytest.fixture(scope='module')
+def random_whole(tiny, tmp_path_factory):
+    """Such a run, not interrupted."""
+    folder = tmp_path_factory.mktemp('random') / 'run'
+    assert main([*tiny, *RANDOM, '--output', str(folder)]) == 0
+    return folder
 
 
 def at_update(monkeypatch, update: int, act) -> None:
@@ -48,10 +57,9 @@ def shake_generators() -> None:
     ('workers', 'every', 'where'), [(0, None, ', from epoch 2 on'), (2, 1, ', from epoch 2 and 2 batches')]
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(
-    tiny, run, tmp_path, monkeypatch, assert_same_run, workers, every, where
+    tiny, random_whole, run, tmp_path, monkeypatch, assert_same_run, workers, every, where
 ):
     arguments = (*tiny, *RANDOM, '--workers', workers, '--set', f'checkpoint.every_steps={every or "null"}')
-    assert run(*arguments, '--output', 'whole')[0] == 0
     with monkeypatch.context() as patch:
         at_update(patch, 8, interrupt)  # 3 updates an epoch
         code, _, error = run(*arguments, '--output', 'parts')
@@ -61,11 +69,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(
     code, out, _ = run(*arguments, '--output', 'parts', '--resume', 'auto')
     assert code == 0
     assert where in out
-    assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
-    with open(tmp_path / 'parts' / 'summary.csv', newline='') as file:
-        assert [row['epoch'] for row in csv.DictReader(file)] == ['1', '2', '3']
+    assert_same_run(random_whole, tmp_path / 'parts')
+    assert [row['epoch'] for row in read_csv(tmp_path / 'parts' / 'summary.csv')] == ['1', '2', '3']
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_ten_times_at_random_ends_as_one_that_never_was(
     tiny, run, processes, tmp_path, assert_same_run
 ):
@@ -84,7 +92,7 @@ def test_a_run_that_is_killed_ten_times_at_random_ends_as_one_that_never_was(
     assert last.wait() == [0], last.output()
     assert_same_run(tmp_path / 'whole', parts)
     rows = [
-        [(row['updates'], row['loss'], row['grad_norm']) for row in csv.DictReader(open(folder / 'steps.csv'))]  # noqa: SIM115
+        [(row['updates'], row['loss'], row['grad_norm']) for row in read_csv(folder / 'steps.csv')]
         for folder in (tmp_path / 'whole', parts)
     ]
     assert rows[0] == rows[1]  # the log has neither a gap nor a row twice
@@ -92,10 +100,9 @@ def test_a_run_that_is_killed_ten_times_at_random_ends_as_one_that_never_was(
 
 
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1'])
-def test_a_signal_saves_and_ends_the_run_at_once(tiny, run, tmp_path, monkeypatch, assert_same_run, name):
+def test_a_signal_saves_and_ends_the_run_at_once(tiny, random_whole, run, tmp_path, monkeypatch, assert_same_run, name):
     number = getattr(signal, name)
     arguments = (*tiny, *RANDOM)
-    assert run(*arguments, '--output', 'whole')[0] == 0
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
         at_update(patch, 5, lambda: os.kill(os.getpid(), number))
@@ -107,13 +114,14 @@ def test_a_signal_saves_and_ends_the_run_at_once(tiny, run, tmp_path, monkeypatc
     assert (state['updates'], state['progress']['batches']) == (5, 4)
     shake_generators()
     assert run(*arguments, '--output', 'parts', '--resume', 'auto')[0] == 0
-    assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
+    assert_same_run(random_whole, tmp_path / 'parts')
 
 
-def test_a_signal_to_the_loader_processes_as_well_loses_nothing(tiny, run, tmp_path, monkeypatch, assert_same_run):
+def test_a_signal_to_the_loader_processes_as_well_loses_nothing(
+    tiny, whole, run, tmp_path, monkeypatch, assert_same_run
+):
     """torchrun and SLURM send it to all of them."""
     arguments = (*tiny, '--workers', 2)
-    assert run(*arguments, '--output', 'whole')[0] == 0
 
     def stop_all():
         stopped = (*multiprocessing.active_children(), multiprocessing.current_process())
@@ -127,11 +135,12 @@ def test_a_signal_to_the_loader_processes_as_well_loses_nothing(tiny, run, tmp_p
     assert code == 143, error
     assert 'step 8' in error
     assert run(*arguments, '--output', 'parts', '--resume', 'auto')[0] == 0
-    assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
+    assert_same_run(whole, tmp_path / 'parts')
 
 
-def test_a_signal_during_validation_repeats_only_the_validation(tiny, run, tmp_path, monkeypatch, assert_same_run):
-    assert run(*tiny, '--output', 'whole')[0] == 0
+def test_a_signal_during_validation_repeats_only_the_validation(
+    tiny, whole, run, tmp_path, monkeypatch, assert_same_run
+):
     validate = engine.Trainer._validate_epoch
 
     def signalled(self, meter, row):
@@ -146,7 +155,7 @@ def test_a_signal_during_validation_repeats_only_the_validation(tiny, run, tmp_p
     assert '(epochs done: 1, step 12)' in error
     shake_generators()
     assert run(*tiny, '--output', 'parts', '--resume', 'auto')[0] == 0
-    assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
+    assert_same_run(whole, tmp_path / 'parts')
 
 
 def test_checkpoints_by_the_clock(tiny, run, tmp_path, monkeypatch):
@@ -196,8 +205,7 @@ def test_a_kill_between_the_files_of_a_checkpoint_leaves_none_behind(tiny, run, 
         assert run(*tiny, '--output', 'run')[0] == 130
     (tmp_path / 'run' / KEPT / '.step-000000015.pt.tmp').write_bytes(b'half')  # killed while it was written
     assert run(*tiny, '--output', 'run', '--resume', 'auto', '--epochs', 2)[0] == 0
-    with open(tmp_path / 'run' / 'summary.csv', newline='') as file:
-        assert [row['val_top1'] for row in csv.DictReader(file)] == ['10', '30']
+    assert [row['val_top1'] for row in read_csv(tmp_path / 'run' / 'summary.csv')] == ['10', '30']
     assert run('--resume', 'run', '--epochs', 3)[0] == 0
     assert load_checkpoint(tmp_path / 'run' / BEST)['epoch'] == 2
     assert load_checkpoint(tmp_path / 'run' / LAST)['epoch'] == 3
@@ -217,26 +225,20 @@ def test_resuming_before_later_checkpoints_and_the_best_one_renames_them(tiny, r
     assert not (tmp_path / 'run' / BEST).exists()  # of epoch 1 nothing is left: keep_best was 1, and epoch 3 better
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_run_goes_on_before_it(
-    tiny, run, fails, tmp_path, assert_same_run
-):
-    assert run(*tiny, '--output', 'whole')[0] == 0
-    assert run(*tiny, '--epochs', '2', '--output', 'parts')[0] == 0
-    newest = tmp_path / 'parts' / KEPT / 'step-000000012.pt'
+def test_a_damaged_newest_checkpoint_is_named_and_the_run_goes_on_before_it(tiny, finished, run, fails, tmp_path):
+    newest = finished / KEPT / 'step-000000018.pt'
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 255
     newest.write_bytes(content)
-    code, out, _ = run(*tiny, '--output', 'parts', '--resume', 'auto')
+    code, out, _ = run(*tiny, '--output', 'run', '--resume', 'auto')
     assert code == 0
-    assert 'warning: ' in out
-    assert 'step-000000012.pt' in out
-    assert 'continuing from' in out
-    assert 'step-000000006.pt' in out
-    assert newest.with_name('step-000000012.pt.old').is_file()
-    assert load_checkpoint(tmp_path / 'parts' / LAST)['epoch'] == 3
-    for path in (tmp_path / 'parts').rglob('*.pt'):
+    for text in ('warning: ', 'step-000000018.pt', 'continuing from', 'step-000000012.pt'):
+        assert text in out
+    assert newest.with_name('step-000000018.pt.old').is_file()
+    assert load_checkpoint(finished / LAST)['epoch'] == 3
+    for path in finished.rglob('*.pt'):
         path.write_bytes(b'')
-    assert 'no checkpoint of parts is intact' in fails(*tiny, '--output', 'parts', '--resume', 'auto', code=1)
+    assert 'no checkpoint of run is intact' in fails(*tiny, '--output', 'run', '--resume', 'auto', code=1)
 
 
 def test_a_run_that_goes_on_with_nothing_but_the_validation_of_an_epoch_left(tiny, run, monkeypatch):
@@ -283,8 +285,7 @@ def test_what_is_left_of_a_run_without_a_checkpoint_is_used_again(tiny, run, tmp
 
 
 @pytest.mark.parametrize('epochs', [2, 3])
-def test_a_run_with_all_its_epochs_done_says_so(tiny, run, tmp_path, epochs):
-    assert run(*tiny, '--output', 'run')[0] == 0
+def test_a_run_with_all_its_epochs_done_says_so(finished, run, tmp_path, epochs):
     before = (tmp_path / 'run' / LAST).read_bytes()
     code, out, _ = run('--resume', 'run', '--epochs', epochs)
     assert code == 0
@@ -293,10 +294,9 @@ def test_a_run_with_all_its_epochs_done_says_so(tiny, run, tmp_path, epochs):
     assert f'run     {epochs} epochs: nothing to train, the checkpoint has 3 epochs already' in out
 
 
-def test_a_checkpoint_of_another_world_draws_new_numbers_for_new_processes(tiny, run, tmp_path):
-    assert run(*tiny, '--epochs', '2', '--output', 'run')[0] == 0
+def test_a_checkpoint_of_another_world_draws_new_numbers_for_new_processes(finished, run, tmp_path):
     state = load_checkpoint(tmp_path / 'run' / LAST)
     save_checkpoint(tmp_path / 'run', {**state, 'random': state['random'] * 4}, is_best=False)
-    code, out, _ = run('--resume', 'run', '--epochs', '3')
+    code, out, _ = run('--resume', 'run', '--epochs', '4')
     assert code == 0
     assert 'resuming with 1 instead of 4 processes' in out

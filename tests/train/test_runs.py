@@ -1,6 +1,5 @@
 """Finished runs: what they leave behind, comparing them, averaging their checkpoints, exporting them."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from PIL import Image
 
 from hydra_vision.console import Parser
 from hydra_vision.errors import CheckpointError, UserError
+from hydra_vision.io import read_csv
 from hydra_vision.train import runs
 from hydra_vision.train.checkpoint import BEST, LAST, load_checkpoint
 from hydra_vision.train.main import main
@@ -58,14 +58,12 @@ def test_run_json_records_where_a_run_comes_from(folders, tiny, run, tmp_path):
 def test_compared_runs_are_a_table_and_a_picture(folders, capsys, tmp_path):
     assert compare(*folders, '--output', 'compared') == 0
     assert 'a0, a1' in capsys.readouterr().out  # runs that differ in the seed only are averaged
-    with open(tmp_path / 'compared' / 'compare.csv', newline='') as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(tmp_path / 'compared' / 'compare.csv')
     assert [row['run'] for row in rows] == ['a0', 'a1', 'b0']
     assert [row['seed'] for row in rows] == ['0', '1', '0']
     facts = json.loads((folders[0] / RUN).read_text())
     assert rows[0]['params (M)'] == f'{facts["parameters"] / 1e6:.2f}'
-    with open(folders[1] / 'summary.csv', newline='') as file:
-        last = list(csv.DictReader(file))[-1]
+    last = read_csv(folders[1] / 'summary.csv')[-1]
     assert float(rows[1]['top-1 % (last)']) == pytest.approx(float(last['val_top1']), abs=0.01)
     with Image.open(tmp_path / 'compared' / 'compare.png') as image:
         assert image.width > 1000

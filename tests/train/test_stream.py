@@ -249,7 +249,7 @@ def test_a_stream_goes_on_inside_an_epoch(loaders, shards):
 
 
 def test_a_streamed_run_of_two_processes_counts_once_and_goes_on_bit_by_bit(
-    shards, processes, tmp_path, assert_same_run
+    shards, processes, killed_at_update_8, tmp_path, assert_same_run
 ):
     options = shards(workers=1).to_dict()['data']
     fields = {f'data.{key}': options[key] for key in ('name', 'dir', 'train_split', 'val_split')}
@@ -261,11 +261,6 @@ def test_a_streamed_run_of_two_processes_counts_once_and_goes_on_bit_by_bit(
     command = ['--config', 'base.yaml', *(f'--set={key}={value}' for key, value in fields.items())]
     whole = processes(*command, '--output', 'whole', world=2)
     assert whole.wait() == [0, 0], whole.output()
-    killed = processes(*command, '--output', 'parts', world=2)
-    killed.wait_for_update(tmp_path / 'parts', 8)
-    killed.kill(signal.SIGKILL)
-    killed.wait()
-    again = processes(*command, '--output', 'parts', '--resume', 'auto', world=2)
-    assert again.wait() == [0, 0], again.output()
+    killed_at_update_8(*command)
     assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
     assert '│     10 │' in whole.output()

@@ -41,19 +41,6 @@ def test_matrix_is_that_of_the_mixer_on_its_own_input():
     assert torch.equal(last.row(2, 5), last.matrix[:, 2 * 6 + 5].reshape(-1, 4, 6))
 
 
-@pytest.mark.parametrize('position', ['first', 'middle', 'last'])
-def test_patches_are_found_beside_a_class_token(position):
-    model = tiny(class_token=True, class_token_position=position)
-    (block,) = mixing_matrices(model, torch.randn(1, 3, 64, 96), blocks=[0])
-    assert block.num_prefix_tokens == 1
-    place = {'first': 0, 'middle': 12, 'last': 24}[position]
-    assert int(block.order[0]) == place
-    patches = [i for i in range(25) if i != place]
-    assert block.order[1:].tolist() == patches
-    expected = block.matrix[:, patches[13]][:, patches].reshape(-1, 4, 6)
-    assert torch.equal(block.row(2, 1), expected)
-
-
 @pytest.mark.parametrize('order', SCAN_ORDERS)
 @pytest.mark.parametrize('token', [None, 'first', 'middle', 'last'])
 def test_tokens_lie_where_the_scan_takes_them(order, token):
@@ -144,38 +131,6 @@ def test_command(photo, tmp_path, capsys):
         assert min(picture.size) > 400
 
 
-@pytest.mark.parametrize(
-    ('argv', 'message'),
-    [
-        (['--model', 'hydra_vit_tny'], "'hydra_vit_tiny'"),
-        (['--model', 'test_hydra_vit'], 'no published weights'),  # random ones only where they are asked for
-        ([*RANDOM, '--layer', '9'], 'block=9'),
-        ([*RANDOM, '--heads', '2'], 'head=2'),
-        ([*RANDOM, '--patch', '99,0'], 'rows 0 to'),
-        ([*RANDOM, '--patch', '1'], 'ROW,COLUMN'),
-        ([*RANDOM, '--model-kwargs', 'depht=2'], 'depht'),
-        (['--model', 'test_hydra_vit', '--checkpoint', 'missing.pt'], 'missing.pt'),
-        ([*RANDOM, '--output', 'nowhere/a.png'], 'no folder'),
-        ([*RANDOM, '--output', 'photo.png'], 'exists already'),
-        ([*RANDOM, '--index', '1'], 'image 1 is out of range'),
-        ([*RANDOM, '--target', '1'], '--target'),
-        (['--model', 'test_vit', '--random-init'], 'no mixer with a matrix'),
-        ([], 'no model'),
-    ],
-)
-def test_command_says_what_is_wrong(photo, argv, message, monkeypatch, capsys):
-    monkeypatch.chdir(photo.parent)
-    try:
-        code = main(['visualize', 'matrix', 'photo.png', *argv])
-    except SystemExit as stop:
-        code = stop.code
-    assert code == 2
-    assert message in capsys.readouterr().err
-    assert [path.name for path in photo.parent.iterdir()] == ['photo.png']
-
-
-def test_command_refuses_what_is_no_image(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_command_refuses_what_is_no_image(fails, tmp_path):
     (tmp_path / 'text.png').write_text('no image')
-    assert main(['visualize', 'matrix', 'text.png', *RANDOM]) == 2
-    assert 'text.png cannot be read' in capsys.readouterr().err
+    assert 'text.png cannot be read' in fails('visualize', 'matrix', tmp_path / 'text.png', *RANDOM)

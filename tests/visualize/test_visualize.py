@@ -134,17 +134,13 @@ def test_receptive_field_is_no_rounding(layers):
     torch.testing.assert_close(exact, (expected / expected.max()).float())
 
 
-def test_field_side_of_the_middle_patch():
+def test_field_side():
     field = torch.zeros(32, 64)
     field[16:32, 32:48] = 1  # the middle one of 2 x 4
     assert field_side(field, 1.0, (2, 4)) == pytest.approx((16 * 16 / (32 * 64)) ** 0.5)
-    assert field_side(torch.ones(40, 40), 0.25, (4, 4)) == pytest.approx(0.5, abs=0.03)
-    assert field_side(torch.ones(20, 80), 1.0, (2, 8)) == 1
-
-
-def test_field_side():
-    assert field_side(torch.ones(40, 40), 0.25) == pytest.approx(0.5, abs=0.03)
-    assert field_side(torch.ones(20, 80), 1.0) == 1
+    for square, long in (((), ()), (((4, 4),), ((2, 8),))):
+        assert field_side(torch.ones(40, 40), 0.25, *square) == pytest.approx(0.5, abs=0.03)
+        assert field_side(torch.ones(20, 80), 1.0, *long) == 1
     point = torch.zeros(41, 41)
     point[20, 20] = 1
     assert field_side(point) == pytest.approx(1 / 41)
@@ -218,6 +214,12 @@ def test_grad_cam_of_a_class(build, kwargs):
     for bad in ([5, 0], [1]):
         with pytest.raises(FeatureError, match='allowed: one each, 0 to 4'):
             grad_cam(model, x, classes=bad)
+
+
+def test_grad_cam_of_an_image_of_another_size():
+    pytest.importorskip('pytorch_grad_cam')
+    maps, _ = grad_cam(small(), torch.randn(1, 3, 128, 160))
+    assert maps.shape == (1, 128, 160)
 
 
 @pytest.mark.parametrize('block', [0, 1, -1])
@@ -307,51 +309,43 @@ def test_gallery_is_what_the_page_shows(tmp_path, capsys):
     assert all(f'](gallery/{name})' in page for name in made)
 
 
-@pytest.mark.parametrize(
-    ('argv', 'match'),
-    [
-        (['pcaa', 'photo.png', *RANDOM], "nearest valid name is 'pca'"),
-        (['pca', 'photo.png', '--target', '3', *RANDOM], '--target is for gradcam'),
-        (['pca', 'photo.png', '--index', '1', *RANDOM], 'image 1 is out of range'),
-        (['pca', 'photo.png', '--index', '0', '--output', 'p.jpg', *RANDOM], 'must end in .png'),
-        (['pca', 'photo.png', '--index', '0', '--output', 'no/p.png', *RANDOM], "there is no folder 'no'"),
-        (['pca', 'photo.png', '--index', '0', '--output', 'photo.png', *RANDOM], 'exists already'),
-        (['pca', 'photo.png', '--index', '0', '--layer', '4', *RANDOM], 'layer 4 is out of range'),
-        (['pca', 'photo.png', '--output', '/proc/self/p.png', *RANDOM], 'cannot be written: '),
-        (['pca', 'photo.png', '--crop-pct', '0.5', *RANDOM], '--crop-pct'),  # pictures show whole images
-        (['matrix', 'photo.png', '--index', '0,0', *RANDOM], 'matrix draws one image'),
-        (['matrix', 'photo.png', '--index', '0', '--layer', '4', *RANDOM], 'block=4'),
-        (['matrix', 'photo.png', '--index', '0', '--patch', '2,0', *RANDOM], 'outside of the grid'),
-        (['gradcam', 'photo.png', '--index', '0', '--target', 'cat', *RANDOM], 'no class names'),
-        (['gradcam', 'photo.png', '--index', '0', '--target', '1000', *RANDOM], '0 to 999'),
-        (['gallery', 'photo.png', '--output', 'photo.png', *RANDOM], 'a gallery needs one'),
-        (['pca', 'photo.png'], 'no model'),
-        (['pca', 'photo.png', '--dpi', '100000', *RANDOM], 'allowed: 10 to 1200'),
-        (['pca', 'photo.png', '--img-size', '1000000', *RANDOM], 'is not a size'),
-        (['pca', 'photo.png', '--output', '', *RANDOM], 'is empty'),
-    ],
-)
-def test_command_says_what_is_wrong(argv, match, photo, tmp_path, monkeypatch, capsys):
-    if argv[0] == 'gradcam':
-        pytest.importorskip('pytorch_grad_cam')
+def test_command_says_what_is_wrong(fails, photo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = photo.read_bytes()
-    try:
-        code = main(['visualize', *argv])
-    except SystemExit as stop:
-        code = stop.code
-    assert code == 2
-    captured = capsys.readouterr()
-    assert captured.out == ''
-    assert match in captured.err
+    for words, match in (
+        ('pcaa photo.png', "nearest valid name is 'pca'"),
+        ('pca photo.png --target 3', '--target is for gradcam'),
+        ('pca photo.png --index 1', 'image 1 is out of range'),
+        ('pca photo.png --index 0 --output p.jpg', 'must end in .png'),
+        ('pca photo.png --index 0 --output photo.png', 'exists already'),
+        ('pca photo.png --index 0 --layer 4', 'layer 4 is out of range'),
+        ('pca photo.png --crop-pct 0.5', '--crop-pct'),  # pictures show whole images
+        ('matrix photo.png --index 0,0', 'matrix draws one image'),
+        ('matrix photo.png --index 0 --layer 4', 'block=4'),
+        ('matrix photo.png --index 0 --heads 2', 'head=2'),
+        ('matrix photo.png --index 0 --patch 2,0', 'outside of the grid'),
+        ('matrix photo.png --index 0 --patch 1', 'ROW,COLUMN'),
+        ('matrix photo.png --index 0 --model test_vit --img-size 32', 'no mixer with a matrix'),
+        ('gallery photo.png --output photo.png', 'a gallery needs one'),
+        ('pca photo.png --dpi 100000', 'allowed: 10 to 1200'),
+    ):
+        assert match in fails('visualize', *words.split()[:2], *RANDOM, *words.split()[2:])
+    assert 'no model' in fails('visualize', 'pca', 'photo.png')
     assert [path.name for path in tmp_path.iterdir()] == ['photo.png']
     assert photo.read_bytes() == before
 
 
-def test_a_missing_extra_is_named(photo, monkeypatch, capsys, tmp_path):
+def test_command_says_what_is_wrong_with_a_class(fails, photo, tmp_path):
+    pytest.importorskip('pytorch_grad_cam')
+    command = ['visualize', 'gradcam', photo, *RANDOM, '--output', tmp_path / 'p.png', '--target']
+    for target, match in (('cat', 'no class names'), ('1000', '0 to 999')):
+        assert match in fails(*command, target)
+
+
+def test_a_missing_extra_is_named(photo, monkeypatch, fails, tmp_path):
     monkeypatch.setitem(__import__('sys').modules, 'pytorch_grad_cam', None)
-    assert main(['visualize', 'gradcam', str(photo), '--output', str(tmp_path / 'o.png'), *RANDOM]) == 2
-    assert "pip install 'hydra-vision[explain]'" in capsys.readouterr().err
+    error = fails('visualize', 'gradcam', photo, '--output', tmp_path / 'o.png', *RANDOM)
+    assert "pip install 'hydra-vision[explain]'" in error
 
 
 def test_captum_attributes_through_the_mixers():

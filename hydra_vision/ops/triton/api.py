@@ -5,6 +5,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from ..arguments import InnerArguments
 from .function import HydraInner, QuasiseparableMix, ScaleRows, refuse_transforms
 from .library import hydra_inner_op, quasiseparable_mix_op
 
@@ -30,41 +31,18 @@ def quasiseparable_mix(
     return QuasiseparableMix.apply(x, dt_f, dt_b, A, B_f, C_f, B_b, C_b, D, init_states)
 
 
-def hydra_inner(
-    zxbcdt: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Optional[Tensor],
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    fc_D_weight: Tensor,
-    norm_weight: Tensor,
-    *,
-    headdim: int,
-    d_state: int,
-    ngroups: int,
-    share_bc: bool,
-    dt_limit: tuple[float, float],
-    init_states: Optional[Tensor],
-    eps: float,
-    late: bool = False,
-) -> tuple[Tensor, Optional[Tensor]]:
-    """(B, L, d_inner), ready for out_proj, and None. Arguments as in ``hydra_vision.ops.hydra_inner``.
+def hydra_inner(a: InnerArguments, late: bool = False) -> tuple[Tensor, Optional[Tensor]]:
+    """(B, L, d_inner), ready for out_proj, and None.
 
     late: the norm's factors may come apart, (B, L) float32, for the rows of out_proj's result; as ``scale_rows`` does.
     """
-    low, high = float(dt_limit[0]), float(dt_limit[1])
+    *front, (low, high), eps, segments = a
+    limit = (float(low), float(high))
     refuse_transforms()
     if torch.compiler.is_compiling():
-        out, factors, *_ = hydra_inner_op(
-            zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states,
-            headdim, d_state, ngroups, share_bc, low, high, eps, late,
-        )  # fmt: skip
+        out, factors, *_ = hydra_inner_op(*front, *limit, eps, late, segments)
     else:
-        out, factors = HydraInner.apply(
-            late, zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states,
-            headdim, d_state, ngroups, share_bc, (low, high), eps,
-        )  # fmt: skip
+        out, factors = HydraInner.apply(late, *front, limit, eps, segments)
     return out, factors if factors.ndim == 2 else None
 
 

@@ -122,6 +122,7 @@ def conv_kernel(
     w,  # (C, K)
     bias,  # (C,)
     out,  # (B, L, C) contiguous
+    segments,  # (L,) the sequence of each token, where PACKED
     stride_b,
     stride_l,
     L,
@@ -131,19 +132,35 @@ def conv_kernel(
     BC: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ALIGN: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     blocks = tl.cdiv(C, BC)
     tiles = tl.cdiv(L, TL)
     b = (tl.program_id(0) // (blocks * tiles)).to(tl.int64)
     rows = ((tl.program_id(0) // blocks) % tiles) * TL + tl.arange(0, TL)
     cols = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
-    pre = _convolve(u + b * stride_b, w, bias, rows, cols, stride_l, L, C, K, HAS_BIAS, ALIGN)  # (TL, BC)
+    base = u + b * stride_b
+    pre = _convolve(base, w, bias, segments, rows, cols, stride_l, L, C, K, HAS_BIAS, ALIGN, PACKED)  # (TL, BC)
     at = out + (b * L + rows[:, None]) * C + cols[None, :]
     tl.store(at, (pre * tl.sigmoid(pre)).to(out.dtype.element_ty), mask=(rows < L)[:, None] & (cols < C)[None, :])
 
 
 @triton.jit
-def _convolve(u, w, bias, rows, cols, stride_l, L, C, K: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr):
+def _seen(segments, rows, near, L, PACKED: tl.constexpr):
+    """(TL,) Whether ``near`` is a token of the sequence that the token ``rows`` belongs to."""
+    inside = (near >= 0) & (near < L)
+    if PACKED:
+        inside &= rows < L
+        here = tl.load(segments + rows, mask=inside, other=0)
+        inside &= here == tl.load(segments + near, mask=inside, other=0)
+    return inside
+
+
+@triton.jit
+def _convolve(
+    u, w, bias, segments, rows, cols, stride_l, L, C,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
     """(TL, BC) float32: the convolution before its activation."""
     ok = cols < C
     acc = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
@@ -151,7 +168,7 @@ def _convolve(u, w, bias, rows, cols, stride_l, L, C, K: tl.constexpr, HAS_BIAS:
         acc += tl.load(bias + cols, mask=ok, other=0.0).to(tl.float32)[None, :]
     for k in tl.static_range(K):
         near = rows + (k - K // 2)
-        mask = ((near >= 0) & (near < L))[:, None] & ok[None, :]
+        mask = _seen(segments, rows, near, L, PACKED)[:, None] & ok[None, :]
         start = tl.multiple_of(near.to(tl.int64) * stride_l, ALIGN)  # (TL,)
         v = tl.load(u + start[:, None] + cols[None, :], mask=mask, other=0.0)  # (TL, BC)
         acc += v.to(tl.float32) * tl.load(w + cols * K + k, mask=ok, other=0.0).to(tl.float32)[None, :]
@@ -315,6 +332,7 @@ def conv_activation_backward_kernel(
     w,  # (C, K)
     bias,  # (C,)
     g,  # (B, L, C) contiguous: in, gradient after the activation; out, before it
+    segments,  # (L,), where PACKED
     stride_b,
     stride_l,
     L,
@@ -324,13 +342,15 @@ def conv_activation_backward_kernel(
     BC: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ALIGN: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     blocks = tl.cdiv(C, BC)
     tiles = tl.cdiv(L, TL)
     b = (tl.program_id(0) // (blocks * tiles)).to(tl.int64)
     rows = ((tl.program_id(0) // blocks) % tiles) * TL + tl.arange(0, TL)
     cols = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
-    pre = _convolve(u + b * stride_b, w, bias, rows, cols, stride_l, L, C, K, HAS_BIAS, ALIGN)  # (TL, BC)
+    base = u + b * stride_b
+    pre = _convolve(base, w, bias, segments, rows, cols, stride_l, L, C, K, HAS_BIAS, ALIGN, PACKED)  # (TL, BC)
     at = g + (b * L + rows[:, None]) * C + cols[None, :]
     keep = (rows < L)[:, None] & (cols < C)[None, :]
     grad = tl.load(at, mask=keep, other=0.0).to(tl.float32) * _silu_gradient(pre, False)
@@ -344,6 +364,7 @@ def conv_backward_kernel(
     g,  # (B, L, C) contiguous: gradient before the activation
     du,  # (B, L, C) rows of any stride, out
     part,  # (B, tiles, K + 1, C) float32, out: weight and bias gradients of the tile
+    segments,  # (L,), where PACKED
     stride_b,
     stride_l,
     stride_db,
@@ -355,6 +376,7 @@ def conv_backward_kernel(
     BC: tl.constexpr,
     ALIGN: tl.constexpr,
     ALIGN_D: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     tiles = tl.cdiv(L, TL)
     blocks = tl.cdiv(C, BC)
@@ -371,12 +393,12 @@ def conv_backward_kernel(
     acc = tl.zeros((TL, BC), tl.float32)
     for k in tl.static_range(K):
         near = rows + (k - K // 2)
-        mask = ((near >= 0) & (near < L))[:, None] & ok[None, :]
+        mask = _seen(segments, rows, near, L, PACKED)[:, None] & ok[None, :]
         at = tl.multiple_of(near.to(tl.int64) * stride_l, ALIGN)
         uv = tl.load(u_b + at[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)  # (TL, BC)
         tl.store(slot + k * C, tl.sum(gv * uv, axis=0), mask=ok)
         far = rows - (k - K // 2)
-        mask = ((far >= 0) & (far < L))[:, None] & ok[None, :]
+        mask = _seen(segments, rows, far, L, PACKED)[:, None] & ok[None, :]
         gk = tl.load(g_b + far[:, None].to(tl.int64) * C + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         acc += gk * tl.load(w + cols * K + k, mask=ok, other=0.0).to(tl.float32)[None, :]
     tl.store(slot + K * C, tl.sum(gv, axis=0), mask=ok)

@@ -73,6 +73,15 @@ def _load_dt(
 
 
 @triton.jit
+def _is_border(segments, rows, L, step: tl.constexpr):
+    """(T,) Whether the next token in the direction of ``step`` belongs to another sequence."""
+    near = rows + step
+    inside = (rows < L) & (near >= 0) & (near < L)
+    here = tl.load(segments + rows, mask=inside, other=0)
+    return inside & (here != tl.load(segments + near, mask=inside, other=0))
+
+
+@triton.jit
 def _head_decay(A, heads, H, A_IS_LOG: tl.constexpr):
     a = tl.load(A + heads, mask=heads < H, other=0.0).to(tl.float32)  # (HB,)
     if A_IS_LOG:
@@ -86,6 +95,7 @@ def decay_kernel(
     dtb_in,
     dt_bias,  # (H,)
     A,  # (H,)
+    segments,  # (L,) the sequence of each token, where PACKED
     lf,  # (B, H, Lp) out, float32 or float64
     lb,
     cf,  # (B, H, Lp) out, as lf: lf - log2(dt_f), so that a column's dt costs nothing
@@ -100,6 +110,7 @@ def decay_kernel(
     SOFTPLUS: tl.constexpr,
     LIMIT: tl.constexpr,
     A_IS_LOG: tl.constexpr,
+    PACKED: tl.constexpr,
     HB: tl.constexpr,
     T: tl.constexpr,
 ):
@@ -122,9 +133,14 @@ def decay_kernel(
         )
         # a term below -200 makes every factor that contains it zero: cut off there, so that sums stay precise
         step = tl.maximum(dt.to(sums) * a[None, :].to(sums) * 1.4426950408889634, -200.0)  # (T, HB)
+        if PACKED:  # the last token of a sequence forgets everything, and writes nothing (packed.py)
+            border = _is_border(segments, rows, L, 1 if direction == 0 else -1)[:, None]
+            step = tl.where(border, -200.0, step)
         total = tl.cumsum(step, axis=0, reverse=direction == 1)
         tl.store((lf if direction == 0 else lb) + out, total, mask=keep)
         column = total - tl.log2(tl.maximum(dt, DT_TINY).to(sums))
+        if PACKED:
+            column = tl.where(border, total + 1000.0, column)
         tl.store((cf if direction == 0 else cb) + out, column, mask=keep)
 
 
@@ -134,6 +150,7 @@ def decay_backward_kernel(
     dtb_in,
     dt_bias,
     A,
+    segments,  # (L,), where PACKED
     sums,  # (planes, B, H, Lp), see ``Plan.planes``: sums of G = dM o M over rows and columns
     through,  # (B, H, 2, nT): what crosses the whole tile
     ddtf,  # (B, L, H) out, rows of any stride
@@ -153,6 +170,7 @@ def decay_backward_kernel(
     SOFTPLUS: tl.constexpr,
     LIMIT: tl.constexpr,
     A_IS_LOG: tl.constexpr,
+    PACKED: tl.constexpr,
     HAS_STATE: tl.constexpr,
     EXACT: tl.constexpr,
     HB: tl.constexpr,
@@ -201,14 +219,17 @@ def decay_backward_kernel(
             da += tl.load(through + pair * nT + tile, mask=ok, other=0.0)[None, :]
         column = tl.load(own + (8 if EXACT else 2) * plane + t[:, None], mask=seen, other=0.0)
         raw = (column + outer) / tl.maximum(dt, DT_TINY)
-        sum_A += tl.sum(tl.where(seen, da * dt, 0.0), axis=0)
+        used = seen
+        if PACKED:
+            used = seen & ~_is_border(segments, rows, L, 1 if direction == 0 else -1)[:, None]
+        sum_A += tl.sum(tl.where(used, da * dt, 0.0), axis=0)
         g = da * a[None, :] + raw
         if LIMIT:
             free = _softplus(value, False) if SOFTPLUS else value
             g = tl.where((free >= DT_MIN) & (free <= DT_MAX), g, 0.0)
         if SOFTPLUS:
             g = g * tl.sigmoid(value)
-        g = tl.where(seen, g, 0.0)
+        g = tl.where(used, g, 0.0)
         sum_bias += tl.sum(g, axis=0)
         where = target + b * stride_gb + rows[:, None].to(tl.int64) * stride_gl + heads[None, :]
         tl.store(where, g.to(target.dtype.element_ty), mask=seen)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import chunks
-from .inner import InnerArguments, inner_backward, inner_forward
+from .inner import KernelArguments, inner_backward, inner_forward
 from .mixing import DtSource, decays, decays_backward, mix_backward, mix_forward, start_gradient
 from .plan import Plan, make_plan
 
@@ -47,20 +47,20 @@ class HydraInner(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, late: bool, *arguments: Any) -> tuple[Tensor, Tensor]:
         """Tensors and numbers in the order of ``InnerArguments``. Returns out and factors as ``inner_forward``."""
-        a = InnerArguments(*arguments)
+        a = KernelArguments(*arguments)
         out, factors, y, rstd, diag = inner_forward(a, late)
-        ctx.save_for_backward(*arguments[:9], out, y, rstd if rstd.ndim == 2 else factors, diag)
-        ctx.late, ctx.numbers = late, arguments[9:]
+        ctx.save_for_backward(*arguments[:9], a.segments, out, y, rstd if rstd.ndim == 2 else factors, diag)
+        ctx.late, ctx.numbers = late, arguments[9:15]
         ctx.mark_non_differentiable(factors)
         return out, factors
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Any) -> tuple[Any, ...]:
-        """Gradients of the nine tensors; None for the numbers."""
+        """Gradients of the nine tensors; None for the numbers and the segments."""
         refuse_second_derivatives()
-        *tensors, out, y, rstd, diag = ctx.saved_tensors
-        grads = inner_backward(InnerArguments(*tensors, *ctx.numbers), ctx.late, out, y, rstd, diag, dout)
-        return None, *grads, *(None for _ in ctx.numbers)
+        *tensors, segments, out, y, rstd, diag = ctx.saved_tensors
+        grads = inner_backward(KernelArguments(*tensors, *ctx.numbers, segments), ctx.late, out, y, rstd, diag, dout)
+        return None, *grads, *(None for _ in ctx.numbers), None
 
 
 class ScaleRows(torch.autograd.Function):

@@ -1,6 +1,5 @@
 """Host side of everything between in_proj and out_proj: the kernels in order, both ways. No autograd here."""
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Optional
 
@@ -8,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..arguments import InnerArguments
 from . import chunks
 from .conv import (
     conv7_backward_kernel,
@@ -20,10 +20,10 @@ from .conv import (
 from .launch import launch
 from .mixing import DtSource, decays, decays_backward, mix_backward, mix_forward, start_gradient
 from .norm import norm_gate_backward_kernel, norm_gate_kernel, sum_parts_kernel
-from .plan import Plan, alignment, launch_is_forced, make_plan
+from .plan import Plan, alignment, make_plan
 from .replay import Results, replayed
 
-__all__ = ['InnerArguments', 'inner_backward', 'inner_forward', 'padded_row']
+__all__ = ['KernelArguments', 'inner_backward', 'inner_forward', 'padded_row']
 
 TOKENS = 64  # a program of the diagonal and of convolutions that are not seven wide
 CHANNELS = 64
@@ -31,60 +31,35 @@ SEGMENT = 256  # tokens a program of the seven-wide convolution
 LANES = 256  # channels of it
 BACKWARD_LANES = 128  # channels of its backward, one a thread
 NORM_PROGRAMS = 1056  # eight a multiprocessor of the largest GPU that the table knows
-_PARAMETERS = ('conv_weight', 'conv_bias', 'dt_bias', 'A_log', 'D', 'fc_D_weight', 'norm_weight', 'init_states')
 
 
-@dataclass
-class InnerArguments:
-    """Tensors and numbers of ``hydra_inner``."""
+class KernelArguments(InnerArguments):
+    """``InnerArguments`` as kernels take them: rows of zxbcdt without gaps, parameters contiguous."""
 
-    zxbcdt: Tensor
-    conv_weight: Tensor
-    conv_bias: Optional[Tensor]
-    dt_bias: Tensor
-    A_log: Tensor
-    D: Tensor
-    fc_D_weight: Tensor
-    norm_weight: Tensor
-    init_states: Optional[Tensor]
-    headdim: int
-    d_state: int
-    ngroups: int
-    share_bc: bool
-    dt_limit: tuple[float, float]
-    eps: float
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        if self.zxbcdt.stride(-1) != 1:
-            self.zxbcdt = self.zxbcdt.contiguous()
-        for name in _PARAMETERS:  # a slice or an expanded tensor is a parameter too
-            t = getattr(self, name)
-            if t is not None and not t.is_contiguous():
-                setattr(self, name, t.contiguous())
+    def __new__(cls, zxbcdt: Tensor, *others: Any) -> 'KernelArguments':
+        """Copies what is a slice or an expanded tensor."""
+        if zxbcdt.stride(-1) != 1:
+            zxbcdt = zxbcdt.contiguous()
+        parameters = (t if t is None or t.is_contiguous() else t.contiguous() for t in others[:8])
+        return super().__new__(cls, zxbcdt, *parameters, *others[8:])
 
     def tensors(self) -> tuple[Optional[Tensor], ...]:
         """The nine tensors, in order."""
-        return (
-            self.zxbcdt, self.conv_weight, self.conv_bias, self.dt_bias, self.A_log, self.D, self.fc_D_weight,
-            self.norm_weight, self.init_states,
-        )  # fmt: skip
+        return self[:9]
 
-    def form(self) -> tuple[Any, ...]:
-        """All that decides which kernels run, and how; the addresses do not."""
+    def inputs(self, *others: Tensor) -> list[Tensor]:
+        """All tensors that a pass reads, which may read others too."""
+        return [t for t in (*self.tensors(), self.segments, *others) if t is not None]
+
+    def form(self, name: str, *others: Tensor) -> tuple[Any, ...]:
+        """All that decides which kernels run in the pass of this name, and how; the addresses do not."""
         z, *parameters = self.tensors()
-        numbers = (self.headdim, self.d_state, self.ngroups, self.share_bc, *self.dt_limit, self.eps)
-        dtypes = (None if t is None else t.dtype for t in parameters)
-        return (z.get_device(), z.dtype, z.shape, z.stride(), self.conv_weight.shape, self.H, *numbers, *dtypes)
-
-    @property
-    def H(self) -> int:
-        """Heads."""
-        return self.dt_bias.shape[0]
-
-    @property
-    def d_inner(self) -> int:
-        """H * P."""
-        return self.H * self.headdim
+        sizes = (self.headdim, self.d_state, self.ngroups, self.share_bc, *self.dt_limit, self.eps)
+        numbers = (*sizes, self.segments is not None)
+        dtypes = (None if t is None else t.dtype for t in (*parameters, *others))
+        return (name, z.get_device(), z.dtype, z.shape, z.stride(), self.conv_weight.shape, self.H, *numbers, *dtypes)
 
     @property
     def width(self) -> int:
@@ -92,7 +67,9 @@ class InnerArguments:
         return self.conv_weight.shape[0]
 
     def chunks(self, plan: Plan) -> Optional[chunks.Chunks]:
-        """Sizes, where the call runs in whole chunks."""
+        """Sizes, where the call runs in whole chunks; packed rows run in tiles."""
+        if self.segments is not None:
+            return None
         return chunks.chunks_of(plan, self.init_states, self.conv_weight.shape[-1])
 
     def plan(self) -> Plan:
@@ -104,7 +81,12 @@ class InnerArguments:
         """The dt columns of zxbcdt."""
         dt = self.zxbcdt[..., self.d_inner + self.width :]
         limit = None if tuple(self.dt_limit) == (0.0, float('inf')) else tuple(self.dt_limit)
-        return DtSource(dt[..., : self.H], dt[..., self.H :], self.A_log, self.dt_bias, limit, True, True)
+        dt_f, dt_b = dt[..., : self.H], dt[..., self.H :]
+        return DtSource(dt_f, dt_b, self.A_log, self.dt_bias, limit, True, True, self.segments)
+
+    def borders(self) -> tuple[Tensor, dict[str, bool]]:
+        """The segments (any tensor where there are none) and the flag of the convolutions that know them."""
+        return (self.D if self.segments is None else self.segments), {'PACKED': self.segments is not None}
 
     def parts(self, xbc: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """x (B, L, H, P) and B_f, C_f, B_b, C_b (B, L, G, N), views of (B, L, width)."""
@@ -124,24 +106,26 @@ def padded_row(zxbcdt: Tensor) -> int:
     return -(-zxbcdt.shape[-1] // unit) * unit
 
 
-def _convolved(a: InnerArguments, plan: Plan) -> Tensor:
+def _convolved(a: KernelArguments, plan: Plan) -> Tensor:
     """SiLU(conv(x, B, C)) (B, L, width)."""
     u = a.zxbcdt[..., a.d_inner :]
     K = a.conv_weight.shape[-1]
     out = torch.empty(plan.B, plan.L, a.width, dtype=plan.dtype, device=plan.device)
     bias = a.D if a.conv_bias is None else a.conv_bias
-    arguments = (u, a.conv_weight, bias, out, u.stride(0), u.stride(1), plan.L, a.width)
+    tensors, sizes = (u, a.conv_weight, bias, out), (u.stride(0), u.stride(1), plan.L, a.width)
     flags = {'HAS_BIAS': a.conv_bias is not None, 'ALIGN': alignment(u, u.stride(0), u.stride(1))}
-    if K == 7:
+    if K == 7 and a.segments is None:
         grid = (triton.cdiv(a.width, LANES) * triton.cdiv(plan.L, SEGMENT) * plan.B,)
-        launch(conv7_kernel, grid, *arguments, SEGMENT, BC=LANES, **flags, **plan.options('conv7'))
+        launch(conv7_kernel, grid, *tensors, *sizes, SEGMENT, BC=LANES, **flags, **plan.options('conv7'))
     else:
         grid = (triton.cdiv(a.width, CHANNELS) * triton.cdiv(plan.L, TOKENS) * plan.B,)
-        launch(conv_kernel, grid, *arguments, K=K, TL=TOKENS, BC=CHANNELS, **flags, **plan.options('conv'))
+        borders, packed = a.borders()
+        flags |= {'K': K, 'TL': TOKENS, 'BC': CHANNELS, **packed}
+        launch(conv_kernel, grid, *tensors, borders, *sizes, **flags, **plan.options('conv'))
     return out
 
 
-def _diagonal(a: InnerArguments, plan: Plan, xbc: Tensor) -> Tensor:
+def _diagonal(a: KernelArguments, plan: Plan, xbc: Tensor) -> Tensor:
     """fc_D(x) + D, (B, H, L) float32."""
     diag = torch.empty(plan.B, plan.H, plan.L, dtype=torch.float32, device=plan.device)
     HB = min(64, max(16, triton.next_power_of_2(a.H)))
@@ -152,7 +136,7 @@ def _diagonal(a: InnerArguments, plan: Plan, xbc: Tensor) -> Tensor:
     return diag
 
 
-def inner_forward(a: InnerArguments, late: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def inner_forward(a: KernelArguments, late: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out (B, L, d_inner); the factors of its rows (B, L) float32; for the backward y, rstd (B, L), diagonal (B, H, L).
 
     late: where the kernels allow it, out is y * weight * SiLU(z) and its rows are still to be multiplied by the
@@ -168,23 +152,16 @@ def inner_forward(a: InnerArguments, late: bool) -> tuple[Tensor, Tensor, Tensor
         rstd = torch.empty(plan.B, plan.L, dtype=torch.float32, device=plan.device)
         y, diag = out.new_empty(0 if plan.keeps_norm else out.shape), rstd.new_empty(0, plan.H, plan.L)
     elif c is None:
-        out, y, rstd, diag = _run(a, 'forward', partial(_forward_kernels, a, plan))
+        out, y, rstd, diag = replayed(a.form('forward'), partial(_forward_kernels, a, plan), a.inputs())
     else:
-        out, rstd, diag = _run(a, 'late' if late else 'normalised', partial(_chunk_forward_kernels, a, plan, c, late))
+        kernels = partial(_chunk_forward_kernels, a, plan, c, late)
+        out, rstd, diag = replayed(a.form('late' if late else 'normalised'), kernels, a.inputs())
         y = out.new_empty(0)
     nothing = rstd.new_empty(0)
     return out, *((rstd, y, nothing) if late else (nothing, y, rstd)), diag
 
 
-def _run(a: InnerArguments, name: str, kernels: partial, *others: Tensor) -> Results:
-    """Runs the kernels of a pass, which read the arguments and ``others``."""
-    if launch_is_forced():
-        return kernels()
-    key = (name, *a.form(), *(t.dtype for t in others))
-    return replayed(key, kernels, [t for t in (*a.tensors(), *others) if t is not None])
-
-
-def _forward_kernels(a: InnerArguments, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward_kernels(a: KernelArguments, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rstd = torch.empty(plan.B, plan.L, dtype=torch.float32, device=plan.device)
     d = decays(plan, a.dt_source())
     xbc = _convolved(a, plan)
@@ -202,7 +179,7 @@ def _forward_kernels(a: InnerArguments, plan: Plan) -> tuple[Tensor, Tensor, Ten
 
 
 def _chunk_convolved(
-    a: InnerArguments, plan: Plan, diag: Optional[Tensor]
+    a: KernelArguments, plan: Plan, diag: Optional[Tensor]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """SiLU(conv(x, B, C)) (B, L, width), its x part and B_f, C_f, B_b, C_b (B, L, N); fills the diagonal (B, H, L)."""
     from .hopper_conv import convolve  # lazily: Gluon is looked for only where it runs
@@ -216,7 +193,7 @@ def _chunk_convolved(
 
 
 def _chunk_forward_kernels(
-    a: InnerArguments, plan: Plan, c: chunks.Chunks, late: bool
+    a: KernelArguments, plan: Plan, c: chunks.Chunks, late: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     diag = torch.empty(plan.B, plan.H, plan.L, dtype=torch.float32, device=plan.device)
     _, x, bc = _chunk_convolved(a, plan, diag)
@@ -229,7 +206,7 @@ def _chunk_forward_kernels(
 
 
 def _norm_backward(
-    a: InnerArguments, plan: Plan, y: Tensor, rstd: Tensor, dout: Tensor, xbc: Tensor, dz: Tensor, late: bool = False
+    a: KernelArguments, plan: Plan, y: Tensor, rstd: Tensor, dout: Tensor, xbc: Tensor, dz: Tensor, late: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Writes the z columns of dz; returns dy (B, L, H, P), the diagonal's gradient (B, L, H), shares of w's and D's."""
     z, rows = a.zxbcdt, plan.B * plan.L
@@ -253,7 +230,7 @@ def _norm_backward(
 
 
 def inner_backward(
-    a: InnerArguments, late: bool, out: Tensor, y: Tensor, rstd: Tensor, diag: Tensor, dout: Tensor
+    a: KernelArguments, late: bool, out: Tensor, y: Tensor, rstd: Tensor, diag: Tensor, dout: Tensor
 ) -> tuple[Optional[Tensor], ...]:
     """Gradients in the order of ``InnerArguments``: zxbcdt, conv_weight, ..., norm_weight, init_states.
 
@@ -271,7 +248,8 @@ def inner_backward(
     late = late and c is not None
     kernels = partial(_backward_kernels if c is None else partial(_chunk_backward_kernels, c, late), a, plan, *saved)
     # B's and C's gradients of both directions are added by PyTorch, between kernels
-    results = kernels() if a.share_bc else _run(a, 'late backward' if late else 'backward', kernels, *saved)
+    key = a.form('late backward' if late else 'backward', *saved)
+    results = kernels() if a.share_bc else replayed(key, kernels, a.inputs(*saved))
     rows, xbc, ddiag, *sums, dstart = results
     with torch.autocast('cuda' if plan.device.type == 'cuda' else 'cpu', enabled=False):
         flat_x = xbc.view(-1, a.width)[:, : a.d_inner].to(plan.wide)
@@ -295,7 +273,7 @@ def fast_math(plan: Plan) -> bool:
     return plan.dtype == torch.bfloat16 and plan.device.type != 'cpu'
 
 
-def _summed(a: InnerArguments, conv: Tensor, weight: Tensor, diag: Tensor, decay: Tensor) -> tuple[Tensor, ...]:
+def _summed(a: KernelArguments, conv: Tensor, weight: Tensor, diag: Tensor, decay: Tensor) -> tuple[Tensor, ...]:
     """The shares of parameters' gradients added up, float32.
 
     Returns:
@@ -312,7 +290,9 @@ def _summed(a: InnerArguments, conv: Tensor, weight: Tensor, diag: Tensor, decay
     return sums
 
 
-def _backward_kernels(a: InnerArguments, plan: Plan, kept: Tensor, rstd: Tensor, diag: Tensor, dout: Tensor) -> Results:
+def _backward_kernels(
+    a: KernelArguments, plan: Plan, kept: Tensor, rstd: Tensor, diag: Tensor, dout: Tensor
+) -> Results:
     """All kernels of the backward.
 
     Returns:
@@ -336,14 +316,14 @@ def _backward_kernels(a: InnerArguments, plan: Plan, kept: Tensor, rstd: Tensor,
     return rows, xbc, ddiag, *_summed(a, _conv_backward(a, plan, dxbc, dz), *parts, decay_part), g.dstart
 
 
-def _shared_grads(a: InnerArguments, plan: Plan) -> Optional[Tensor]:
+def _shared_grads(a: KernelArguments, plan: Plan) -> Optional[Tensor]:
     """Where both directions share B and C: their gradients (4, B, L, G, N) float32, still apart."""
     if not a.share_bc:
         return None
     return torch.empty(4, plan.B, plan.L, plan.G, plan.N, dtype=torch.float32, device=plan.device)
 
 
-def _add_shared(a: InnerArguments, dxbc: Tensor, shared: Optional[Tensor]) -> None:
+def _add_shared(a: KernelArguments, dxbc: Tensor, shared: Optional[Tensor]) -> None:
     if shared is not None:
         _, (dB, dC, _, _) = a.parts(dxbc)
         dB.copy_(shared[0] + shared[2])
@@ -351,7 +331,7 @@ def _add_shared(a: InnerArguments, dxbc: Tensor, shared: Optional[Tensor]) -> No
 
 
 def _chunk_backward_kernels(
-    c: chunks.Chunks, late: bool, a: InnerArguments, plan: Plan, kept: Tensor, rstd: Tensor, diag: Tensor, dout: Tensor
+    c: chunks.Chunks, late: bool, a: KernelArguments, plan: Plan, kept: Tensor, rstd: Tensor, diag: Tensor, dout: Tensor
 ) -> Results:
     """As ``_backward_kernels``."""
     rows = torch.empty(plan.B, plan.L, padded_row(a.zxbcdt), dtype=plan.dtype, device=plan.device)
@@ -371,7 +351,7 @@ def _chunk_backward_kernels(
     return rows, xbc, ddiag, *_summed(a, _conv_backward(a, plan, dxbc, dz), *parts, decay_part), None
 
 
-def _conv_backward(a: InnerArguments, plan: Plan, dxbc: Tensor, dz: Tensor) -> Tensor:
+def _conv_backward(a: KernelArguments, plan: Plan, dxbc: Tensor, dz: Tensor) -> Tensor:
     """dxbc in; writes the x, B, C columns of dz. Returns shares of the gradients of weight and bias, K + 1 rows."""
     u, du = a.zxbcdt[..., a.d_inner :], dz[..., a.d_inner :]
     K = a.conv_weight.shape[-1]
@@ -380,7 +360,7 @@ def _conv_backward(a: InnerArguments, plan: Plan, dxbc: Tensor, dz: Tensor) -> T
     align_d = {'ALIGN_D': alignment(du, du.stride(0), du.stride(1))}
     flags = {'HAS_BIAS': a.conv_bias is not None}
     strides = (u.stride(0), u.stride(1), du.stride(0), du.stride(1))
-    if K == 7:
+    if K == 7 and a.segments is None:
         segments = triton.cdiv(plan.L, SEGMENT)
         part = torch.empty(plan.B, segments, 8, a.width, dtype=torch.float32, device=plan.device)
         launch(conv7_backward_kernel, (triton.cdiv(a.width, BACKWARD_LANES) * segments * plan.B,),
@@ -391,13 +371,14 @@ def _conv_backward(a: InnerArguments, plan: Plan, dxbc: Tensor, dz: Tensor) -> T
     else:
         tiles = triton.cdiv(plan.L, TOKENS)
         grid = (triton.cdiv(a.width, CHANNELS) * tiles * plan.B,)
+        borders, packed = a.borders()
         launch(conv_activation_backward_kernel, grid,
-            u, a.conv_weight, bias, dxbc, u.stride(0), u.stride(1), plan.L, a.width,
-            K=K, TL=TOKENS, BC=CHANNELS, **flags, **align, **plan.options('conv_activation_backward'),
+            u, a.conv_weight, bias, dxbc, borders, u.stride(0), u.stride(1), plan.L, a.width,
+            K=K, TL=TOKENS, BC=CHANNELS, **flags, **packed, **align, **plan.options('conv_activation_backward'),
         )  # fmt: skip
         part = torch.empty(plan.B, tiles, K + 1, a.width, dtype=torch.float32, device=plan.device)
         launch(conv_backward_kernel, grid,
-            u, a.conv_weight, dxbc, du, part, *strides, plan.L, a.width,
-            K=K, TL=TOKENS, BC=CHANNELS, **align, **align_d, **plan.options('conv_backward'),
+            u, a.conv_weight, dxbc, du, part, borders, *strides, plan.L, a.width,
+            K=K, TL=TOKENS, BC=CHANNELS, **packed, **align, **align_d, **plan.options('conv_backward'),
         )  # fmt: skip
     return part

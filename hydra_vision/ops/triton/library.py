@@ -1,5 +1,6 @@
 """torch.library operators: what torch.compile and torch.export see instead of the autograd.Functions of eager mode."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import torch
@@ -7,18 +8,32 @@ from torch import Tensor
 
 from .chunks import in_chunks
 from .function import mix_backward_all, mix_forward_all
-from .inner import InnerArguments, inner_backward, inner_forward, padded_row
+from .inner import KernelArguments, inner_backward, inner_forward, padded_row
 
 __all__ = ['hydra_inner_op', 'quasiseparable_mix_op']
 
 # Strides are arguments of the kernels: the compiler may leave inputs as they are instead of copying them.
 _ANY_LAYOUT = {'tags': (torch.Tag.flexible_layout,)}
 _TENSORS = 9  # of hydra_inner: the rest of its arguments are numbers
+# What InnerArguments holds, dt_limit as two numbers, whether the norm may be applied late before the segments.
+_INNER = (
+    'Tensor zxbcdt, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, Tensor A_log, Tensor D, Tensor fc_D_weight, '
+    'Tensor norm_weight, Tensor? init_states, int headdim, int d_state, int ngroups, bool share_bc, float dt_min, '
+    'float dt_max, float eps, bool late, Tensor? segments'
+)
+_MIX = (
+    'Tensor x, Tensor dt_f, Tensor dt_b, Tensor A, Tensor B_f, Tensor C_f, Tensor B_b, Tensor C_b, Tensor? D, '
+    'Tensor? init_states'
+)
 
 
-def _arguments(tensors: tuple[Optional[Tensor], ...], numbers: tuple[Any, ...]) -> InnerArguments:
-    headdim, d_state, ngroups, share_bc, dt_min, dt_max, eps = numbers
-    return InnerArguments(*tensors, headdim, d_state, ngroups, share_bc, (dt_min, dt_max), eps)
+def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
+    return torch.library.custom_op(f'hydra_vision::{name}', mutates_args=(), schema=schema, **_ANY_LAYOUT)
+
+
+def _arguments(arguments: Sequence[Any]) -> tuple[KernelArguments, bool]:
+    *front, dt_min, dt_max, eps, late, segments = arguments
+    return KernelArguments(*front, (dt_min, dt_max), eps, segments), late
 
 
 def _present(grads: tuple[Optional[Tensor], ...], like: Tensor) -> list[Tensor]:
@@ -30,34 +45,15 @@ def _absent(grads: list[Tensor], inputs: tuple[Optional[Tensor], ...]) -> list[O
     return [None if t is None else g for g, t in zip(grads, inputs)]
 
 
-@torch.library.custom_op('hydra_vision::hydra_inner', mutates_args=(), **_ANY_LAYOUT)
-def hydra_inner_op(
-    zxbcdt: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Optional[Tensor],
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    fc_D_weight: Tensor,
-    norm_weight: Tensor,
-    init_states: Optional[Tensor],
-    headdim: int,
-    d_state: int,
-    ngroups: int,
-    share_bc: bool,
-    dt_min: float,
-    dt_max: float,
-    eps: float,
-    late: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@_operator('hydra_inner', f'({_INNER}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)')
+def hydra_inner_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What ``inner_forward`` returns."""
-    tensors = (zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states)
-    return inner_forward(_arguments(tensors, (headdim, d_state, ngroups, share_bc, dt_min, dt_max, eps)), late)
+    return inner_forward(*_arguments(arguments))
 
 
 @hydra_inner_op.register_fake
 def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states, *numbers):
-    headdim, d_state, ngroups, *_, late = numbers
+    headdim, d_state, ngroups, *_, late, segments = numbers
     B, L, _ = zxbcdt.shape
     H = dt_bias.shape[0]
     out = zxbcdt.new_empty(B, L, H * headdim)
@@ -66,38 +62,17 @@ def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weigh
     d_conv, starts = conv_weight.shape[-1], init_states is not None
     fits = in_chunks(zxbcdt.device, zxbcdt.dtype, H, headdim, ngroups, d_state, d_conv, starts)
     nothing = rstd.new_empty(0)
-    factors, rstd = (rstd, nothing) if late and fits else (nothing, rstd)
+    factors, rstd = (rstd, nothing) if late and fits and segments is None else (nothing, rstd)
     return out, factors, y, rstd, zxbcdt.new_empty(B, H, L, dtype=torch.float32)
 
 
-@torch.library.custom_op('hydra_vision::hydra_inner_backward', mutates_args=(), **_ANY_LAYOUT)
+@_operator(
+    'hydra_inner_backward', f'(Tensor dout, Tensor out, Tensor y, Tensor rstd, Tensor diag, {_INNER}) -> Tensor[]'
+)
 def _hydra_inner_backward(
-    dout: Tensor,
-    out: Tensor,
-    y: Tensor,
-    rstd: Tensor,
-    diag: Tensor,
-    zxbcdt: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Optional[Tensor],
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    fc_D_weight: Tensor,
-    norm_weight: Tensor,
-    init_states: Optional[Tensor],
-    headdim: int,
-    d_state: int,
-    ngroups: int,
-    share_bc: bool,
-    dt_min: float,
-    dt_max: float,
-    eps: float,
-    late: bool,
+    dout: Tensor, out: Tensor, y: Tensor, rstd: Tensor, diag: Tensor, *arguments: Any
 ) -> list[Tensor]:
-    tensors = (zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states)
-    a = _arguments(tensors, (headdim, d_state, ngroups, share_bc, dt_min, dt_max, eps))
-    return _present(inner_backward(a, late, out, y, rstd, diag, dout), dout)
+    return _present(inner_backward(*_arguments(arguments), out, y, rstd, diag, dout), dout)
 
 
 @_hydra_inner_backward.register_fake
@@ -110,35 +85,24 @@ def _(dout, out, y, rstd, diag, *arguments):
 
 def _inner_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     out, factors, y, rstd, diag = output
-    ctx.save_for_backward(*inputs[:_TENSORS], out, y, rstd if rstd.ndim == 2 else factors, diag)
-    ctx.numbers = inputs[_TENSORS:]
+    ctx.save_for_backward(*inputs[:_TENSORS], inputs[-1], out, y, rstd if rstd.ndim == 2 else factors, diag)
+    ctx.numbers = inputs[_TENSORS:-1]
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _inner_grads(ctx: Any, dout: Tensor, *unused: Any) -> tuple[Any, ...]:
-    *tensors, out, y, rstd, diag = ctx.saved_tensors
-    grads = _hydra_inner_backward(dout, out, y, rstd, diag, *tensors, *ctx.numbers)
-    return *_absent(grads, tuple(tensors)), *(None for _ in ctx.numbers)
+    *tensors, segments, out, y, rstd, diag = ctx.saved_tensors
+    grads = _hydra_inner_backward(dout, out, y, rstd, diag, *tensors, *ctx.numbers, segments)
+    return *_absent(grads, tuple(tensors)), *(None for _ in ctx.numbers), None
 
 
 hydra_inner_op.register_autograd(_inner_grads, setup_context=_inner_setup)
 
 
-@torch.library.custom_op('hydra_vision::quasiseparable_mix', mutates_args=(), **_ANY_LAYOUT)
-def quasiseparable_mix_op(
-    x: Tensor,
-    dt_f: Tensor,
-    dt_b: Tensor,
-    A: Tensor,
-    B_f: Tensor,
-    C_f: Tensor,
-    B_b: Tensor,
-    C_b: Tensor,
-    D: Optional[Tensor],
-    init_states: Optional[Tensor],
-) -> Tensor:
+@_operator('quasiseparable_mix', f'({_MIX}) -> Tensor')
+def quasiseparable_mix_op(*arguments: Optional[Tensor]) -> Tensor:
     """y (B, L, H, P)."""
-    return mix_forward_all(x, dt_f, dt_b, A, B_f, C_f, B_b, C_b, D, init_states)
+    return mix_forward_all(*arguments)
 
 
 @quasiseparable_mix_op.register_fake
@@ -146,21 +110,9 @@ def _(x, *others):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op('hydra_vision::quasiseparable_mix_backward', mutates_args=(), **_ANY_LAYOUT)
-def _quasiseparable_mix_backward(
-    dy: Tensor,
-    x: Tensor,
-    dt_f: Tensor,
-    dt_b: Tensor,
-    A: Tensor,
-    B_f: Tensor,
-    C_f: Tensor,
-    B_b: Tensor,
-    C_b: Tensor,
-    D: Optional[Tensor],
-    init_states: Optional[Tensor],
-) -> list[Tensor]:
-    return _present(mix_backward_all(dy, x, dt_f, dt_b, A, B_f, C_f, B_b, C_b, D, init_states), dy)
+@_operator('quasiseparable_mix_backward', f'(Tensor dy, {_MIX}) -> Tensor[]')
+def _quasiseparable_mix_backward(dy: Tensor, *arguments: Optional[Tensor]) -> list[Tensor]:
+    return _present(mix_backward_all(dy, *arguments), dy)
 
 
 @_quasiseparable_mix_backward.register_fake

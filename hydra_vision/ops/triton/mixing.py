@@ -38,10 +38,16 @@ class DtSource:
     limit: Optional[tuple[float, float]] = None
     softplus: bool = False
     a_is_log: bool = False
+    segments: Optional[Tensor] = None  # (L,) int32: the sequence of each token of a packed row
 
     def flags(self) -> dict[str, bool]:
         """Compile-time switches of both decay kernels."""
-        return {'SOFTPLUS': self.softplus, 'LIMIT': self.limit is not None, 'A_IS_LOG': self.a_is_log}
+        limit, packed = self.limit is not None, self.segments is not None
+        return {'SOFTPLUS': self.softplus, 'LIMIT': limit, 'A_IS_LOG': self.a_is_log, 'PACKED': packed}
+
+    def borders(self) -> Tensor:
+        """The segments, or any tensor where there are none."""
+        return self.A if self.segments is None else self.segments
 
     def bounds(self) -> tuple[float, float]:
         """(min, max) of dt."""
@@ -84,7 +90,7 @@ def decays(plan: Plan, source: DtSource) -> Decays:
     HB = _head_block(plan.H)
     bias = source.A if source.bias is None else source.bias
     launch(decay_kernel, (plan.nT * plan.B, triton.cdiv(plan.H, HB)),
-        source.dt_f, source.dt_b, bias, source.A, out.lf, out.lb, out.cf, out.cb,
+        source.dt_f, source.dt_b, bias, source.A, source.borders(), out.lf, out.lb, out.cf, out.cb,
         source.dt_f.stride(0), source.dt_f.stride(1), plan.L, plan.H, plan.Lp, *source.bounds(),
         **source.flags(), HB=HB, T=plan.T, num_warps=4,
     )  # fmt: skip
@@ -102,7 +108,7 @@ def decays_backward(plan: Plan, source: DtSource, g: MixGrads, ddtf: Tensor, ddt
     bias = source.A if source.bias is None else source.bias
     through = g.sums if g.through is None else g.through
     launch(decay_backward_kernel, (plan.nT * plan.B, triton.cdiv(plan.H, HB)),
-        source.dt_f, source.dt_b, bias, source.A, g.sums, through, ddtf, ddtb, part,
+        source.dt_f, source.dt_b, bias, source.A, source.borders(), g.sums, through, ddtf, ddtb, part,
         source.dt_f.stride(0), source.dt_f.stride(1), ddtf.stride(0), ddtf.stride(1),
         plan.B, plan.L, plan.H, plan.Lp, plan.nT, *source.bounds(), **source.flags(),
         HAS_STATE=g.through is not None, EXACT=plan.exact, HB=HB, T=plan.T, num_warps=4,

@@ -23,7 +23,7 @@ from triton.runtime import JITFunction
 from . import layernorm
 from . import plan as plan_module
 from .function import mix_backward_all, mix_forward_all
-from .inner import InnerArguments, inner_backward, inner_forward
+from .inner import KernelArguments, inner_backward, inner_forward
 from .launch import is_descriptor
 from .table import ARCHITECTURES, shipped
 
@@ -42,7 +42,13 @@ __all__ = [
 _LENGTHS = {256: 196, 65536: 1092}
 SHARED_MEMORY = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a block; 99 KB is what consumer cards have
 
-_TYPES = {torch.float32: 'fp32', torch.float64: 'fp64', torch.float16: 'fp16', torch.bfloat16: 'bf16'}
+_TYPES = {
+    torch.float32: 'fp32',
+    torch.float64: 'fp64',
+    torch.float16: 'fp16',
+    torch.bfloat16: 'bf16',
+    torch.int32: 'i32',
+}
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,7 @@ def problem_launches(
     init_states: bool = False,
     share_bc: bool = False,
     inner: bool = True,
+    packed: bool = False,
 ) -> list[Recorded]:
     """Every distinct launch of forward and backward of ``hydra_inner`` (or ``quasiseparable_mix``).
 
@@ -141,9 +148,10 @@ def problem_launches(
     with recorded_launches(arch) as launches:
         if inner:
             d_inner, width = H * P, H * P + (2 if share_bc else 4) * G * N
-            a = InnerArguments(
+            a = KernelArguments(
                 empty(B, L, d_inner + width + 2 * H, dtype=dtype), empty(width, 1, 7), empty(width), empty(H), empty(H),
                 empty(H), empty(H, d_inner), empty(d_inner), start, P, N, G, share_bc, (0.0, float('inf')), 1e-5,
+                empty(L, dtype=torch.int32) if packed else None,
             )  # fmt: skip
             out, _, *saved = inner_forward(a, True)
             inner_backward(a, True, out, *saved, out)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .launch import hooked, is_descriptor, recorded
+from .plan import launch_is_forced
 
 __all__ = ['replayed']
 
@@ -142,7 +143,7 @@ def replayed(key: tuple[Any, ...], function: Callable[[], Results], inputs: Sequ
         inputs: All tensors that it reads, none of them empty.
     """
     first = inputs[0]
-    if not first.is_cuda or first.get_device() != torch.cuda.current_device() or hooked():
+    if not first.is_cuda or first.get_device() != torch.cuda.current_device() or hooked() or launch_is_forced():
         return function()
     addresses = [t.data_ptr() for t in inputs]
     if any(address % POINTER for address in addresses):  # other kernels
