@@ -1,16 +1,16 @@
 """The quasiseparable operator in linear time and memory: plain PyTorch, any device, any dtype. The CPU's default.
 
-The sequence is cut into chunks of Q tokens, a chunk into n tiles of q. Inside a chunk the matrix is formed, in two passes
-over its entries: the decays, as products of a row's and a column's factor, and the scores C B^T, which the heads of a
-group share. On the CPU that is done for a few chunks at a time, in buffers that stay in the cache, and again in the
-backward pass: nothing of the size Q^2 is kept. Exponentials are taken of tables only:
+The sequence is cut into chunks of Q tokens, a chunk into n tiles of q. Inside a chunk the matrix is formed, in two
+passes over its entries: the decays, as products of a row's and a column's factor, and the scores C B^T, which the heads
+of a group share. On the CPU that is done for a few chunks at a time, in buffers that stay in the cache, and again in
+the backward pass: nothing of the size Q^2 is kept. Exponentials are taken of tables only:
 
-* a tile of q rows and a column outside it: the decay from the column to the tile's edge, and from there to the row. Both
-  directions are the two terms of one product of inner size 2, of which one is zero;
+* a tile of q rows and a column outside it: the decay from the column to the tile's edge, and from there to the row.
+  Both directions are the two terms of one product of inner size 2, of which one is zero;
 * in the (q, q) tiles on the diagonal: of each entry, for both triangles at once.
 
-Between chunks only the (N, P) states travel, once from the left and once from the right. The two directions differ by index
-offsets alone: no flip, no roll.
+Between chunks only the (N, P) states travel, once from the left and once from the right. The two directions differ by
+index offsets alone: no flip, no roll.
 
 With prefix sums P_r = sum_{k<r} A dt_k inside a chunk (P_0 = 0, r = 0..Q) every exponent of the definition in
 ``reference.py`` is a difference of two of them, and never positive:
@@ -147,8 +147,8 @@ def _decays(dt: Tensor, sums: Tensor, diagonal: Tensor, n: int) -> tuple[Tensor,
         diagonal: (Bc, H, Q), of the matrix itself.
         n: Tiles.
     Returns:
-        rows (Bc, H, n, q, 2) and columns (Bc, H, n, 2, Q): their product outside the tiles on the diagonal, zero inside;
-        near (Bc, H, n, q, q): these tiles, with the diagonal.
+        rows (Bc, H, n, q, 2) and columns (Bc, H, n, 2, Q), whose product is zero in the tiles on the diagonal; and
+        near (Bc, H, n, q, q), these tiles.
     """
     Q = dt.shape[-1]
     shape = (n, Q // n)
@@ -184,7 +184,11 @@ def _with_diagonal(t: Tensor, value: Tensor, dim1: int = -2, dim2: int = -1) -> 
 
 
 def _mix_inside(*tensors: Tensor) -> Tensor:
-    """What the tokens of a chunk tell each other: the three tables, B_f, B_b, C_f, C_b (Bc, G, Q, N), x (Bc, Q, H, P)."""
+    """What the tokens of a chunk tell each other, (Bc, Q, H, P).
+
+    Args:
+        tensors: Tables of ``_decays``; B_f, B_b, C_f, C_b (Bc, G, Q, N); x (Bc, Q, H, P).
+    """
     if (
         tensors[-1].device.type != 'cpu'
         or torch.compiler.is_compiling()
@@ -226,7 +230,7 @@ class _MixInCache(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
         """Gradients of all arguments."""
         tensors = ctx.saved_tensors
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():  # the gradient's own graph is wanted
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy):  # create_graph, is_grads_batched
             return _differentiable_gradient(tensors, dy, ctx.needs_input_grad)
         rows, columns, near, B_f, B_b, C_f, C_b, x = tensors
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
@@ -258,15 +262,16 @@ def _slices(tensors: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor, Tensor, 
     """Slices of the chunks, with the factors of their matrices, in buffers that are used again.
 
     Yields:
-        The slice; decays (k, G, H/G, Q, Q); scores (2, k, G, Q, Q), of which the first are the factors; room for a matrix,
-        like decays; and for two tensors (k, H, Q, P).
+        The slice; decays (k, G, H/G, Q, Q); scores (2, k, G, Q, Q), of which the first are the factors; room for a
+        matrix, like decays; and for two tensors (k, H, Q, P).
     """
     rows, columns, near, B_f, B_b, C_f, C_b, x = tensors
     (chunks, Q, H, P), G, (n, q) = x.shape, B_f.shape[1], near.shape[2:4]
     # enough matrices to occupy the threads, no more than their caches hold
     size = max(1, min(chunks, 2 * torch.get_num_threads() // H))
     lower = torch.ones(Q, Q, dtype=torch.bool).tril_(-1)
-    matrices, scores_of, heads = x.new_empty(2, size, H, Q, Q), x.new_empty(2, size, G, Q, Q), x.new_empty(2, size, H, Q, P)
+    matrices = x.new_empty(2, size, H, Q, Q)
+    scores_of, heads = x.new_empty(2, size, G, Q, Q), x.new_empty(2, size, H, Q, P)
     for start in range(0, chunks, size):
         at = slice(start, min(start + size, chunks))
         k = at.stop - start

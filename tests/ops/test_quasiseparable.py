@@ -182,6 +182,21 @@ def test_non_contiguous_inputs(mix_inputs, backend):
     assert relative(quasiseparable_mix(**strided, backend=backend), expected) < 1e-14
 
 
+def test_chunked_slices_and_derivatives_of_every_kind(mix_inputs, monkeypatch):
+    """Chunks in slices of three, the last one shorter; second, batched and forward-mode derivatives as well."""
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 3)
+    inputs = mix_inputs(B=1, L=14, H=2, P=2, N=2, G=2).requires_grad_()
+    names = [name for name, t in inputs.items() if t is not None]
+
+    def function(*tensors):
+        return mix_chunked(**{**dict.fromkeys(inputs), **dict(zip(names, tensors))}, chunk_size=2, tile_size=1)
+
+    arguments = tuple(inputs[name] for name in names)
+    assert torch.autograd.gradcheck(function, arguments, fast_mode=True, check_batched_grad=True, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, arguments, fast_mode=True)
+    assert relative(function(*arguments), mix_dense(**inputs)) < 1e-13
+
+
 def test_chunked_memory_is_linear(mix_inputs):
     """Peak of live tensors, counted by the saved tensors of autograd: fourfold length, about fourfold memory."""
 
