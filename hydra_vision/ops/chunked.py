@@ -38,6 +38,7 @@ __all__ = ['mix_chunked']
 _SINGLE_CHUNK = 256  # a sequence up to this long is one chunk: its matrix costs less there than states
 _CHUNK = 128  # Q, at most, of longer sequences
 _TILE = 32  # q, at most
+_SLICE = 2**18  # entries of the matrices that are formed at a time
 _SCAN_WIDTH = 32  # chunks (then groups of chunks, ...) combined by one small matrix product
 
 
@@ -267,8 +268,8 @@ def _slices(tensors: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor, Tensor, 
     """
     rows, columns, near, B_f, B_b, C_f, C_b, x = tensors
     (chunks, Q, H, P), G, (n, q) = x.shape, B_f.shape[1], near.shape[2:4]
-    # enough matrices to occupy the threads, no more than their caches hold
-    size = max(1, min(chunks, 2 * torch.get_num_threads() // H))
+    # enough matrices to occupy the threads and to be worth a call, no more than caches hold
+    size = max(1, min(chunks, max(2 * torch.get_num_threads(), _SLICE // Q**2) // H))
     lower = torch.ones(Q, Q, dtype=torch.bool).tril_(-1)
     matrices = x.new_empty(2, size, H, Q, Q)
     scores_of, heads = x.new_empty(2, size, G, Q, Q), x.new_empty(2, size, H, Q, P)

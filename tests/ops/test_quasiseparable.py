@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hydra_vision.ops import exported, quasiseparable_matrix, quasiseparable_mix
+from hydra_vision.ops import chunked, exported, quasiseparable_matrix, quasiseparable_mix
 from hydra_vision.ops.chunked import mix_chunked
 from hydra_vision.ops.exported import mix_exported
 from hydra_vision.ops.reference import mix_dense, mix_recurrence
@@ -184,7 +184,8 @@ def test_non_contiguous_inputs(mix_inputs, backend):
 
 def test_chunked_slices_and_derivatives_of_every_kind(mix_inputs, monkeypatch):
     """Chunks in slices of three, the last one shorter; second, batched and forward-mode derivatives as well."""
-    monkeypatch.setattr(torch, 'get_num_threads', lambda: 3)
+    monkeypatch.setattr(chunked, '_SLICE', 6 * 2**2)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 1)
     inputs = mix_inputs(B=1, L=14, H=2, P=2, N=2, G=2).requires_grad_()
     names = [name for name, t in inputs.items() if t is not None]
 
