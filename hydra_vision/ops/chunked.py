@@ -1,39 +1,44 @@
 """The quasiseparable operator in linear time and memory: plain PyTorch, any device, any dtype. The CPU's default.
 
-The sequence is cut into chunks of Q tokens, a chunk into Q / q tiles. Three kinds of work, from near to far:
+The sequence is cut into chunks of Q tokens, a chunk into n tiles of q. Inside a chunk the matrix is formed, in two
+passes over its entries: the decays, as products of a row's and a column's factor, and the scores C B^T, which the heads
+of a group share. On the CPU that is done for a few chunks at a time, in buffers that stay in the cache, and again in
+the backward pass: nothing of the size Q^2 is kept. Exponentials are taken of tables only:
 
-* inside a tile of q tokens, both triangles of the matrix are formed at once, as one (q, q) block a head;
-* between tiles of one chunk, a rectangle of the matrix that does not touch the diagonal is a score matrix shared by
-  the heads of a group, with one factor a row and one a column: a wide product, no exponential an entry. Neighbours are
-  joined in pairs, then pairs of pairs: 2 q, 4 q, ... Q;
-* between chunks only the (N, P) states travel, once from the left and once from the right.
+* a tile of q rows and a column outside it: the decay from the column to the tile's edge, and from there to the row.
+  Both directions are the two terms of one product of inner size 2, of which one is zero;
+* in the (q, q) tiles on the diagonal: of each entry, for both triangles at once.
 
-The two directions differ by index offsets alone: no flip, no roll, no second copy of x.
+Between chunks only the (N, P) states travel, once from the left and once from the right. The two directions differ by
+index offsets alone: no flip, no roll.
 
 With prefix sums P_r = sum_{k<r} A dt_k inside a chunk (P_0 = 0, r = 0..Q) every exponent of the definition in
 ``reference.py`` is a difference of two of them, and never positive:
 
-    tile, i > j       P_f[i] - P_f[j+1]                      tile, i < j    P_b[j] - P_b[i+1]
-    column before m   P_f[m] - P_f[j+1]  (m: the boundary)   column after m P_b[j] - P_b[m]
-    row after m       P_f[i] - P_f[m]                        row before m   P_b[m] - P_b[i+1]
+    tile, i > j          P_f[i] - P_f[j+1]                     tile, i < j         P_b[j] - P_b[i+1]
+    column left of m     P_f[m] - P_f[j+1]  (m: tile's edge)   column right of m   P_b[j] - P_b[m]
+    row right of m       P_f[i] - P_f[m]                       row left of m       P_b[m] - P_b[i+1]
 
 The differences are taken in float64, from terms cut off where exp is zero in the working precision: a float32 prefix
 sum would lose small decays that follow large ones.
 """
 
-from typing import Optional
+from collections.abc import Iterator, Sequence
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .reference import accumulation_dtype, add, scale, shift_tokens
+from .reference import accumulation_dtype, add, scale
 
 __all__ = ['mix_chunked']
 
-_SINGLE_CHUNK = 256  # a sequence up to this long is one chunk: pairs of tiles cost less there than states
+_SINGLE_CHUNK = 256  # a sequence up to this long is one chunk: its matrix costs less there than states
 _CHUNK = 128  # Q, at most, of longer sequences
 _TILE = 32  # q, at most
+_SLICE = 2**18  # entries of the matrices that are formed at a time
 _SCAN_WIDTH = 32  # chunks (then groups of chunks, ...) combined by one small matrix product
 
 
@@ -55,9 +60,9 @@ def mix_chunked(
     """y = M x, chunk by chunk. Arguments as in ``quasiseparable_mix``.
 
     Args:
-        chunk_size: Most tokens between two states, at least 1; by default 128, and a single chunk up to L = 256. Chunks
-            and tiles are made equally long, so that little or nothing is padded.
-        tile_size: Most tokens in a tile, at least 1.
+        chunk_size: Most tokens between two states, at least 1; by default 128, and a single chunk up to L = 256.
+        tile_size: Most tokens in a tile, at least 1. Chunks and tiles are made equally long, so that little or nothing
+            is padded.
     """
     batch, L, H, P = x.shape
     G = B_f.shape[2]
@@ -65,57 +70,55 @@ def mix_chunked(
     if chunk_size is None:
         chunk_size = _SINGLE_CHUNK if L <= _SINGLE_CHUNK else _CHUNK
     chunks = -(-L // chunk_size)
-    levels = 0  # a chunk is 2 ** levels tiles
-    while -(-L // (chunks << levels)) > tile_size:
-        levels += 1
-    q = -(-L // (chunks << levels))
-    Q = q << levels
+    # the tile size of the shortest chunk, of these the largest
+    q = min(range(tile_size, tile_size // 2, -1), key=lambda q: -(-L // (chunks * q)) * q)
+    n = -(-L // (chunks * q))
+    Q = n * q
     padding = chunks * Q - L
 
-    def cut(t: Tensor) -> Tensor:
-        """(B, L, ...) -> (B * c, Q, ...). Padded tokens have dt = 0: they neither write nor decay."""
-        if padding:
-            t = F.pad(t, (0, 0) * (t.ndim - 2) + (0, padding))
-        return t.unflatten(1, (chunks, Q)).flatten(0, 1)
+    def cut(t: Tensor, shift: int = 0) -> Tensor:
+        """(B, L, ...) -> (B * c, Q, ...). Row i holds row i - shift; what lies outside is zero.
 
-    xa = x.to(acc)
-    xc = cut(xa)  # (Bc, Q, H, P)
-    B_f, B_b = (cut(t.to(acc)).transpose(1, 2) for t in (B_f, B_b))  # (Bc, G, Q, N)
-    C_f = cut(shift_tokens(C_f.to(acc), -1)).transpose(1, 2)  # row i holds C_f[i-1]
-    C_b = cut(shift_tokens(C_b.to(acc), +1)).transpose(1, 2)  # row i holds C_b[i+1]
-    dt_f, dt_b = cut(dt_f.to(acc)), cut(dt_b.to(acc))  # (Bc, Q, H)
-    P_f, P_b = (_prefix_sums(A, dt, acc) for dt in (dt_f, dt_b))  # (Bc, Q+1, H), float64
+        Padded tokens have dt = 0: they neither write nor decay.
+        """
+        if padding or shift:
+            t = F.pad(t, (0, 0) * (t.ndim - 2) + (shift, padding - shift))
+        return t.reshape(batch * chunks, Q, *t.shape[2:])
 
-    diagonal = None if D is None else cut(D.to(acc).expand(batch, L, H))
-    y = _mix_tiles(xc, dt_f, dt_b, P_f, P_b, B_f, C_f, B_b, C_b, diagonal, q)
-    span = q
-    while span < Q:
-        _mix_neighbours_(y, xc, dt_f, dt_b, P_f, P_b, B_f, C_f, B_b, C_b, span)
-        span *= 2
+    xc = cut(x.to(acc))  # (Bc, Q, H, P)
+    Bs = [cut(t.to(acc)).transpose(1, 2) for t in (B_f, B_b)]  # (Bc, G, Q, N), a direction each
+    Cs = [cut(t.to(acc), shift).transpose(1, 2) for t, shift in ((C_f, 1), (C_b, -1))]  # C_f[i-1], C_b[i+1]
+    dt = torch.stack([cut(dt_f.to(acc)), cut(dt_b.to(acc))], 2)  # (Bc, Q, 2, H)
+    sums = _prefix_sums(A, dt, acc).permute(0, 2, 3, 1).contiguous()  # (Bc, 2, H, Q+1), float64
+    dt = dt.permute(0, 2, 3, 1).contiguous()
+
+    D = xc.new_zeros(()) if D is None else D.to(acc)
+    diagonal = cut(D.expand(batch, L, H)).transpose(1, 2)
+    y = _mix_inside(*_decays(dt, sums, diagonal, n), *Bs, *Cs, xc)  # (Bc, Q, H, P)
     # A single chunk without a start state has no neighbour to hear from.
     if chunks > 1 or init_states is not None:
         start = None
         if init_states is not None:  # (H, P, N) -> (G, N, H/G * P)
             start = init_states.to(acc).permute(2, 0, 1).unflatten(1, (G, H // G)).permute(1, 0, 2, 3).flatten(2)
-        for dt, sums, Bt, Ct, from_left in ((dt_f, P_f, B_f, C_f, True), (dt_b, P_b, B_b, C_b, False)):
-            total = sums[:, -1:]
-            read = sums[:, :-1] if from_left else total - sums[:, 1:]
-            write = total - sums[:, 1:] if from_left else sums[:, :-1]
-            weighted = xc * (write.to(acc).exp() * dt).unsqueeze(-1)
-            states = Bt.transpose(-1, -2) @ _by_group(weighted, G)  # (Bc, G, N, H/G * P)
+        before, total = sums[..., :-1], sums[..., -1:]
+        after = total - sums[..., 1:]
+        for d, (read, write) in enumerate(((before[:, 0], after[:, 0]), (after[:, 1], before[:, 1]))):
+            write = (write.to(acc).exp() * dt[:, d]).transpose(1, 2)
+            states = Bs[d].transpose(-1, -2) @ _by_group(xc * write.unsqueeze(-1), G)  # (Bc, G, N, H/G * P)
             entering = _scan(
-                states.unflatten(0, (batch, chunks)), total[:, 0].unflatten(0, (batch, chunks)), start, from_left
+                states.unflatten(0, (batch, chunks)), total[:, d, :, 0].unflatten(0, (batch, chunks)), start, d == 0
             ).flatten(0, 1)
-            y = add(y, scale(_by_token(Ct @ entering, P), read.to(acc).exp().unsqueeze(-1)))
+            read = read.to(acc).exp().transpose(1, 2).unsqueeze(-1)
+            y = add(y, scale(_by_token(Cs[d] @ entering, P), read))
 
-    y = y.unflatten(0, (batch, chunks)).flatten(1, 2)
+    y = y.reshape(batch, chunks * Q, H, P)
     if padding:
         y = y[:, :L]
     return y.to(x.dtype)
 
 
 def _prefix_sums(A: Tensor, dt: Tensor, acc: torch.dtype) -> Tensor:
-    """sum_{k<r} A dt_k for r = 0..Q. dt (Bc, Q, H) -> (Bc, Q+1, H), in float64 where the device has it.
+    """sum_{k<r} A dt_k for r = 0..Q. dt (Bc, Q, ..., H) -> (Bc, Q+1, ..., H), in float64 where the device has it.
 
     A term is cut off at the point where exp of it alone is zero in ``acc``: every sum that holds it stays zero after
     exp, and the prefix sums stay small enough for their differences to be exact to the last bits that matter.
@@ -123,7 +126,7 @@ def _prefix_sums(A: Tensor, dt: Tensor, acc: torch.dtype) -> Tensor:
     dtype = torch.float32 if dt.device.type == 'mps' else torch.float64
     floor = -760.0 if acc == torch.float64 else -110.0
     terms = (A.to(dtype) * dt.to(dtype)).clamp(min=floor)
-    return F.pad(terms.cumsum(1), (0, 0, 1, 0))
+    return F.pad(terms.cumsum(1), (0, 0) * (dt.ndim - 2) + (1, 0))
 
 
 def _by_group(t: Tensor, G: int) -> Tensor:
@@ -136,97 +139,165 @@ def _by_token(t: Tensor, P: int) -> Tensor:
     return t.unflatten(3, (t.shape[3] // P, P)).transpose(1, 2).flatten(2, 3)
 
 
-def _mix_tiles(
-    x: Tensor,
-    dt_f: Tensor,
-    dt_b: Tensor,
-    P_f: Tensor,
-    P_b: Tensor,
-    B_f: Tensor,
-    C_f: Tensor,
-    B_b: Tensor,
-    C_b: Tensor,
-    D: Optional[Tensor],
-    q: int,
-) -> Tensor:
-    """The blocks on the diagonal, both triangles and D (Bc, Q, H) between them. Returns (Bc, Q, H, P)."""
-    Bc, Q, H, P = x.shape
-    G = B_f.shape[1]
-    shape = (Q // q, q)
+def _decays(dt: Tensor, sums: Tensor, diagonal: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """decay * dt of the entries of a chunk's matrix, in three tables.
 
-    def per_head(t: Tensor) -> Tensor:
-        """(Bc, Q, H, ...) -> (Bc, tiles, H, q, ...), contiguous: what is computed from it takes over its layout."""
-        return t.unflatten(1, shape).transpose(2, 3).contiguous()
+    Args:
+        dt: (Bc, 2, H, Q), the two directions.
+        sums: Its prefix sums (Bc, 2, H, Q+1).
+        diagonal: (Bc, H, Q), of the matrix itself.
+        n: Tiles.
+    Returns:
+        rows (Bc, H, n, q, 2) and columns (Bc, H, n, 2, Q), whose product is zero in the tiles on the diagonal; and
+        near (Bc, H, n, q, q), these tiles.
+    """
+    Q = dt.shape[-1]
+    shape = (n, Q // n)
+    tile = torch.arange(n, device=dt.device)[:, None]
+    column = torch.arange(Q, device=dt.device) // shape[1]
+    before, after = (t.unflatten(-1, shape) for t in (sums[..., :-1], sums[..., 1:]))  # (Bc, 2, H, n, q)
+    left, right = before[:, 0, ..., :1], after[:, 1, ..., -1:]  # at the edges of a row's tile
+    rows = torch.stack([before[:, 0] - left, right - after[:, 1]], -1).to(dt.dtype).exp()
+    columns = torch.stack([left - sums[:, 0, :, None, 1:], sums[:, 1, :, None, :-1] - right], -2)
+    unseen = torch.stack([column >= tile, column <= tile], 1)  # by a direction, (n, 2, Q)
+    columns = scale(columns.masked_fill(unseen, float('-inf')).to(dt.dtype).exp(), dt.transpose(1, 2).unsqueeze(2))
 
-    def per_group(t: Tensor) -> Tensor:
-        """(Bc, G, Q, N) -> (Bc, tiles, G, q, N)."""
-        return t.unflatten(2, shape).transpose(1, 2)
-
-    i = torch.arange(q, device=x.device)
-    lower = i[:, None] > i[None, :]
-    scores = torch.where(
-        lower, per_group(C_f) @ per_group(B_f).transpose(-1, -2), per_group(C_b) @ per_group(B_b).transpose(-1, -2)
-    )
-    before_f, after_f, before_b, after_b = (per_head(t) for t in (P_f[:, :-1], P_f[:, 1:], P_b[:, :-1], P_b[:, 1:]))
-    tile = torch.where(
+    i = torch.arange(shape[1], device=dt.device)
+    lower = i[:, None] > i
+    near = torch.where(
         lower,
-        before_f.unsqueeze(-1) - after_f.unsqueeze(-2),
-        before_b.unsqueeze(-2) - after_b.unsqueeze(-1),
-    ).to(x.dtype)  # (Bc, tiles, H, q, q)
-    tile.diagonal(dim1=-2, dim2=-1).zero_()  # positive there, and exp might overflow
-    tile = scale(tile.exp_().unflatten(2, (G, H // G)), scores.unsqueeze(3)).flatten(2, 3)
-    tile = scale(tile, torch.where(lower, per_head(dt_f).unsqueeze(-2), per_head(dt_b).unsqueeze(-2)))
-    if D is None:
-        tile.diagonal(dim1=-2, dim2=-1).zero_()
-    else:
-        diagonal = per_head(D)  # (Bc, tiles, H, q)
-        try:
-            tile.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
-        except RuntimeError:  # in torch.func.vmap, where the mapped dimension may be the diagonal's alone
-            tile = torch.diagonal_scatter(tile, diagonal, dim1=-2, dim2=-1)
-    y = tile @ per_head(x)  # (Bc, tiles, H, q, P)
-    return y.transpose(2, 3).reshape(Bc, Q, H, P)
+        before[:, 0].unsqueeze(-1) - after[:, 0].unsqueeze(-2),
+        before[:, 1].unsqueeze(-2) - after[:, 1].unsqueeze(-1),
+    )
+    near = near.masked_fill(i[:, None] == i, 0.0).to(dt.dtype).exp()  # positive there, and exp might overflow
+    dt = dt.unflatten(-1, shape).unsqueeze(-2)
+    near = scale(near, torch.where(lower, dt[:, 0], dt[:, 1]))
+    return rows, columns, _with_diagonal(near, diagonal.unflatten(-1, shape))
 
 
-def _mix_neighbours_(
-    y: Tensor,
-    x: Tensor,
-    dt_f: Tensor,
-    dt_b: Tensor,
-    P_f: Tensor,
-    P_b: Tensor,
-    B_f: Tensor,
-    C_f: Tensor,
-    B_b: Tensor,
-    C_b: Tensor,
-    span: int,
-) -> None:
-    """Adds to y what two neighbouring spans of tokens tell each other: the blocks beside the diagonal of 2 * span."""
-    G, P = B_f.shape[1], x.shape[-1]
-    pair = (x.shape[1] // (2 * span), 2, span)
+def _with_diagonal(t: Tensor, value: Tensor, dim1: int = -2, dim2: int = -1) -> Tensor:
+    """A temporary t with another diagonal."""
+    try:
+        t.diagonal(dim1=dim1, dim2=dim2).copy_(value)
+        return t
+    except RuntimeError:  # in torch.func.vmap, where the mapped dimension may be the diagonal's alone
+        return torch.diagonal_scatter(t, value, dim1=dim1, dim2=dim2)
 
-    def halves(t: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
-        """Views of the left and the right span of every pair, (Bc, pairs, span, ...)."""
-        pairs = t.unflatten(dim, pair)
-        return pairs.select(dim + 1, 0).transpose(1, dim), pairs.select(dim + 1, 1).transpose(1, dim)
 
-    def send(x: Tensor, column: Tensor, Bt: Tensor, Ct: Tensor) -> Tensor:
-        """(Bc, pairs, span, H, P) of one side -> what the other side reads, before the factor of its rows."""
-        weighted = (x * column.unsqueeze(-1)).flatten(0, 1)
-        scores = Ct @ Bt.transpose(-1, -2)  # (Bc, pairs, G, span, span)
-        return _by_token(scores.flatten(0, 1) @ _by_group(weighted, G), P).view_as(x)
+def _mix_inside(*tensors: Tensor) -> Tensor:
+    """What the tokens of a chunk tell each other, (Bc, Q, H, P).
 
-    y_left, y_right = halves(y)
-    x_left, x_right = halves(x)
-    before_f, after_f = halves(P_f[:, :-1])[1], halves(P_f[:, 1:])[0]
-    before_b, after_b = halves(P_b[:, :-1])[1], halves(P_b[:, 1:])[0]
-    middle_f, middle_b = after_f[:, :, -1:], after_b[:, :, -1:]
-    column = (middle_f - after_f).to(x.dtype).exp() * halves(dt_f)[0]  # (Bc, pairs, span, H)
-    row = (before_f - middle_f).to(x.dtype).exp()
-    y_right.add_(scale(send(x_left, column, halves(B_f, 2)[0], halves(C_f, 2)[1]), row.unsqueeze(-1)))
-    column = (before_b - middle_b).to(x.dtype).exp() * halves(dt_b)[1]
-    row = (middle_b - after_b).to(x.dtype).exp()
-    y_left.add_(scale(send(x_right, column, halves(B_b, 2)[1], halves(C_b, 2)[0]), row.unsqueeze(-1)))
+    Args:
+        tensors: Tables of ``_decays``; B_f, B_b, C_f, C_b (Bc, G, Q, N); x (Bc, Q, H, P).
+    """
+    if (
+        tensors[-1].device.type != 'cpu'
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return _mix_whole(*tensors)
+    return _MixInCache.apply(*tensors)
+
+
+def _mix_whole(
+    rows: Tensor, columns: Tensor, near: Tensor, B_f: Tensor, B_b: Tensor, C_f: Tensor, C_b: Tensor, x: Tensor
+) -> Tensor:
+    """``_mix_inside`` for all chunks at once, in operations that autograd knows."""
+    (_, Q, H, _), G, n = x.shape, B_f.shape[1], rows.shape[2]
+    i = torch.arange(Q, device=x.device)
+    scores = torch.where(i[:, None] > i, C_f @ B_f.transpose(-1, -2), C_b @ B_b.transpose(-1, -2)).masked_fill(
+        i[:, None] == i, 1.0
+    )
+    M = _with_diagonal((rows @ columns).unflatten(-1, (n, Q // n)), near.movedim(2, -1), 2, 4)
+    M = M.flatten(4).flatten(2, 3).unflatten(1, (G, H // G))  # (Bc, G, H/G, Q, Q)
+    return (scale(M, scores.unsqueeze(2)).flatten(1, 2) @ x.transpose(1, 2)).transpose(1, 2)
+
+
+class _MixInCache(torch.autograd.Function):
+    """``_mix_inside`` for a few chunks at a time, each pass over their matrices in the cache. Saves its arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        """y (Bc, Q, H, P)."""
+        ctx.save_for_backward(*tensors)
+        y = torch.empty_like(tensors[-1], memory_format=torch.contiguous_format)
+        for at, decays, scores, _, x_heads, y_heads in _slices(tensors):
+            x_heads.copy_(tensors[-1][at].transpose(1, 2))
+            torch.matmul(decays.mul_(scores[0].unsqueeze(2)).flatten(1, 2), x_heads, out=y_heads)
+            y[at] = y_heads.transpose(1, 2)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of all arguments."""
+        tensors = ctx.saved_tensors
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy):  # create_graph, is_grads_batched
+            return _differentiable_gradient(tensors, dy, ctx.needs_input_grad)
+        rows, columns, near, B_f, B_b, C_f, C_b, x = tensors
+        grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
+        d_rows, d_columns, d_near, dB_f, dB_b, dC_f, dC_b, dx = grads
+        n, q = near.shape[2:4]
+        for at, decays, scores, M, x_heads, dy_heads in _slices(tensors):
+            per_head = (-1, x.shape[2], *M.shape[-2:])
+            torch.mul(decays, scores[0].unsqueeze(2), out=M)
+            dy_heads.copy_(dy[at].transpose(1, 2))
+            torch.matmul(M.view(per_head).transpose(-1, -2), dy_heads, out=x_heads)
+            dx[at] = x_heads.transpose(1, 2)
+            x_heads.copy_(x[at].transpose(1, 2))
+            dM = torch.matmul(dy_heads, x_heads.transpose(-1, -2), out=M.view(per_head)).view_as(M)
+            d_scores = torch.sum(decays.mul_(dM), 2, out=scores[1])
+            d_tiles = dM.mul_(scores[0].unsqueeze(2)).view(per_head).unflatten(2, (n, q))  # (k, H, n, q, Q)
+            d_near[at] = d_tiles.unflatten(4, (n, q)).diagonal(dim1=2, dim2=4).movedim(-1, 2)
+            torch.matmul(d_tiles, columns[at].transpose(-1, -2), out=d_rows[at])
+            torch.matmul(rows[at].transpose(-1, -2), d_tiles, out=d_columns[at])
+            for part, B, C, dB, dC in (
+                (torch.tril(d_scores, -1, out=scores[0]), B_f, C_f, dB_f, dC_f),
+                (d_scores.triu_(1), B_b, C_b, dB_b, dC_b),
+            ):
+                torch.matmul(part, B[at], out=dC[at])
+                torch.matmul(part.transpose(-1, -2), C[at], out=dB[at])
+        return tuple(grads)
+
+
+def _slices(tensors: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Slices of the chunks, with the factors of their matrices, in buffers that are used again.
+
+    Yields:
+        The slice; decays (k, G, H/G, Q, Q); scores (2, k, G, Q, Q), of which the first are the factors; room for a
+        matrix, like decays; and for two tensors (k, H, Q, P).
+    """
+    rows, columns, near, B_f, B_b, C_f, C_b, x = tensors
+    (chunks, Q, H, P), G, (n, q) = x.shape, B_f.shape[1], near.shape[2:4]
+    # enough matrices to occupy the threads and to be worth a call, no more than caches hold
+    size = max(1, min(chunks, max(2 * torch.get_num_threads(), _SLICE // Q**2) // H))
+    lower = torch.ones(Q, Q, dtype=torch.bool).tril_(-1)
+    matrices = x.new_empty(2, size, H, Q, Q)
+    scores_of, heads = x.new_empty(2, size, G, Q, Q), x.new_empty(2, size, H, Q, P)
+    for start in range(0, chunks, size):
+        at = slice(start, min(start + size, chunks))
+        k = at.stop - start
+        decays, M = matrices[0, :k], matrices[1, :k]
+        scores = scores_of[:, :k]
+        torch.matmul(rows[at], columns[at], out=decays.unflatten(2, (n, q)))
+        decays.view(k, H, n, q, n, q).diagonal(dim1=2, dim2=4).copy_(near[at].movedim(2, -1))
+        for i, B, C in ((0, B_f, C_f), (1, B_b, C_b)):
+            torch.matmul(C[at], B[at].transpose(-1, -2), out=scores[i])
+        torch.where(lower, scores[0], scores[1], out=scores[0])
+        scores[0].diagonal(dim1=-2, dim2=-1).fill_(1.0)
+        by_group = (k, G, H // G, Q, Q)
+        yield at, decays.view(by_group), scores, M.view(by_group), heads[0, :k], heads[1, :k]
+
+
+def _differentiable_gradient(
+    tensors: Sequence[Tensor], dy: Tensor, needed: Sequence[bool]
+) -> tuple[Optional[Tensor], ...]:
+    """Of ``_mix_whole``, with a graph."""
+    with torch.enable_grad():
+        wanted = [t for t, need in zip(tensors, needed) if need]
+        grads = iter(torch.autograd.grad(_mix_whole(*tensors), wanted, dy, create_graph=True))
+    return tuple(next(grads) if need else None for need in needed)
 
 
 def _scan(states: Tensor, log_decay: Tensor, start: Optional[Tensor], from_left: bool) -> Tensor:

@@ -78,9 +78,11 @@ def _one_half(reverse: bool, A: Tensor, x: 'Tensor | None', dt: Tensor, B: Tenso
 
 
 def _mix_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool) -> Tensor:
-    """One direction of ``chunked.mix_chunked``: tiles, pairs of neighbouring spans, states between chunks.
+    """One direction, chunk by chunk: tiles on the diagonal, pairs of neighbouring spans, states between chunks.
 
-    With prefix sums P_r = sum_{k<r} A dt_k inside a chunk, the exponent is P[i+1] - P[j+1], reverse P[j] - P[i].
+    A chunk is 2 ** levels tiles. Beside the diagonal the matrix is scores with one factor a row and one a column:
+    neighbours are joined in pairs, then pairs of pairs. With prefix sums P_r = sum_{k<r} A dt_k inside a chunk, the
+    exponent is P[i+1] - P[j+1], reverse P[j] - P[i].
     """
     batch, L, H, P = x.shape
     G = B.shape[2]

@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 import zipfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,8 +204,12 @@ def best_steps(history: Sequence[Mapping[str, Any]], count: int) -> set[int]:
     return {updates for _, updates in sorted(scores, reverse=True)[:count]}
 
 
-def newest_checkpoint(folder: Path) -> Found:
+def newest_checkpoint(folder: Path, load: Callable[[Path], dict[str, Any]] = load_checkpoint) -> Found:
     """The newest intact checkpoint of a run folder.
+
+    Args:
+        folder: Of the run.
+        load: Reads a file; ``load_run`` for what a training run can go on from.
 
     Returns:
         Its path and content, or None twice where the folder has none at all; and what was wrong with newer ones.
@@ -220,7 +224,7 @@ def newest_checkpoint(folder: Path) -> Found:
         candidates.append(last)
     for path in candidates:
         try:
-            return path, load_checkpoint(path), problems
+            return path, load(path), problems
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
@@ -267,7 +271,7 @@ def checkpoint_to_resume(resume: str | None, output: str | None, name: str) -> F
     if resume != 'auto':
         path = to_path(resume, '--resume')
         if path.is_dir():
-            found = newest_checkpoint(path)
+            found = newest_checkpoint(path, load_run)
             if found[0] is None:
                 raise CheckpointError(f'no checkpoint {str(find_checkpoint(resume, LAST))!r}')
             return found
@@ -281,7 +285,7 @@ def checkpoint_to_resume(resume: str | None, output: str | None, name: str) -> F
     runs = [path for path in OUTPUT.glob('*') if numbered.fullmatch(path.name)]
     folders = [Path(output)] if output is not None else runs
     times = {folder: time for folder in folders if (time := _time_of_newest(folder)) is not None}
-    return newest_checkpoint(max(times, key=times.__getitem__)) if times else (None, None, [])
+    return newest_checkpoint(max(times, key=times.__getitem__), load_run) if times else (None, None, [])
 
 
 def run_folder(output: str | None, checkpoint: Path | None, name: str) -> Path:

@@ -4,16 +4,17 @@ Metrics are one flat mapping from names to numbers. The first part of a name is 
 epoch), `mixers/LAYER/dt_mean` (a Hydra layer), `epoch/val_top1` (the end of an epoch).
 """
 
+import contextlib
 import csv
 import importlib.util
 import io
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import ConfigError, TrainError, first_line
+from ..errors import ConfigError, TrainError, WriteError, first_line
 from ..io import write_text
 from .config import Config, LogConfig
 
@@ -119,7 +120,8 @@ class CsvLogger:
             writer.writeheader()
         for row in rows:
             writer.writerow({key: f'{cell:.6g}' if isinstance(cell, float) else cell for key, cell in row.items()})
-        with open(self.folder / name, 'a', encoding='utf-8') as file:
+        path = self.folder / name
+        with _writing(path), open(path, 'a', encoding='utf-8') as file:
             file.write(text.getvalue())
 
 
@@ -138,9 +140,10 @@ class TensorBoardLogger:
 
     def log(self, step: int, values: Metrics) -> None:
         """One scalar per metric."""
-        for name, value in _numbers(values).items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()
+        with _writing(self.writer.log_dir):
+            for name, value in _numbers(values).items():
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()
 
     def close(self) -> None:
         """Write what is left."""
@@ -192,13 +195,22 @@ class WandbLogger:
         self.run.finish()
 
 
+@contextlib.contextmanager
+def _writing(path: 'Path | str') -> Iterator[None]:
+    """Raises WriteError in place of what a full or read-only disk raises."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f'could not write {path}: {first_line(error)}') from error
+
+
 def _numbers(values: Metrics) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
 
 
 def _keep_until(path: Path, columns: tuple[str, ...], updates: int) -> None:
     """Keep the header and the complete rows up to an optimizer step in a file."""
-    rows = path.read_text(encoding='utf-8').splitlines()[1:]
+    rows = path.read_text(encoding='utf-8', errors='replace').splitlines()[1:]
     cells = [row.split(',') for row in rows]
     kept = [row for row in cells if len(row) == len(columns) and row[0].isdigit() and int(row[0]) <= updates]
     write_text(path, ''.join(','.join(row) + '\n' for row in [list(columns), *kept]))

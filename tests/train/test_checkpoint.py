@@ -15,6 +15,7 @@ from hydra_vision.train.checkpoint import (
     BEST,
     KEPT,
     LAST,
+    checkpoint_to_resume,
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
@@ -98,6 +99,16 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_used(tmp_
     spoil(path)
     with pytest.raises(CheckpointError, match=r'no checkpoint of .* is intact: .*000002.pt.*000001.pt'):
         newest_checkpoint(tmp_path)
+
+
+def test_a_newer_file_of_something_else_is_named_and_the_run_goes_on_before_it(tmp_path):
+    run = {'arch': 'test_hydra_vit', 'config': {}, 'num_classes': 1, 'state_dict': {}}
+    save_checkpoint(tmp_path, {'updates': 1, **run}, is_best=False)
+    save_checkpoint(tmp_path, {'updates': 2}, is_best=False)
+    path, state, problems = checkpoint_to_resume(str(tmp_path), None, 'name')
+    assert state['updates'] == 1
+    assert path.name == 'step-000000001.pt'
+    assert 'step-000000002.pt is not the checkpoint of a training run: it has no arch' in problems[0]
 
 
 def test_a_folder_with_last_alone_and_one_with_nothing(tmp_path):

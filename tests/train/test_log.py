@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import math
+import os
 import sys
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import torch
 from rich.console import Console
 
 import hydra_vision  # noqa: F401  registers the models
-from hydra_vision.errors import ConfigError
+from hydra_vision.errors import ConfigError, WriteError
 from hydra_vision.io import read_csv
 from hydra_vision.mixers import Hydra
 from hydra_vision.ops.inner import split_zxbcdt, unpack_convolved
@@ -129,6 +130,21 @@ def test_rows_after_the_checkpoint_are_dropped_and_a_torn_one_as_well(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_full_disk_is_one_line_with_the_name_of_the_file(tmp_path):
+    if not os.path.exists('/dev/full'):
+        pytest.skip('this system has no /dev/full')
+    (tmp_path / 'steps.csv').symlink_to('/dev/full')
+    with pytest.raises(WriteError, match=r'could not write .*steps.csv: .*No space left on device'):
+        CsvLogger(tmp_path, 0).log(1, {'step/loss': 1.0})
+
+
+@pytest.mark.parametrize('junk', [b'\xff\xfe\x00', b''])
+def test_a_damaged_log_does_not_end_a_resumed_run(tmp_path, junk):
+    (tmp_path / 'steps.csv').write_bytes(junk)
+    CsvLogger(tmp_path, 5).log(6, {'step/loss': 1.0})
+    assert [row['updates'] for row in read(tmp_path / 'steps.csv')] == ['6']
+
+
 def test_a_compiled_run_is_measured_and_saved_as_a_plain_one(tiny, run, tmp_path):
     for name, compiled in (('plain', 'false'), ('compiled', 'true')):
         command = (*tiny, '--epochs', '2', '--set', 'log.every=5', '--compile', compiled, '--output', name)
