@@ -79,7 +79,7 @@ def test_weights_by_tag_survive_saving(weights, tmp_path):
     again = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True).eval()
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(again(x), loaded(x))
-    assert again.pretrained_cfg['mean'] == loaded.pretrained_cfg['mean']
+    assert tuple(again.pretrained_cfg['mean']) == loaded.pretrained_cfg['mean']
 
 
 def test_tags():
