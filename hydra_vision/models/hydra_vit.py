@@ -17,6 +17,7 @@ No weights of ImageNet size are published yet; every variant is tagged `untraine
 
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any, Callable, Dict, Final, List, Literal, Optional, Sequence, Set, Tuple, Union
 
 import torch
@@ -37,9 +38,15 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from timm.models._features import feature_take_indices
-from timm.models._input import update_model_input_size
+from timm.models._input import update_model_args, update_model_input_size
 from timm.models._manipulate import checkpoint
 from timm.models.naflexvit import global_pool_naflex
 from timm.models.vision_transformer import global_pool_nlc
@@ -944,6 +951,11 @@ def _recommend_size(model: nn.Module, img_size: Union[int, Tuple[int, int]]) -> 
 
 def _create_hydra_vit(variant: str, pretrained: bool = False, **kwargs) -> HydraViT:
     out_indices = kwargs.pop('out_indices', 3)
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    if cfg.tag in _TAG_PATCH_SIZE:  # timm's configuration of weights has no field for it
+        kwargs.setdefault('patch_size', _TAG_PATCH_SIZE[cfg.tag])
+    if pretrained and cfg.file and not cfg.state_dict and not Path(cfg.file).exists():
+        raise FileNotFoundError(f'the weights of {variant}.{cfg.tag} are not where they belong: {cfg.file}')
     model = build_model_with_cfg(
         HydraViT,
         variant,
@@ -952,7 +964,9 @@ def _create_hydra_vit(variant: str, pretrained: bool = False, **kwargs) -> Hydra
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )
-    registered = get_pretrained_cfg(variant).input_size[1:]
+    if cfg.tag in _TAG_PATCH_SIZE:
+        update_model_args(model, patch_size=kwargs['patch_size'])  # saved with the model, as if it had been given
+    registered = get_pretrained_cfg('.'.join(filter(None, (variant, cfg.tag)))).input_size[1:]
     if 'img_size' in kwargs and tuple(model.pretrained_cfg['input_size'][1:]) == registered:  # no file says otherwise
         _recommend_size(model, kwargs['img_size'])
     return model
@@ -976,11 +990,30 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
     }
 
 
+_TAG_PATCH_SIZE = {'tin200': 4}
+
+
+def _tin200_cfg(variant: str) -> Dict[str, Any]:
+    """Weights trained here on Tiny-ImageNet-200; the card is next to the file."""
+    folder = Path(__file__).resolve().parents[1] / 'pretrained' / f'{variant}_tin200'
+    return _cfg(
+        file=str(folder / 'model.safetensors'),
+        num_classes=200,
+        input_size=(3, 64, 64),
+        crop_pct=1.0,
+        mean=(0.480, 0.446, 0.396),
+        std=(0.277, 0.269, 0.282),
+        license='other',  # images with terms of their own: see the card
+        description='Tiny-ImageNet-200, 64 px, patch 4',
+    )
+
+
 default_cfgs = generate_default_cfgs(
     {
         'test_hydra_vit.untrained': _cfg(input_size=(3, 160, 160)),
         'hydra_vit_nano.untrained': _cfg(),
-        'hydra_vit_tiny.untrained': _cfg(),
+        'hydra_vit_tiny.tin200': _tin200_cfg('hydra_vit_tiny'),
+        'hydra_vit_tiny.untrained*': _cfg(),  # the default: the model for 224 px
         'hydra_vit_small.untrained': _cfg(),
         'hydra_vit_base.untrained': _cfg(),
         'hydra_vit_large.untrained': _cfg(),
@@ -1005,7 +1038,7 @@ def hydra_vit_nano(pretrained: bool = False, **kwargs) -> HydraViT:
 @register_model
 def hydra_vit_tiny(pretrained: bool = False, **kwargs) -> HydraViT:
     """Hydra-ViT-Tiny. 7.08 M parameters."""
-    model_args = dict(patch_size=16, embed_dim=192, depth=24)
+    model_args = dict(embed_dim=192, depth=24)  # patch 16, with the weights tin200 patch 4
     return _create_hydra_vit('hydra_vit_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
 
 

@@ -77,8 +77,9 @@ class Learner:
 
         if config.run.torch_compile:
             build.check_compile_mode(config.run.compile_mode)
-            self.task.compile(mode=config.run.compile_mode)
-            self.task.compile_ema(mode=config.run.compile_mode)
+            # A graph per image size (data.progressive_sizes, validation): one for all sizes would be slower at each.
+            self.task.compile(mode=config.run.compile_mode, dynamic=False)
+            self.task.compile_ema(mode=config.run.compile_mode, dynamic=False)
         self.forward, self.forward_ema = self.task.get_eval_model(), self.task.get_eval_model(ema=True)
         if self.world.size > 1 and not self.sharded:
             self._distribute()

@@ -44,6 +44,8 @@ def dry_run(trainer: Trainer) -> None:
         ['estimate', estimate(training + validating, devices, kind)],
         ['validation share', f'{100 * validating / (training + validating):.0f} %'],
     ]
+    if kind == 'GPU' and devices == 1:
+        rows.append(['on 8 GPUs', f'{estimate((training + validating) / 8, 8, kind)}, if they scale without loss'])
     print_table(trainer.console, f'dry run of {config.model.name}: nothing was written', ['', 'value'], rows)
 
 

@@ -293,6 +293,9 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('run', metavar='RUN|CHECKPOINT', help='run folder (its best checkpoint), or a checkpoint')
     parser.add_argument('--output', required=True, type=path, metavar='DIR', help='new folder')
     parser.add_argument('--weights', choices=('auto', 'raw', 'ema'), default='auto', help='auto: those that are best')
+    parser.add_argument(
+        '--dtype', choices=('float32', 'float16', 'bfloat16'), default='float32', help='precision of the file'
+    )
 
 
 def export_main(arguments: argparse.Namespace) -> int:
@@ -317,6 +320,7 @@ def export_main(arguments: argparse.Namespace) -> int:
     keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
     preprocessing = {key: inputs[key] for key in keys if inputs.get(key) is not None}
     own = {key: value for key, value in config.model.kwargs.items() if not key.startswith('pretrained_')}
+    model.to(getattr(torch, arguments.dtype))
     try:
         save_pretrained(model, folder, model_args=own, label_names=state['classes'], data_config=preprocessing)
     except (ValueError, OSError) as error:

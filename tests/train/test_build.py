@@ -49,6 +49,16 @@ def test_no_decay_for_biases_norms_embeddings_and_the_state_space_parameters(nam
         assert groups['blocks.0.mixer.conv1d.weight']['weight_decay'] == 0.1
 
 
+def test_muon_takes_the_projections_and_leaves_the_state_space_parameters_to_adam():
+    config = Config.from_dict({'model': {'name': 'test_hydra_vit'}, 'optim': {'name': 'nadamuon'}})
+    model = build.create_model(config, 10)
+    optimizer = build.create_optimizer(config, model)
+    model(torch.randn(2, 3, 160, 160)).sum().backward()
+    optimizer.step()
+    muon = {name for name, p in model.named_parameters() if optimizer.state[p]['use_muon']}
+    assert {name.split('mixer.')[-1] for name in muon if 'mixer.' in name} == {'in_proj.weight', 'out_proj.weight'}
+
+
 def test_a_timm_vit_trains_through_the_same_code(tiny, run, tmp_path):
     """The baseline under the recipe of the Hydra family; only the model's own arguments differ."""
     text = Path(tiny[1]).read_text().replace('kwargs: {patch_size: 4, depth: 1, embed_dim: 64}', 'kwargs: {depth: 1}')

@@ -142,7 +142,7 @@ def test_a_full_disk_is_one_line_with_the_name_of_the_file(tmp_path):
 def test_a_damaged_log_does_not_end_a_resumed_run(tmp_path, junk):
     (tmp_path / 'steps.csv').write_bytes(junk)
     CsvLogger(tmp_path, 5).log(6, {'step/loss': 1.0})
-    assert [row['updates'] for row in read(tmp_path / 'steps.csv')] == ['6']
+    assert [row['updates'] for row in read_csv(tmp_path / 'steps.csv')] == ['6']
 
 
 def test_a_compiled_run_is_measured_and_saved_as_a_plain_one(tiny, run, tmp_path):

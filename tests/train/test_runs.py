@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from hydra_vision.console import Parser
 from hydra_vision.errors import CheckpointError, UserError
@@ -133,6 +134,9 @@ def test_a_run_becomes_a_timm_folder(folders, weights):
     assert model.pretrained_cfg['label_names'] == ['blue', 'green', 'red']
     assert tuple(model.pretrained_cfg['input_size']) == (3, 8, 8)
     assert model(torch.zeros(1, 3, 8, 8)).shape == (1, 3)
+    assert export(folders[0], '--output', 'half', '--weights', weights, '--dtype', 'float16') == 0
+    half = load_file('half/model.safetensors')
+    assert all(torch.equal(half[name], value.half()) for name, value in state.items())
     with pytest.raises(UserError, match=r'exported holds config\.json and model\.safetensors already'):
         export(folders[0], '--output', 'exported')
     with pytest.raises(CheckpointError, match="no checkpoint 'nowhere'"):
