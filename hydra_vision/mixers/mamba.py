@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.reference import accumulation_dtype
-from ..ops.selective_scan import SCAN_BACKENDS, selective_scan, selective_scan_matrix
+from ..ops.dispatch import check_backend_name
+from ..ops.selective_scan import selective_scan, selective_scan_matrix
 from .base import Mixer, Patterns, causal_conv, check_sizes
 from .hydra import check_step_sizes, init_dt_bias_
 
@@ -43,9 +44,8 @@ class StepProjection(nn.Module):
         init_dt_bias_(self.bias, self.dt_min, self.dt_max, self.dt_init_floor)
 
     def forward(self, r: Tensor) -> Tensor:
-        """r (B, L, R) -> step sizes (B, L, E), in float32 or wider."""
-        acc = accumulation_dtype(r.dtype)
-        return F.softplus(F.linear(r, self.weight.to(r.dtype)).to(acc) + self.bias.to(acc))
+        """r (B, L, R) -> (B, L, E), dtype of r: step sizes before their bias and softplus."""
+        return F.linear(r, self.weight.to(r.dtype))
 
     def extra_repr(self) -> str:
         return f'{self.weight.shape[1]}, {self.weight.shape[0]}'
@@ -102,8 +102,7 @@ class Mamba(Mixer):
         d_inner = round(expand * d_model)
         check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, dt_rank=dt_rank, d_inner=d_inner)
         check_step_sizes(dt_min, dt_max)
-        if backend not in ('auto', *SCAN_BACKENDS):
-            raise ValueError(f"backend={backend!r}; allowed: 'auto', {', '.join(map(repr, SCAN_BACKENDS))}")
+        check_backend_name(backend)
         dd = {'device': device, 'dtype': dtype}
         self.d_model, self.d_state, self.d_inner, self.dt_rank = d_model, d_state, d_inner, dt_rank
         self.headdim, self.nheads = 1, d_inner
@@ -136,10 +135,10 @@ class Mamba(Mixer):
     def forward(self, u: Tensor) -> Tensor:
         """Mix the tokens u (B, L, d_model)."""
         x, z = self.in_proj(u).chunk(2, dim=-1)
-        y = sum(self._direction(x, suffix) for suffix in self.directions)
+        y = self._direction(x, '')
         if len(self.directions) > 1:
-            y = y / len(self.directions)
-        return self.out_proj((y * F.silu(z.to(y.dtype))).to(x.dtype))
+            y = (y + self._direction(x, '_b')) / 2
+        return self.out_proj(y * F.silu(z))
 
     @torch.jit.ignore
     def matrix(self, u: Tensor) -> Tensor:
@@ -152,29 +151,25 @@ class Mamba(Mixer):
         x, _ = self.in_proj(u).chunk(2, dim=-1)
         Ms = []
         for suffix in self.directions:
-            _, dt, A, B, C, D = self._terms(x, suffix)
-            M = selective_scan_matrix(dt, A, B, C, reverse=suffix == '_b')
+            v, dt, A, B, C, D, bias = self._terms(x, suffix)
+            dt = F.softplus(dt.to(bias.dtype) + bias)
+            M = selective_scan_matrix(dt.to(accumulation_dtype(v.dtype)), A, B, C, reverse=suffix == '_b')
             Ms.append(M + torch.diag_embed(D[:, None].expand(-1, u.shape[1])))
         return torch.cat(Ms, dim=1)
 
     def _terms(self, x: Tensor, suffix: str) -> Tuple[Tensor, ...]:
-        """Convolved x (B, L, E), dt (B, L, E), A (E, N), B, C (B, L, N), D (E,) of a direction."""
+        """Of a direction: convolved x, dt without bias (B, L, E), A (E, N), B, C (B, L, N), D and dt's bias (E,)."""
         acc = accumulation_dtype(x.dtype)
-        conv = getattr(self, f'conv1d{suffix}')
-        backward = suffix == '_b'
-        weight = conv.weight
-        x = F.silu(causal_conv(x.flip(1), weight, conv.bias).flip(1) if backward else causal_conv(x, weight, conv.bias))
+        conv, step = getattr(self, f'conv1d{suffix}'), getattr(self, f'dt_proj{suffix}')
+        x = F.silu(causal_conv(x, conv.weight, conv.bias, reverse=suffix == '_b'))
         columns = getattr(self, f'x_proj{suffix}')(x)
         r, B, C = columns.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        dt = getattr(self, f'dt_proj{suffix}')(r)
         A = -torch.exp(getattr(self, f'A{suffix}_log').to(acc))
-        return x, dt, A, B, C, getattr(self, f'D{suffix}').to(acc)
+        return x, step(r), A, B, C, getattr(self, f'D{suffix}').to(acc), step.bias.to(acc)
 
     def _direction(self, x: Tensor, suffix: str) -> Tensor:
-        """(B, L, E) -> (B, L, E), float32 or wider."""
-        x, dt, A, B, C, D = self._terms(x, suffix)
-        y = selective_scan(x, dt, A, B, C, reverse=suffix == '_b', backend=self.backend)
-        return y + D * x.to(y.dtype)
+        """(B, L, E) -> (B, L, E)."""
+        return selective_scan(*self._terms(x, suffix), softplus=True, reverse=suffix == '_b', backend=self.backend)
 
     def extra_repr(self) -> str:
         return f'd_state={self.d_state}, d_inner={self.d_inner}, dt_rank={self.dt_rank}, backend={self.backend!r}'

@@ -1,13 +1,13 @@
 """The selective scan of Mamba (S6), forward and backward: one program a sequence and block of channels.
 
-A program walks over the tokens with its states (N, channels) in registers. Step sizes' bias and softplus and the skip D
-are part of it; a scan from the last token to the first reads its rows in that order. Forward keeps the states that enter
-each chunk of CHUNK tokens. Backward goes through the tokens from the end, a few at a time, and computes their states
-again from the chunk's. Gradients that are sums over channels or sequences are written in parts and summed by PyTorch:
-the same call gives the same bits.
+A program walks over the tokens with its states (N, channels) in registers. Step sizes' bias and softplus and the skip
+D are part of it; a scan from the last token to the first reads its rows in that order. Forward keeps the step sizes and
+the states that enter each chunk of CHUNK tokens. Backward goes through the tokens from the end, KEEP at a time, and
+computes their states again from the chunk's. Gradients that are sums over channels or sequences are written in parts
+and summed by PyTorch: the same call gives the same bits.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import triton
@@ -21,7 +21,12 @@ __all__ = ['selective_scan']
 
 CHANNELS = 32  # a program
 STATES = 16  # a warp
-CHUNK = 16  # tokens between two saved states: 4 bytes a token and channel for 16 states
+CHUNK = 8  # tokens between two saved states
+KEEP = 2  # tokens whose states the backward pass has in registers; with 4 it spills
+MAX_STATE = 256
+
+# strides are arguments of the kernels: the compiler may leave inputs as they are
+_ANY_LAYOUT = {'tags': (torch.Tag.flexible_layout,)}
 
 
 @triton.jit
@@ -48,33 +53,27 @@ def _rows(p, strides, t, e, n, ok, okn, L, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _step_size(raw, SOFTPLUS: tl.constexpr):
-    """dt, and what its gradient is multiplied by."""
-    if SOFTPLUS:
-        e = tl.exp(-tl.abs(raw))
-        step = tl.maximum(raw, 0.0) + tl.where(e > 1e-4, tl.log(1.0 + e), e)  # log1p
-        slope = tl.where(raw >= 0, 1.0, e) / (1.0 + e)
-    else:
-        step = raw
-        slope = tl.zeros_like(raw) + 1.0
-    return step, slope
-
-
-@triton.jit
-def _advance(h, xv, raw, Bv, A2, bv, SOFTPLUS: tl.constexpr):
+def _advance(h, xv, step, Bv, A2):
     """The state after a token, (NB, BE)."""
-    ACC: tl.constexpr = h.dtype
-    step, _ = _step_size(raw.to(ACC) + bv, SOFTPLUS)
-    return tl.exp2(step[None, :] * A2) * h + (step * xv.to(ACC))[None, :] * Bv.to(ACC)[:, None]
+    return tl.exp2(step[None, :] * A2) * h + (step * xv.to(h.dtype))[None, :] * Bv.to(h.dtype)[:, None]
 
 
 @triton.jit
-def _output(h, row, t, A2, bv, Dv, y, e, ok, L, E, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr):
-    """Stores y of a token and returns the state after it."""
-    h = _advance(h, row[0], row[1], row[2], A2, bv, SOFTPLUS)
+def _output(
+    h, row, t, A2, Dv, bv, y, steps, e, ok, L, E, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, SAVE: tl.constexpr
+):
+    """Stores y of a token, and its step size, and returns the state after it."""
+    step = row[1].to(h.dtype) + bv
+    if SOFTPLUS:
+        small = tl.exp(-tl.abs(step))
+        step = tl.maximum(step, 0.0) + tl.where(small > 1e-4, tl.log(1.0 + small), small)  # log1p
+    h = _advance(h, row[0], step, row[2], A2)
     out = tl.sum(h * row[3].to(h.dtype)[:, None], axis=0) + Dv * row[0].to(h.dtype)
-    here = t + tl.zeros_like(e)
-    tl.store(y + _at(t, L, REVERSE) * E + e, out.to(y.dtype.element_ty), mask=ok & (here < L))
+    at = _at(t, L, REVERSE) * E + e
+    here = ok & (t + tl.zeros_like(e) < L)
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=here)
+    if SAVE:
+        tl.store(steps + at, step, mask=here)
     return h
 
 
@@ -101,6 +100,7 @@ def selective_scan_kernel(
     D,  # (E,)
     bias,  # (E,)
     y,  # (B, L, E) contiguous, out
+    steps,  # (B, L, E) contiguous, out: dt with its bias, after softplus
     states,  # (B, chunks, N, E) contiguous, out: what enters each chunk
     x_b,
     x_l,
@@ -134,61 +134,65 @@ def selective_scan_kernel(
     p = (x + b * x_b, dt + b * dt_b, Bm + b * B_b, Cm + b * C_b)
     strides = (x_l, dt_l, B_l, C_l)
     y += b * L * E
+    steps += b * L * E
     states += b * tl.cdiv(L, CHUNK) * N * E + n[:, None] * E + e[None, :]
     h = tl.zeros((NB, BE), ACC)
     n0 = _rows(p, strides, 0, e, n, ok, okn, L, REVERSE)
     n1 = _rows(p, strides, 1, e, n, ok, okn, L, REVERSE)
     for t in range(0, L, 2):
-        if SAVE:
-            if t % CHUNK == 0:
-                tl.store(states + (t // CHUNK).to(tl.int64) * (N * E), h, mask=keep)
+        if SAVE and t % CHUNK == 0:
+            at = states + tl.cast(t // CHUNK, tl.int64) * (N * E)
+            tl.store(at, h.to(states.dtype.element_ty), mask=keep)
         r0 = n0
         r1 = n1
         # the next two rows are on their way while these are used
         n0 = _rows(p, strides, t + 2, e, n, ok, okn, L, REVERSE)
         n1 = _rows(p, strides, t + 3, e, n, ok, okn, L, REVERSE)
-        h = _output(h, r0, t, A2, bv, Dv, y, e, ok, L, E, REVERSE, SOFTPLUS)
-        h = _output(h, r1, t + 1, A2, bv, Dv, y, e, ok, L, E, REVERSE, SOFTPLUS)
+        h = _output(h, r0, t, A2, Dv, bv, y, steps, e, ok, L, E, REVERSE, SOFTPLUS, SAVE)
+        h = _output(h, r1, t + 1, A2, Dv, bv, y, steps, e, ok, L, E, REVERSE, SOFTPLUS, SAVE)
 
 
 @triton.jit
 def _token_gradients(
-    sums, before, row, dout, t, A2, bv, Dv, outs, e, n, ok, okn, L, E, N, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr
+    sums, before, row, dout, t, A2, Dv, outs, e, n, ok, okn, L, E, N, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr
 ):
     """One token backwards, ``before``: the state before it. sums: gradients of the state after it, of A, D, bias."""
     g, dA, dD, dbias = sums
     ACC: tl.constexpr = before.dtype
     xv = row[0].to(ACC)
+    step = row[1]
     Bv = row[2].to(ACC)
     dy = dout.to(ACC)
-    step, slope = _step_size(row[1].to(ACC) + bv, SOFTPLUS)
     at = _at(t, L, REVERSE)
     here = ok & (t + tl.zeros_like(e) < L)
     heren = okn & (t + tl.zeros_like(n) < L)
     written = step * xv
     decay = tl.exp2(step[None, :] * A2)  # (NB, BE)
-    decayed = decay * before
-    after = decayed + written[None, :] * Bv[:, None]
-    g += dy[None, :] * row[3].to(ACC)[:, None]
+    after = decay * before + written[None, :] * Bv[:, None]
     tl.store(outs[3] + at * N + n, tl.sum(dy[None, :] * after, axis=1), mask=heren)
+    g += dy[None, :] * row[3].to(ACC)[:, None]
     tl.store(outs[2] + at * N + n, tl.sum(written[None, :] * g, axis=1), mask=heren)
     read = tl.sum(g * Bv[:, None], axis=0)
     tl.store(outs[0] + at * E + e, (step * read + Dv * dy).to(outs[0].dtype.element_ty), mask=here)
-    through = g * decayed
-    draw = (tl.sum(through * A2, axis=0) * 0.6931471805599453 + xv * read) * slope  # ln(2)
-    tl.store(outs[1] + at * E + e, draw.to(outs[1].dtype.element_ty), mask=here)
-    return g * decay, dA + through * step[None, :], dD + dy * xv, dbias + draw
+    g *= decay
+    through = g * before
+    dA += through * step[None, :]
+    dstep = tl.sum(through * A2, axis=0) * 0.6931471805599453 + xv * read  # ln(2)
+    if SOFTPLUS:  # its slope, 1 - exp(-step)
+        series = step * (1.0 - step * (0.5 - step * (1.0 / 6.0 - step / 24.0)))
+        dstep *= tl.where(step < 0.03, series, 1.0 - tl.exp(-step))
+    tl.store(outs[1] + at * E + e, dstep.to(outs[1].dtype.element_ty), mask=here)
+    return g, dA, dD + dy * xv, dbias + dstep
 
 
 @triton.jit
 def selective_scan_backward_kernel(
-    x,  # as above
-    dt,
+    x,  # as above, up to D
+    steps,  # (B, L, E) contiguous: as saved
     Bm,
     Cm,
     A,
     D,
-    bias,
     g,  # (B, L, E) contiguous: gradient of y
     states,  # (B, chunks, N, E)
     dx,  # (B, L, E) contiguous, out
@@ -200,8 +204,6 @@ def selective_scan_backward_kernel(
     dbias,  # (B, E), out
     x_b,
     x_l,
-    dt_b,
-    dt_l,
     B_b,
     B_l,
     C_b,
@@ -228,9 +230,9 @@ def selective_scan_backward_kernel(
     ok = e < E
     okn = n < N
     keep = okn[:, None] & ok[None, :]
-    A2, Dv, bv = _constants(A, D, bias, e, n, ok, keep, N, HAS_BIAS, HAS_D, ACC)
-    p = (x + b * x_b, dt + b * dt_b, Bm + b * B_b, Cm + b * C_b)
-    strides = (x_l, dt_l, B_l, C_l)
+    A2, Dv, _ = _constants(A, D, D, e, n, ok, keep, N, False, HAS_D, ACC)
+    p = (x + b * x_b, steps + b * L * E, Bm + b * B_b, Cm + b * C_b)
+    strides = (x_l, E, B_l, C_l)
     g += b * L * E
     rows_n = (block * batch + b) * L * N
     outs = (dx + b * L * E, ddt + b * L * E, dB + rows_n, dC + rows_n)
@@ -241,32 +243,154 @@ def selective_scan_backward_kernel(
     for k in range(groups):
         t = (groups - 1 - k) * KEEP
         chunk = t // CHUNK
-        h0 = tl.load(states + chunk.to(tl.int64) * (N * E), mask=keep, other=0.0)
+        h0 = tl.load(states + tl.cast(chunk, tl.int64) * (N * E), mask=keep, other=0.0).to(ACC)
         for s in range(chunk * CHUNK, t):
             r = _rows(p, strides, s, e, n, ok, okn, L, REVERSE)
-            h0 = _advance(h0, r[0], r[1], r[2], A2, bv, SOFTPLUS)
+            h0 = _advance(h0, r[0], r[1], r[2], A2)
         r0 = _rows(p, strides, t, e, n, ok, okn, L, REVERSE)
         r1 = _rows(p, strides, t + 1, e, n, ok, okn, L, REVERSE)
-        h1 = _advance(h0, r0[0], r0[1], r0[2], A2, bv, SOFTPLUS)
+        h1 = _advance(h0, r0[0], r0[1], r0[2], A2)
         if KEEP == 4:
             r2 = _rows(p, strides, t + 2, e, n, ok, okn, L, REVERSE)
             r3 = _rows(p, strides, t + 3, e, n, ok, okn, L, REVERSE)
-            h2 = _advance(h1, r1[0], r1[1], r1[2], A2, bv, SOFTPLUS)
-            h3 = _advance(h2, r2[0], r2[1], r2[2], A2, bv, SOFTPLUS)
+            h2 = _advance(h1, r1[0], r1[1], r1[2], A2)
+            h3 = _advance(h2, r2[0], r2[1], r2[2], A2)
             g3 = _row(g, t + 3, E, e, ok, L, REVERSE)
-            sums = _token_gradients(
-                sums, h3, r3, g3, t + 3, A2, bv, Dv, outs, e, n, ok, okn, L, E, N, REVERSE, SOFTPLUS
-            )
+            sums = _token_gradients(sums, h3, r3, g3, t + 3, A2, Dv, outs, e, n, ok, okn, L, E, N, REVERSE, SOFTPLUS)
             g2 = _row(g, t + 2, E, e, ok, L, REVERSE)
-            sums = _token_gradients(
-                sums, h2, r2, g2, t + 2, A2, bv, Dv, outs, e, n, ok, okn, L, E, N, REVERSE, SOFTPLUS
-            )
+            sums = _token_gradients(sums, h2, r2, g2, t + 2, A2, Dv, outs, e, n, ok, okn, L, E, N, REVERSE, SOFTPLUS)
         g1 = _row(g, t + 1, E, e, ok, L, REVERSE)
-        sums = _token_gradients(sums, h1, r1, g1, t + 1, A2, bv, Dv, outs, e, n, ok, okn, L, E, N, REVERSE, SOFTPLUS)
+        sums = _token_gradients(sums, h1, r1, g1, t + 1, A2, Dv, outs, e, n, ok, okn, L, E, N, REVERSE, SOFTPLUS)
         g0 = _row(g, t, E, e, ok, L, REVERSE)
-        sums = _token_gradients(sums, h0, r0, g0, t, A2, bv, Dv, outs, e, n, ok, okn, L, E, N, REVERSE, SOFTPLUS)
+        sums = _token_gradients(sums, h0, r0, g0, t, A2, Dv, outs, e, n, ok, okn, L, E, N, REVERSE, SOFTPLUS)
     tl.store(dA + (b * E + e[None, :]) * N + n[:, None], sums[1], mask=keep)
     if HAS_D:
         tl.store(dD + b * E + e, sums[2], mask=ok)
     if HAS_BIAS:
         tl.store(dbias + b * E + e, sums[3], mask=ok)
+
+
+def _block(E: int, N: int) -> tuple[int, dict[str, int]]:
+    """Blocks of channels, and the compile-time sizes with the number of warps."""
+    NB = triton.next_power_of_2(N)
+    return triton.cdiv(E, CHANNELS), {
+        'N': N, 'NB': NB, 'BE': CHANNELS, 'CHUNK': CHUNK, 'num_warps': max(1, NB // STATES)
+    }  # fmt: skip
+
+
+def _accumulator(x: Tensor) -> tuple[torch.dtype, tl.dtype]:
+    return (torch.float64, tl.float64) if x.dtype == torch.float64 else (torch.float32, tl.float32)
+
+
+@torch.library.custom_op('hydra_vision::selective_scan_fused', mutates_args=(), **_ANY_LAYOUT)
+def _forward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor], dt_bias: Optional[Tensor],
+    softplus: bool, reverse: bool, save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, L, E = x.shape
+    acc, ACC = _accumulator(x)
+    y, steps, states = _results(x, A, save)
+    x, dt, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, dt, B, C))
+    A = A.contiguous()
+    blocks, sizes = _block(E, A.shape[1])
+    if batch:
+        launch(selective_scan_kernel, (batch * blocks,),
+            x, dt, B, C, A, A if D is None else D, A if dt_bias is None else dt_bias, y, steps, states,
+            *(stride for t in (x, dt, B, C) for stride in t.stride()[:2]), L, E, REVERSE=reverse, SOFTPLUS=softplus,
+            HAS_BIAS=dt_bias is not None, HAS_D=D is not None, SAVE=save, ACC=ACC, **sizes,
+        )  # fmt: skip
+    return y, steps, states
+
+
+def _results(x: Tensor, A: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, L, E); for the backward pass, else empty, step sizes (B, L, E) and the states that enter each chunk."""
+    batch, L, E = x.shape
+    acc, _ = _accumulator(x)
+    y = torch.empty(batch, L, E, dtype=x.dtype, device=x.device)
+    if not save:
+        return y, y.new_empty(0, dtype=acc), y.new_empty(0, dtype=acc)
+    wide = torch.bfloat16 if x.dtype == torch.bfloat16 else acc  # float16 has not the range
+    return y, torch.empty_like(y, dtype=acc), y.new_empty(batch, -(-L // CHUNK), A.shape[1], E, dtype=wide)
+
+
+@_forward.register_fake
+def _(x, dt, A, B, C, D, dt_bias, softplus, reverse, save):
+    return _results(x, A, save)
+
+
+@torch.library.custom_op('hydra_vision::selective_scan_fused_backward', mutates_args=(), **_ANY_LAYOUT)
+def _backward(
+    g: Tensor, x: Tensor, steps: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor], states: Tensor,
+    dt_dtype: torch.dtype, softplus: bool, reverse: bool, biased: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, dt, A, B, C, D and dt_bias; empty for the last two where there is none."""
+    batch, L, E = x.shape
+    acc, ACC = _accumulator(x)
+    g, steps, states, A = (t.contiguous() for t in (g, steps, states, A))
+    x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, B, C))
+    blocks, sizes = _block(E, A.shape[1])
+
+    def empty(*shape: int, dtype: torch.dtype = acc) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    dx, ddt = empty(batch, L, E, dtype=x.dtype), empty(batch, L, E, dtype=dt_dtype)
+    dB, dC = (empty(blocks, batch, L, A.shape[1]) for _ in range(2))
+    dA = empty(batch, *A.shape)
+    dD, dbias = (empty(batch, E if wanted else 0) for wanted in (D is not None, biased))
+    if batch:
+        launch(selective_scan_backward_kernel, (batch * blocks,),
+            x, steps, B, C, A, A if D is None else D, g, states, dx, ddt, dB, dC, dA, dD, dbias,
+            *(stride for t in (x, B, C) for stride in t.stride()[:2]), batch, L, E, REVERSE=reverse, SOFTPLUS=softplus,
+            HAS_BIAS=biased, HAS_D=D is not None, ACC=ACC, KEEP=KEEP, **sizes,
+        )  # fmt: skip
+    parts = ((dA, A), (dB, B), (dC, C), (dD, A if D is None else D), (dbias, A))
+    return dx, ddt, *(part.sum(0).to(like.dtype) for part, like in parts)
+
+
+@_backward.register_fake
+def _(g, x, steps, A, B, C, D, states, dt_dtype, softplus, reverse, biased):
+    E = x.shape[2]
+    dx, ddt = (torch.empty(x.shape, dtype=dtype, device=x.device) for dtype in (x.dtype, dt_dtype))
+    dA, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (A, B, C))
+    return dx, ddt, dA, dB, dC, dA.new_empty(0 if D is None else E), dA.new_empty(E if biased else 0)
+
+
+def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, dt, A, B, C, D, dt_bias, softplus, reverse, _ = inputs
+    _, steps, states = output
+    ctx.save_for_backward(x, steps, A, B, C, D, states)
+    ctx.rest = dt.dtype, softplus, reverse, dt_bias is not None
+
+
+def _gradients(ctx, g: Tensor, *_: Any) -> tuple[Optional[Tensor], ...]:
+    *grads, dD, dbias = _backward(g, *ctx.saved_tensors, *ctx.rest)
+    return *grads, dD if ctx.saved_tensors[5] is not None else None, dbias if ctx.rest[-1] else None, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor],
+    dt_bias: Optional[Tensor],
+    softplus: bool,
+    reverse: bool,
+) -> Tensor:
+    """y (B, L, E), dtype of x. Arguments as in ``hydra_vision.ops.selective_scan.selective_scan``.
+
+    Raises:
+        ValueError: More states than the kernels have registers for.
+        RuntimeError: Inside a transform of torch.func.
+    """
+    if A.shape[1] > MAX_STATE:
+        raise ValueError(
+            f"A has shape {tuple(A.shape)}; backend 'triton' takes N <= {MAX_STATE}; backend 'chunked' takes any"
+        )
+    refuse_transforms()
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, dt, A, B, C, D, dt_bias))
+    return _forward(x, dt, A, B, C, D, dt_bias, softplus, reverse, save)[0]
