@@ -60,7 +60,9 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], reverse: bool
     C, _, K = weight.shape
     if reverse:
         weight = weight.flip(-1)
-    x = F.pad(x, (0, 0, 0, K - 1) if reverse else (0, 0, K - 1, 0)).unsqueeze(1).permute(0, 3, 1, 2)  # (B, C, 1, L + K - 1), channels last in memory
+    x = (
+        F.pad(x, (0, 0, 0, K - 1) if reverse else (0, 0, K - 1, 0)).unsqueeze(1).permute(0, 3, 1, 2)
+    )  # (B, C, 1, L + K - 1), channels last in memory
     y = F.conv2d(x, weight.to(x.dtype).unsqueeze(2), None if bias is None else bias.to(x.dtype), groups=C)
     return y.permute(0, 2, 3, 1).squeeze(1)
 

@@ -13,7 +13,10 @@ import pytest
 @pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='the package triton is not installed')
 def test_kernels_in_the_interpreter():
     """In two processes, side by side."""
-    groups = (('test_triton_kernels.py', 'test_triton_layernorm.py'), ('test_chunks.py',))
+    groups = (
+        ('test_triton_kernels.py', 'test_triton_layernorm.py', 'test_triton_selective_scan.py'),
+        ('test_chunks.py',),
+    )
     started = [
         subprocess.Popen(
             [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider']
