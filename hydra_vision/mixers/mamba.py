@@ -14,8 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.reference import accumulation_dtype
 from ..ops.dispatch import check_backend_name
+from ..ops.reference import accumulation_dtype
 from ..ops.selective_scan import selective_scan, selective_scan_matrix
 from .base import Mixer, Patterns, causal_conv, check_sizes
 from .hydra import check_step_sizes, init_dt_bias_

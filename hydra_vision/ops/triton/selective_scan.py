@@ -2,8 +2,8 @@
 
 A program walks over the tokens with its states (N, channels) in registers. Step sizes' bias and softplus and the skip
 D are part of it; a scan from the last token to the first reads its rows in that order. Forward keeps the step sizes and
-the states that enter each chunk of CHUNK tokens. Backward goes through the tokens from the end, KEEP at a time, and
-computes their states again from the chunk's. Gradients that are sums over channels or sequences are written in parts
+the states that enter each chunk of CHUNK tokens. Backward goes through the tokens from the end, two at a time (four
+spill), and computes their states again from the chunk's. Gradients that are sums over channels or sequences are written in parts
 and summed by PyTorch: the same call gives the same bits.
 """
 
@@ -22,7 +22,6 @@ __all__ = ['selective_scan']
 CHANNELS = 32  # a program
 STATES = 16  # a warp
 CHUNK = 8  # tokens between two saved states
-KEEP = 2  # tokens whose states the backward pass has in registers; with 4 it spills
 MAX_STATE = 256
 
 # strides are arguments of the kernels: the compiler may leave inputs as they are
@@ -154,9 +153,9 @@ def selective_scan_kernel(
 
 @triton.jit
 def _token_gradients(
-    sums, before, row, dout, t, A2, Dv, outs, e, n, ok, okn, L, E, N, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr
+    sums, before, after, row, dout, t, A2, Dv, outs, e, n, ok, okn, L, E, N, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr
 ):
-    """One token backwards, ``before``: the state before it. sums: gradients of the state after it, of A, D, bias."""
+    """One token backwards, ``before`` and ``after``: its states. sums: gradients of the state after it, of A, D, bias."""
     g, dA, dD, dbias = sums
     ACC: tl.constexpr = before.dtype
     xv = row[0].to(ACC)
@@ -168,7 +167,6 @@ def _token_gradients(
     heren = okn & (t + tl.zeros_like(n) < L)
     written = step * xv
     decay = tl.exp2(step[None, :] * A2)  # (NB, BE)
-    after = decay * before + written[None, :] * Bv[:, None]
     tl.store(outs[3] + at * N + n, tl.sum(dy[None, :] * after, axis=1), mask=heren)
     g += dy[None, :] * row[3].to(ACC)[:, None]
     tl.store(outs[2] + at * N + n, tl.sum(written[None, :] * g, axis=1), mask=heren)
@@ -217,10 +215,9 @@ def selective_scan_backward_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_D: tl.constexpr,
     ACC: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr,  # even
     NB: tl.constexpr,
     BE: tl.constexpr,
-    KEEP: tl.constexpr,  # tokens whose states are in registers: 2 or 4, divides CHUNK
 ):
     blocks = tl.cdiv(E, BE)
     block = (tl.program_id(0) % blocks).to(tl.int64)
@@ -239,9 +236,9 @@ def selective_scan_backward_kernel(
     states += b * tl.cdiv(L, CHUNK) * N * E + n[:, None] * E + e[None, :]
     zero = tl.zeros((NB, BE), ACC)
     sums = (zero, zero, Dv * 0.0, Dv * 0.0)
-    groups = tl.cdiv(L, KEEP)
-    for k in range(groups):
-        t = (groups - 1 - k) * KEEP
+    pairs = tl.cdiv(L, 2)
+    for k in range(pairs):
+        t = (pairs - 1 - k) * 2
         chunk = t // CHUNK
         h0 = tl.load(states + tl.cast(chunk, tl.int64) * (N * E), mask=keep, other=0.0).to(ACC)
         for s in range(chunk * CHUNK, t):
@@ -249,20 +246,12 @@ def selective_scan_backward_kernel(
             h0 = _advance(h0, r[0], r[1], r[2], A2)
         r0 = _rows(p, strides, t, e, n, ok, okn, L, REVERSE)
         r1 = _rows(p, strides, t + 1, e, n, ok, okn, L, REVERSE)
-        h1 = _advance(h0, r0[0], r0[1], r0[2], A2)
-        if KEEP == 4:
-            r2 = _rows(p, strides, t + 2, e, n, ok, okn, L, REVERSE)
-            r3 = _rows(p, strides, t + 3, e, n, ok, okn, L, REVERSE)
-            h2 = _advance(h1, r1[0], r1[1], r1[2], A2)
-            h3 = _advance(h2, r2[0], r2[1], r2[2], A2)
-            g3 = _row(g, t + 3, E, e, ok, L, REVERSE)
-            sums = _token_gradients(sums, h3, r3, g3, t + 3, A2, Dv, outs, e, n, ok, okn, L, E, N, REVERSE, SOFTPLUS)
-            g2 = _row(g, t + 2, E, e, ok, L, REVERSE)
-            sums = _token_gradients(sums, h2, r2, g2, t + 2, A2, Dv, outs, e, n, ok, okn, L, E, N, REVERSE, SOFTPLUS)
-        g1 = _row(g, t + 1, E, e, ok, L, REVERSE)
-        sums = _token_gradients(sums, h1, r1, g1, t + 1, A2, Dv, outs, e, n, ok, okn, L, E, N, REVERSE, SOFTPLUS)
         g0 = _row(g, t, E, e, ok, L, REVERSE)
-        sums = _token_gradients(sums, h0, r0, g0, t, A2, Dv, outs, e, n, ok, okn, L, E, N, REVERSE, SOFTPLUS)
+        g1 = _row(g, t + 1, E, e, ok, L, REVERSE)
+        h1 = _advance(h0, r0[0], r0[1], r0[2], A2)
+        h2 = _advance(h1, r1[0], r1[1], r1[2], A2)
+        sums = _token_gradients(sums, h1, h2, r1, g1, t + 1, A2, Dv, outs, e, n, ok, okn, L, E, N, REVERSE, SOFTPLUS)
+        sums = _token_gradients(sums, h0, h1, r0, g0, t, A2, Dv, outs, e, n, ok, okn, L, E, N, REVERSE, SOFTPLUS)
     tl.store(dA + (b * E + e[None, :]) * N + n[:, None], sums[1], mask=keep)
     if HAS_D:
         tl.store(dD + b * E + e, sums[2], mask=ok)
@@ -282,8 +271,7 @@ def _accumulator(x: Tensor) -> tuple[torch.dtype, tl.dtype]:
     return (torch.float64, tl.float64) if x.dtype == torch.float64 else (torch.float32, tl.float32)
 
 
-@torch.library.custom_op('hydra_vision::selective_scan_fused', mutates_args=(), **_ANY_LAYOUT)
-def _forward(
+def forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor], dt_bias: Optional[Tensor],
     softplus: bool, reverse: bool, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -313,13 +301,15 @@ def _results(x: Tensor, A: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     return y, torch.empty_like(y, dtype=acc), y.new_empty(batch, -(-L // CHUNK), A.shape[1], E, dtype=wide)
 
 
+_forward = torch.library.custom_op('hydra_vision::selective_scan_fused', forward, mutates_args=(), **_ANY_LAYOUT)
+
+
 @_forward.register_fake
 def _(x, dt, A, B, C, D, dt_bias, softplus, reverse, save):
     return _results(x, A, save)
 
 
-@torch.library.custom_op('hydra_vision::selective_scan_fused_backward', mutates_args=(), **_ANY_LAYOUT)
-def _backward(
+def backward(
     g: Tensor, x: Tensor, steps: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor], states: Tensor,
     dt_dtype: torch.dtype, softplus: bool, reverse: bool, biased: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -341,10 +331,15 @@ def _backward(
         launch(selective_scan_backward_kernel, (batch * blocks,),
             x, steps, B, C, A, A if D is None else D, g, states, dx, ddt, dB, dC, dA, dD, dbias,
             *(stride for t in (x, B, C) for stride in t.stride()[:2]), batch, L, E, REVERSE=reverse, SOFTPLUS=softplus,
-            HAS_BIAS=biased, HAS_D=D is not None, ACC=ACC, KEEP=KEEP, **sizes,
+            HAS_BIAS=biased, HAS_D=D is not None, ACC=ACC, **sizes,
         )  # fmt: skip
     parts = ((dA, A), (dB, B), (dC, C), (dD, A if D is None else D), (dbias, A))
     return dx, ddt, *(part.sum(0).to(like.dtype) for part, like in parts)
+
+
+_backward = torch.library.custom_op(
+    'hydra_vision::selective_scan_fused_backward', backward, mutates_args=(), **_ANY_LAYOUT
+)
 
 
 @_backward.register_fake
