@@ -5,7 +5,7 @@
 
 Paper: Gu, Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, https://arxiv.org/abs/2312.00752.
 
-On CUDA it is one Triton kernel each way (triton/selective_scan.py). In PyTorch a two-level form cuts the sequence into n
+On CUDA it is one Triton kernel each way (triton/selective_scan.py). In PyTorch two levels cut the sequence into n
 chunks of Q tokens and walks over the tokens of all chunks at once: once for what each chunk leaves behind, then, after
 a walk over the n chunks, once more from the states that enter them. Q + n steps for the first result and Q for the
 second; every exponent is <= 0. The backward pass keeps the inputs and the n states, and recomputes the others a few
