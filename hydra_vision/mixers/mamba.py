@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..ops.dispatch import check_backend_name
 from ..ops.reference import accumulation_dtype
-from ..ops.selective_scan import selective_scan, selective_scan_matrix
+from ..ops.selective_scan import choose_scan_backend, selective_scan, selective_scan_matrix
 from .base import Mixer, Patterns, causal_conv, check_sizes
 from .hydra import check_step_sizes, init_dt_bias_
 
@@ -161,7 +161,16 @@ class Mamba(Mixer):
         """Of a direction: convolved x, dt without bias (B, L, E), A (E, N), B, C (B, L, N), D and dt's bias (E,)."""
         acc = accumulation_dtype(x.dtype)
         conv, step = getattr(self, f'conv1d{suffix}'), getattr(self, f'dt_proj{suffix}')
-        x = F.silu(causal_conv(x, conv.weight, conv.bias, reverse=suffix == '_b'))
+        if (
+            choose_scan_backend(self.backend, x.device) == 'triton'
+            and conv.kernel_size[0] <= 4
+            and x.dtype != torch.float64
+        ):
+            from ..ops.triton.causal_conv import causal_conv_silu  # lazily: Triton is looked for only where it runs
+
+            x = causal_conv_silu(x, conv.weight, conv.bias, suffix == '_b')
+        else:
+            x = F.silu(causal_conv(x, conv.weight, conv.bias, suffix == '_b'))
         columns = getattr(self, f'x_proj{suffix}')(x)
         r, B, C = columns.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         A = -torch.exp(getattr(self, f'A{suffix}_log').to(acc))

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 from triton_checks import value_and_grads
 
 from hydra_vision.ops.selective_scan import selective_scan
@@ -69,3 +70,24 @@ def test_step_sizes_that_are_ready():
 def test_more_states_than_there_are_registers_for():
     with pytest.raises(ValueError, match="backend 'triton' takes N <= 256"):
         run(arguments(1, 2, 1, 257, False), 'triton')
+
+
+@pytest.mark.parametrize(('shape', 'K', 'reverse', 'bias'), [
+    ((2, 9, 5), 4, False, True),
+    ((1, 5, 3), 2, True, False),
+    *([] if INTERPRETED else [((3, 197, 384), 4, reverse, True) for reverse in (False, True)]),
+])  # fmt: skip
+def test_causal_convolution(shape, K, reverse, bias):
+    from hydra_vision.mixers.base import causal_conv
+    from hydra_vision.ops.triton.causal_conv import causal_conv_silu
+
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape), torch.randn(shape[2], 1, K), torch.randn(shape[2]) if bias else None]
+    tensors = [None if t is None else t.to(DEVICE) for t in tensors]
+    found = value_and_grads(lambda a: causal_conv_silu(*a, reverse), tensors)
+    expected = value_and_grads(
+        lambda a: F.silu(causal_conv(*a, reverse)),
+        double(tensors),
+    )
+    for f, e in zip(found, expected):
+        torch.testing.assert_close(f.double(), e, rtol=1e-4, atol=1e-4)
