@@ -69,7 +69,7 @@ def test_the_family():
         ('scout', dict(linear_kwargs=dict(headdim=4)), ValueError, 'linear_kwargs has headdim=4'),
         ('mamba', dict(d_state=0), ValueError, 'd_state=0; it must be at least 1'),
         ('mamba', dict(dt_max=0.0001), ValueError, 'dt_max=0.0001'),
-        ('vim', dict(backend='triton'), ValueError, "backend='triton'; allowed: 'auto', 'reference'"),
+        ('vim', dict(backend='cuda'), ValueError, "unknown backend 'cuda'"),
         ('m2', dict(wrapper='theirs'), ValueError, "wrapper='theirs'; allowed: 'gated', 'm2'"),
         ('m2', dict(residual_conv=True), ValueError, "residual_conv=True; it needs wrapper='m2'"),
     ],
