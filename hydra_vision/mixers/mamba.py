@@ -151,9 +151,8 @@ class Mamba(Mixer):
         x, _ = self.in_proj(u).chunk(2, dim=-1)
         Ms = []
         for suffix in self.directions:
-            v, dt, A, B, C, D, bias = self._terms(x, suffix)
-            dt = F.softplus(dt.to(bias.dtype) + bias)
-            M = selective_scan_matrix(dt.to(accumulation_dtype(v.dtype)), A, B, C, reverse=suffix == '_b')
+            _, dt, A, B, C, D, bias = self._terms(x, suffix)
+            M = selective_scan_matrix(F.softplus(dt.to(bias.dtype) + bias), A, B, C, reverse=suffix == '_b')
             Ms.append(M + torch.diag_embed(D[:, None].expand(-1, u.shape[1])))
         return torch.cat(Ms, dim=1)
 
@@ -161,11 +160,8 @@ class Mamba(Mixer):
         """Of a direction: convolved x, dt without bias (B, L, E), A (E, N), B, C (B, L, N), D and dt's bias (E,)."""
         acc = accumulation_dtype(x.dtype)
         conv, step = getattr(self, f'conv1d{suffix}'), getattr(self, f'dt_proj{suffix}')
-        if (
-            choose_scan_backend(self.backend, x.device) == 'triton'
-            and conv.kernel_size[0] <= 4
-            and x.dtype != torch.float64
-        ):
+        fused = choose_scan_backend(self.backend, x.device) == 'triton'
+        if fused and conv.kernel_size[0] <= 4 and x.dtype != torch.float64:  # what the kernel has
             from ..ops.triton.causal_conv import causal_conv_silu  # lazily: Triton is looked for only where it runs
 
             x = causal_conv_silu(x, conv.weight, conv.bias, suffix == '_b')
