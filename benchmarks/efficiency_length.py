@@ -5,7 +5,8 @@ Measured against unfused attention and against scaled_dot_product_attention, in 
 
 The measure is that of the Comprehensive Attention Benchmark (Zhang et al., ICML 2023, https://arxiv.org/abs/2210.07661).
 Its published script reads the clock without waiting for the device and never resets the peak memory between two points;
-here each point is synchronised and starts from a fresh peak (hydra_vision/timing.py).
+here each point is synchronised and starts from a fresh peak (hydra_vision/timing.py). --protocol cab is theirs in all
+other respects (benchmarks/cab.py) and prints the nine published lengths beneath.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from hydra_vision.io import write_csv
 from hydra_vision.sdpa import ATTENTION, attention_backend, attention_that_ran
 from hydra_vision.timing import MIN_ROUNDS, Step, measure
 
-from . import run
+from . import cab, run
 from .record import Record, failed, number
 
 UNFUSED, FUSED = 'attention, unfused', 'attention, SDPA'
@@ -352,6 +353,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device, dtype = bench.timing_device(arguments)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    if arguments.protocol == 'cab':
+        return _cab(arguments, device)
     defaults = _DEFAULTS[device.type]
     lengths = sorted(set(arguments.lengths or defaults['lengths']))
     tokens, d_model = arguments.tokens or max(defaults['tokens'], lengths[-1]), arguments.d_model or defaults['d_model']
@@ -412,6 +415,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failures else 0
 
 
+def _cab(arguments: argparse.Namespace, device: torch.device) -> int:
+    """``main`` under CAB's protocol."""
+    given = {'--tokens': arguments.tokens, '--d-model': arguments.d_model}
+    given['--mode'] = None if arguments.mode == list(PASSES) else ','.join(arguments.mode)
+    given['--attention'] = None if arguments.attention == 'auto' else arguments.attention
+    given['--amp'] = None if arguments.amp in ('auto', 'none') else arguments.amp
+    for option, value in given.items():
+        if value is not None:
+            raise UserError(
+                f'{option} {value}: --protocol cab fixes it; only --mixers, --lengths and --rounds are free'
+            )
+    names = [UNFUSED, *_names(arguments.mixers)]
+    lengths = sorted(set(arguments.lengths or cab.LENGTHS))
+    calls = cab.CALLS if arguments.rounds == MIN_ROUNDS else arguments.rounds
+    stamp = time.strftime('%Y%m%d-%H%M%S')
+    output = arguments.output or Path('output') / f'efficiency-length-cab-{device.type}-{stamp}'
+    columns = {'device': device_name(device), 'threads': torch.get_num_threads()}
+    settings = {**columns, 'protocol': 'cab', 'calls': calls, 'versions': versions()}
+    record = Record(output / 'points.csv', ('L', 'mixer'), settings, arguments.overwrite)
+    console = stdout_console()
+    build = partial(_build_cab, device)
+    cab.measure(record, names, lengths, device, calls, build, columns)
+    for row in filter(failed, record.rows):
+        console.print(f'{row["mixer"]}, L = {row["L"]}: {row["status"]}', soft_wrap=True)
+    title = (
+        f"efficiency length by CAB's protocol, synchronised and with a fresh peak ({columns['device']}, float32, width "
+        f'{cab.WIDTH}, batch {cab.BATCH}, forward in train mode, {calls} calls; against {UNFUSED})'
+    )
+    lines = cab.table_lines(record.rows, names[1:], UNFUSED)
+    console.print(make_table(title, ['mixer', 'measured', 'time', 'memory'], lines, right=range(2, 4)))
+    console.print(f'wrote {output}', soft_wrap=True)
+    return 1 if any(map(failed, record.rows)) else 0
+
+
+def _build_cab(device: torch.device, name: str, length: int) -> nn.Module:
+    return make_mixer(name, cab.WIDTH, length, device)
+
+
 def to_do(record: Record, groups: Sequence[tuple[str, int]], names: Sequence[str]) -> list[tuple[str, int]]:
     """Groups (mode, length) that are not measured, then those in which something failed."""
     new, again = [], []
@@ -452,6 +493,12 @@ def _parser() -> Parser:
     )
     add('--d-model', type=positive, metavar='N', help='width; default 384 (CPU: 64)')
     add('--mode', type=bench.choices(PASSES), default=list(PASSES), metavar='LIST', help='infer,train (both)')
+    add(
+        '--protocol',
+        choices=('ours', 'cab'),
+        default='ours',
+        help="cab: the benchmark's own, next to what it published",
+    )
     add('--attention', choices=ATTENTION, default='auto', help="of SDPA; auto: PyTorch's choice")
     bench.add_timing_arguments(parser, rounds=MIN_ROUNDS, time_limit=math.inf)
     return parser

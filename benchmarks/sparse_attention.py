@@ -75,7 +75,7 @@ def main(arguments: argparse.Namespace) -> None:
     subset = torch.utils.data.Subset(dataset, range(0, len(dataset), stride)[: arguments.num_images])
     loader = torch.utils.data.DataLoader(subset, batch_size=arguments.batch_size)
     batches = [(images.to(device), labels.to(device)) for images, labels in loader]
-    common = dict(blocks=arguments.blocks, order=arguments.order, key_block=arguments.key_block)
+    common = {name: getattr(arguments, name) for name in ('blocks', 'order', 'query_block', 'key_block', 'kernel')}
     rows, layers = [], []
     for keys in arguments.keys:
         row, per_layer = measure(model, batches, dict(common, keys=keys), arguments.repeats)
@@ -98,7 +98,9 @@ if __name__ == '__main__':
     parser.add_argument('--num-images', type=positive, default=256)
     parser.add_argument('--batch-size', type=positive, default=8)
     parser.add_argument('--keys', type=positive, nargs='+', default=[256, 512, 1024])
+    parser.add_argument('--query-block', type=positive, default=64)
     parser.add_argument('--key-block', type=positive, default=2)
+    parser.add_argument('--kernel', choices=('gather', 'flex'), default='gather', help='flex: blocks of 128 or more')
     parser.add_argument('--order', choices=('hilbert', 'row'), default='hilbert')
     parser.add_argument('--blocks', type=int, nargs='+', help='attention modules that become sparse; default: all')
     parser.add_argument('--repeats', type=positive, default=5)

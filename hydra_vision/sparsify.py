@@ -11,12 +11,14 @@ everything attends to them; a block of queries attends to its own patches; and p
 which keeps neighbours in the image neighbours in the sequence. Rotary embeddings and norms of q and k come before the
 product and stay.
 
-This is plain PyTorch on any device, and promises no speed at the numbers of tokens that images have. What a model loses
+The attention over the chosen keys is plain PyTorch on any device, or FlexAttention with a block mask, whose blocks are
+far larger than the paper's. No speed is promised at the numbers of tokens that images have. What a model loses
 by it depends on how peaked its attention is: `agreement` measures it.
 """
 
 from dataclasses import dataclass
-from typing import Any, Iterator, Optional, Sequence
+from functools import cache
+from typing import Any, Callable, Iterator, Optional, Sequence
 
 import timm.layers
 import torch
@@ -48,10 +50,12 @@ class HipSettings:
         key_stride: Every which key of a block is scored.
         window: Whether a block of queries also attends to its own patches (ours).
         order: Order of the patches before the search, 'hilbert' (ours) or 'row'.
+        kernel: 'gather' (PyTorch on gathered keys) or 'flex' (FlexAttention, compiled on CUDA; ``key_block`` a multiple
+            of 128 and ``query_block`` one of ``key_block``).
 
     Raises:
         ValueError: A number below 1, ``keys`` that are no multiple of ``key_block``, a stride above its block, an
-            unknown order.
+            unknown order or kernel, blocks that the kernel does not take.
     """
 
     keys: int = 512
@@ -61,6 +65,7 @@ class HipSettings:
     key_stride: int = 1
     window: bool = True
     order: str = 'hilbert'
+    kernel: str = 'gather'
 
     def __post_init__(self) -> None:
         for name in ('keys', 'query_block', 'query_stride', 'key_block', 'key_stride'):
@@ -74,6 +79,13 @@ class HipSettings:
                 raise ValueError(f'{kind}_stride={stride}; it must be at most {kind}_block={block}')
         if self.order not in ('hilbert', 'row'):
             raise ValueError(f"order={self.order!r}; allowed: 'hilbert', 'row'")
+        if self.kernel not in ('gather', 'flex'):
+            raise ValueError(f"kernel={self.kernel!r}; allowed: 'gather', 'flex'")
+        if self.kernel == 'flex' and (self.key_block % 128 or self.query_block % self.key_block):
+            raise ValueError(
+                f"key_block={self.key_block}, query_block={self.query_block}: kernel='flex' takes a key_block that is "
+                'a multiple of 128 and a query_block that is one of key_block'
+            )
 
 
 class SparseAttention:
@@ -250,22 +262,72 @@ def hip_attention(
         return F.scaled_dot_product_attention(q, k, v)
     dense = F.scaled_dot_product_attention(q[:, :, :n], k, v)
     qs, ks, vs = (t[:, :, n:] if order is None else t[:, :, n:].index_select(2, order) for t in (q, k, v))
-    parts = []
-    for part, chosen in _selected(qs, ks, settings):
+    y = (_flex if settings.kernel == 'flex' else _gathered)(qs, ks, vs, k[:, :, :n], v[:, :, :n], settings)
+    if order is not None:
+        y = torch.empty_like(y).index_copy_(2, order, y)
+    return torch.cat([dense, y], 2)
+
+
+def _gathered(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor, settings: HipSettings) -> Tensor:
+    """(B, H, L, P) of the patches, in the order of the search."""
+    parts, n, patches = [], k_prefix.shape[2], q.shape[2]
+    for part, chosen in _selected(q, k, settings):
         index, valid = _key_index(chosen, part, patches, settings)
-        rows = _query_rows(qs, part, settings)  # (B, H, blocks, b_q, P)
+        rows = _query_rows(q, part, settings)  # (B, H, blocks, b_q, P)
         size = rows.shape[:3]
         keys, values = (
-            torch.cat([t[:, :, None, :n].expand(*size, -1, -1), _gather(s, index)], 3) for t, s in ((k, ks), (v, vs))
+            torch.cat([first.unsqueeze(2).expand(*size, -1, -1), _gather(t, index)], 3)
+            for first, t in ((k_prefix, k), (v_prefix, v))
         )
         mask = F.pad(valid, (n, 0), value=True).unsqueeze(-2)
         rows, keys, values, mask = (t.flatten(0, 2) for t in (rows, keys, values, mask))
         y = F.scaled_dot_product_attention(rows, keys, values, mask)
         parts.append(y.unflatten(0, size).flatten(2, 3))
-    y = torch.cat(parts, 2)[:, :, :patches]
-    if order is not None:
-        y = torch.empty_like(y).index_copy_(2, order, y)
-    return torch.cat([dense, y], 2)
+    return torch.cat(parts, 2)[:, :, :patches]
+
+
+@cache
+def _flex_attention(compiled: bool) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if compiled else flex_attention
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor, settings: HipSettings) -> Tensor:
+    """As ``_gathered``: the patches' keys in whole blocks, behind them a block of the prefix tokens that all see."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    b_q, b_k = settings.query_block, settings.key_block
+    L, n = q.shape[2], k_prefix.shape[2]
+    blocks, padded = -(-L // b_k), -(-L // b_k) * b_k
+    chosen = select_key_blocks(q, k, settings)  # (B, H, blocks of queries, m)
+    seen = torch.zeros(*chosen.shape[:3], blocks + -(-n // b_k), dtype=torch.bool, device=q.device)
+    seen.scatter_(-1, chosen, True)
+    seen[..., blocks:] = True
+    if settings.window:
+        column, row = (torch.arange(size, device=q.device) for size in (blocks, seen.shape[2]))
+        seen[..., :blocks] |= column // (b_q // b_k) == row.unsqueeze(-1)
+    there = torch.arange(seen.shape[-1] * b_k, device=q.device)
+    there = (there < L) | ((there >= padded) & (there < padded + n))
+    whole = there.unflatten(0, (-1, b_k)).all(-1)  # blocks without padding, for which the mask is not asked
+
+    def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Number of blocks, and their indices in front."""
+        return blocks.sum(-1, dtype=torch.int32), blocks.byte().argsort(dim=-1, descending=True, stable=True).int()
+
+    mask = BlockMask.from_kv_blocks(
+        *listed(seen & ~whole),
+        *listed(seen & whole),
+        BLOCK_SIZE=(b_q, b_k),
+        mask_mod=lambda b, h, i, j: seen[b, h, i // b_q, j // b_k] & there[j],
+        seq_lengths=(seen.shape[2] * b_q, seen.shape[3] * b_k),
+    )
+    keys, values = (
+        torch.cat([F.pad(t, (0, 0, 0, padded - L)), F.pad(first, (0, 0, 0, -n % b_k))], 2)
+        for t, first in ((k, k_prefix), (v, v_prefix))
+    )
+    queries = F.pad(q, (0, 0, 0, -L % b_q))
+    return _flex_attention(q.device.type == 'cuda')(queries, keys, values, block_mask=mask)[:, :, :L]
 
 
 def select_key_blocks(q: Tensor, k: Tensor, settings: HipSettings) -> Tensor:

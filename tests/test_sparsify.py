@@ -99,6 +99,20 @@ def test_attention_is_dense_attention_under_the_mask(prefix, reordered, window):
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.filterwarnings('ignore:flex_attention called without torch.compile')
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+def test_block_masks_give_the_same(device):
+    q, k, v = heads(5 + 700, smooth=9, P=64)
+    order = torch.randperm(700, generator=torch.Generator().manual_seed(2)).to(device)
+    q, k, v = (t.to(device, torch.float32 if device == 'cuda' else torch.float64) for t in (q, k, v))
+    expected, got = (
+        hip_attention(q, k, v, HipSettings(keys=256, query_block=256, key_block=128, kernel=kernel), 5, order)
+        for kernel in ('gather', 'flex')
+    )
+    tolerance = 5e-3 if device == 'cuda' else 1e-7  # products in TF32 there
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
 def test_a_few_blocks_of_queries_at_a_time(monkeypatch):
     from hydra_vision import sparsify
 
@@ -183,6 +197,11 @@ def test_recall_is_the_weight_on_the_keys_that_are_seen():
         (dict(keys=7), ValueError, 'keys=7; it must be a multiple of key_block=2'),
         (dict(query_block=0), ValueError, 'query_block=0; it must be at least 1'),
         (dict(query_stride=128), ValueError, 'query_stride=128; it must be at most query_block=64'),
+        (
+            dict(kernel='flex'),
+            ValueError,
+            "key_block=2, query_block=64: kernel='flex' takes a key_block that is a mult",
+        ),
         (dict(order='snake'), ValueError, "order='snake'; allowed: 'hilbert', 'row'"),
     ],
 )

@@ -53,19 +53,24 @@ def apply_matrix(M: Tensor, v: Tensor) -> Tensor:
     return (M.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
 
 
-def causal_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+def causal_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], reverse: bool = False) -> Tensor:
     """Depthwise convolution along L of the present and the d_conv - 1 tokens before it.
 
     Args:
         x: (B, L, C).
         weight: (C, 1, d_conv); the last column meets the present token.
         bias: (C,) or None.
+        reverse: Of the tokens behind it, the last column still for the present one.
 
     Returns:
         (B, L, C), dtype of ``x``.
     """
     C, _, K = weight.shape
-    x = F.pad(x, (0, 0, K - 1, 0)).unsqueeze(1).permute(0, 3, 1, 2)  # (B, C, 1, L + K - 1), channels last in memory
+    if reverse:
+        weight = weight.flip(-1)
+    x = (
+        F.pad(x, (0, 0, 0, K - 1) if reverse else (0, 0, K - 1, 0)).unsqueeze(1).permute(0, 3, 1, 2)
+    )  # (B, C, 1, L + K - 1), channels last in memory
     y = F.conv2d(x, weight.to(x.dtype).unsqueeze(2), None if bias is None else bias.to(x.dtype), groups=C)
     return y.permute(0, 2, 3, 1).squeeze(1)
 

@@ -14,9 +14,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.dispatch import check_backend_name
 from ..ops.reference import accumulation_dtype
-from ..ops.selective_scan import SCAN_BACKENDS, selective_scan, selective_scan_matrix
-from .base import Mixer, Patterns, check_sizes, convolved, mask_projection
+from ..ops.selective_scan import choose_scan_backend, selective_scan, selective_scan_matrix
+from .base import Mixer, Patterns, check_sizes, convolved, is_plain, mask_projection
 from .hydra import check_step_sizes, init_dt_bias_
 
 __all__ = ['Mamba', 'Vim']
@@ -43,9 +44,8 @@ class StepProjection(nn.Module):
         init_dt_bias_(self.bias, self.dt_min, self.dt_max, self.dt_init_floor)
 
     def forward(self, r: Tensor) -> Tensor:
-        """r (B, L, R) -> step sizes (B, L, E), in float32 or wider."""
-        acc = accumulation_dtype(r.dtype)
-        return F.softplus(F.linear(r, self.weight.to(r.dtype)).to(acc) + self.bias.to(acc))
+        """r (B, L, R) -> (B, L, E), dtype of r: step sizes before their bias and softplus."""
+        return F.linear(r, self.weight.to(r.dtype))
 
     def extra_repr(self) -> str:
         return f'{self.weight.shape[1]}, {self.weight.shape[0]}'
@@ -102,8 +102,7 @@ class Mamba(Mixer):
         d_inner = round(expand * d_model)
         check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, dt_rank=dt_rank, d_inner=d_inner)
         check_step_sizes(dt_min, dt_max)
-        if backend not in ('auto', *SCAN_BACKENDS):
-            raise ValueError(f"backend={backend!r}; allowed: 'auto', {', '.join(map(repr, SCAN_BACKENDS))}")
+        check_backend_name(backend)
         dd = {'device': device, 'dtype': dtype}
         self.d_model, self.d_state, self.d_inner, self.dt_rank = d_model, d_state, d_inner, dt_rank
         self.headdim, self.nheads = 1, d_inner
@@ -144,10 +143,10 @@ class Mamba(Mixer):
             valid: (B, L), False at padding at the end of the sequence; None for no padding.
         """
         x, z = mask_projection(self.in_proj(u), valid, 0).chunk(2, dim=-1)
-        y = sum(self._direction(x, suffix, valid) for suffix in self.directions)
+        y = self._direction(x, '', valid)
         if len(self.directions) > 1:
-            y = y / len(self.directions)
-        return self.out_proj((y * F.silu(z.to(y.dtype))).to(x.dtype))
+            y = (y + self._direction(x, '_b', valid)) / 2
+        return self.out_proj(y * F.silu(z))
 
     @torch.jit.ignore
     def matrix(self, u: Tensor) -> Tensor:
@@ -160,30 +159,35 @@ class Mamba(Mixer):
         x, _ = self.in_proj(u).chunk(2, dim=-1)
         Ms = []
         for suffix in self.directions:
-            _, dt, A, B, C, D = self._terms(x, suffix)
-            M = selective_scan_matrix(dt, A, B, C, reverse=suffix == '_b')
+            _, dt, A, B, C, D, bias = self._terms(x, suffix)
+            M = selective_scan_matrix(F.softplus(dt.to(bias.dtype) + bias), A, B, C, reverse=suffix == '_b')
             Ms.append(M + torch.diag_embed(D[:, None].expand(-1, u.shape[1])))
         return torch.cat(Ms, dim=1)
 
     def _terms(self, x: Tensor, suffix: str) -> Tuple[Tensor, ...]:
-        """Convolved x (B, L, E), dt (B, L, E), A (E, N), B, C (B, L, N), D (E,) of a direction."""
+        """Of a direction: convolved x, dt without bias (B, L, E), A (E, N), B, C (B, L, N), D and dt's bias (E,)."""
         acc = accumulation_dtype(x.dtype)
-        conv = getattr(self, f'conv1d{suffix}')
-        x = convolved(conv, x.flip(1), causal=True).flip(1) if suffix == '_b' else convolved(conv, x, causal=True)
-        x = F.silu(x)
+        conv, step = getattr(self, f'conv1d{suffix}'), getattr(self, f'dt_proj{suffix}')
+        fused = choose_scan_backend(self.backend, x.device) == 'triton' and is_plain(conv, nn.Conv1d)
+        if fused and conv.kernel_size[0] <= 4 and x.dtype != torch.float64:  # what the kernel has
+            from ..ops.triton.causal_conv import causal_conv_silu  # lazily: Triton is looked for only where it runs
+
+            x = causal_conv_silu(x, conv.weight, conv.bias, suffix == '_b')
+        elif suffix == '_b':
+            x = F.silu(convolved(conv, x.flip(1), causal=True).flip(1))
+        else:
+            x = F.silu(convolved(conv, x, causal=True))
         columns = getattr(self, f'x_proj{suffix}')(x)
         r, B, C = columns.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        dt = getattr(self, f'dt_proj{suffix}')(r)
         A = -torch.exp(getattr(self, f'A{suffix}_log').to(acc))
-        return x, dt, A, B, C, getattr(self, f'D{suffix}').to(acc)
+        return x, step(r), A, B, C, getattr(self, f'D{suffix}').to(acc), step.bias.to(acc)
 
     def _direction(self, x: Tensor, suffix: str, valid: Optional[Tensor] = None) -> Tensor:
-        """(B, L, E) -> (B, L, E), float32 or wider."""
-        x, dt, A, B, C, D = self._terms(x, suffix)
+        """(B, L, E) -> (B, L, E)."""
+        x, dt, *others = self._terms(x, suffix)
         if valid is not None:
-            dt = dt.masked_fill(~valid.unsqueeze(-1), 0.0)
-        y = selective_scan(x, dt, A, B, C, reverse=suffix == '_b', backend=self.backend)
-        return y + D * x.to(y.dtype)
+            dt = dt.masked_fill(~valid.unsqueeze(-1), -3e4)  # the step is zero then
+        return selective_scan(x, dt, *others, softplus=True, reverse=suffix == '_b', backend=self.backend)
 
     def extra_repr(self) -> str:
         return f'd_state={self.d_state}, d_inner={self.d_inner}, dt_rank={self.dt_rank}, backend={self.backend!r}'

@@ -1,50 +1,64 @@
 """The selective scan of Mamba (S6): a state (N,) per channel, with a step size per token and channel.
 
     h_t = exp(dt_t A) * h_{t-1} + dt_t x_t B_t          (E, N), elementwise; h_{-1} = 0
-    y_t = sum_n C_t[n] h_t[:, n]
+    y_t = sum_n C_t[n] h_t[:, n] + D x_t
 
 Paper: Gu, Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, https://arxiv.org/abs/2312.00752.
 
-The two-level form cuts the sequence into n chunks of Q tokens and walks over the tokens of all chunks at once: once for
-what each chunk leaves behind, then, after a walk over the n chunks, once more from the states that enter them. Q + n
-steps for the first result and Q for the second; every exponent is <= 0. The backward pass keeps the inputs and the n
-states, and recomputes the others a few chunks at a time.
+On CUDA it is one Triton kernel each way (triton/selective_scan.py). In PyTorch two levels cut the sequence into n
+chunks of Q tokens and walks over the tokens of all chunks at once: once for what each chunk leaves behind, then, after
+a walk over the n chunks, once more from the states that enter them. Q + n steps for the first result and Q for the
+second; every exponent is <= 0. The backward pass keeps the inputs and the n states, and recomputes the others a few
+chunks at a time.
 """
 
 import importlib.util
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import is_exporting
+from .dispatch import check_backend_name, choose_backend, default_backend, is_exporting
 from .reference import accumulation_dtype
 
-__all__ = ['SCAN_BACKENDS', 'choose_scan_backend', 'scan_recurrence', 'selective_scan', 'selective_scan_matrix']
+__all__ = ['choose_scan_backend', 'scan_recurrence', 'selective_scan', 'selective_scan_matrix']
 
-SCAN_BACKENDS = ('reference', 'chunked', 'mamba_ssm')
 _RECOMPUTED = 64  # tokens whose states the backward pass holds at once
 
 
 def selective_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, reverse: bool = False, backend: str = 'auto'
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor] = None,
+    dt_bias: Optional[Tensor] = None,
+    *,
+    softplus: bool = False,
+    reverse: bool = False,
+    backend: str = 'auto',
 ) -> Tensor:
     """The selective scan, linear in L.
 
     Args:
         x: (B, L, E), L >= 1.
-        dt: (B, L, E), step sizes after softplus, >= 0 (not checked: it would cost a pass).
+        dt: (B, L, E), step sizes, >= 0 with their bias and after softplus (not checked: it would cost a pass).
         A: (E, N), < 0 (not checked likewise).
         B: (B, L, N), shared by all channels.
         C: (B, L, N).
+        D: (E,), the skip; None for none.
+        dt_bias: (E,), added to dt; None for none.
+        softplus: Whether dt, with its bias, still has to go through softplus.
         reverse: Scan from the last token to the first.
-        backend: 'chunked' (PyTorch, two levels; what 'auto' takes), 'reference' (a loop over the tokens) or 'mamba_ssm'
-            (its CUDA kernel).
+        backend: 'triton' (one kernel each way, the default on CUDA), 'chunked' (PyTorch, two levels), 'reference' (a
+            loop over the tokens) or 'mamba_ssm' (its CUDA kernel); what 'auto' means is as in ``quasiseparable_mix``.
 
     Computed in float32, for float64 input in float64 (by 'mamba_ssm' always in float32).
 
     Returns:
-        y (B, L, E), float32 or float64.
+        y (B, L, E), dtype of x.
 
     Raises:
         ValueError: A shape that does not fit, an unknown backend.
@@ -58,11 +72,21 @@ def selective_scan(
         )
     batch, L, E = x.shape
     N = A.shape[1]
-    for argument, t, shape in (('dt', dt, (batch, L, E)), ('A', A, (E, N)), ('B', B, (batch, L, N)), ('C', C, B.shape)):
-        if t.shape != shape:
+    shapes = {'dt': (batch, L, E), 'A': (E, N), 'B': (batch, L, N), 'C': B.shape, 'D': (E,), 'dt_bias': (E,)}
+    for (argument, shape), t in zip(shapes.items(), (dt, A, B, C, D, dt_bias)):
+        if t is not None and t.shape != shape:
             raise ValueError(f'{argument} has shape {tuple(t.shape)}; it must be {tuple(shape)}')
-    acc = accumulation_dtype(x.dtype)
+    if name == 'triton':
+        from .triton.selective_scan import selective_scan as fused  # lazily: Triton is looked for only where it runs
+
+        return fused(x, dt, A, B, C, D, dt_bias, softplus, reverse)
+    dtype, acc = x.dtype, accumulation_dtype(x.dtype)
+    skip = None if D is None else D.to(acc) * x
     x, dt, A, B, C = (t.to(acc) for t in (x, dt, A, B, C))
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(acc)
+    if softplus:
+        dt = F.softplus(dt)
     if reverse:
         x, dt, B, C = (t.flip(1) for t in (x, dt, B, C))
     if name == 'mamba_ssm':
@@ -73,31 +97,28 @@ def selective_scan(
         y, _ = _scan(x, dt, A, B, C)  # plain operators: a graph that can be saved and converted
     else:
         y, _ = _two_levels(x, dt, A, B, C)
-    return y.flip(1) if reverse else y
+    y = y.flip(1) if reverse else y
+    return (y if skip is None else y + skip).to(dtype)
 
 
 def choose_scan_backend(backend: str, device: torch.device) -> str:
-    """The backend that will run for tensors on ``device``.
+    """The backend that will run for tensors on ``device``: as ``dispatch.choose_backend``, and mamba_ssm has its scan.
 
     Raises:
         ValueError: Unknown name.
         RuntimeError: Named but not able to run.
     """
-    if backend == 'auto':
-        return 'chunked'
-    if backend not in SCAN_BACKENDS:
-        raise ValueError(f"backend={backend!r}; the selective scan has: 'auto', {', '.join(map(repr, SCAN_BACKENDS))}")
-    if backend == 'mamba_ssm':
-        reason = _mamba_ssm_reason() if device.type == 'cuda' else f'the tensors are on {device.type!r}, not on CUDA'
+    check_backend_name(backend)
+    name = default_backend(device)[0] if backend == 'auto' else backend
+    if name == 'mamba_ssm' and importlib.util.find_spec('mamba_ssm') is not None:
+        reason = _mamba_ssm_reason()
         if reason is not None:
-            raise RuntimeError(f'backend {backend!r} is not available: {reason}')
-    return backend
+            raise RuntimeError(f'backend {name!r} is not available: {reason}')
+    return choose_backend(name, device)
 
 
 def _mamba_ssm_reason() -> Optional[str]:
     """None where mamba_ssm has its CUDA scan, else what is missing: since July 2026 its wheels come without it."""
-    if importlib.util.find_spec('mamba_ssm') is None:
-        return "the package mamba-ssm is not installed (pip install 'hydra-vision[mamba]')"
     try:
         from mamba_ssm.ops import selective_scan_interface
     except ImportError as error:

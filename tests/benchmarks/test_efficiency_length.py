@@ -239,3 +239,26 @@ def test_wrong_arguments(argv, tmp_path):
     with pytest.raises(UserError):
         main([*argv.split(), '--output', str(tmp_path / 'out')])
     assert not (tmp_path / 'out').exists()
+
+
+def test_protocol_of_the_benchmark(tmp_path, capsys):
+    from benchmarks import cab
+
+    # 100 + 2 L meets L^2 / 100 at 241.4; the first length is left out of the times' line
+    line = {n: 100.0 + 2 * n for n in cab.LENGTHS}
+    parabola = {n: 0.01 * n * n for n in cab.LENGTHS}
+    assert cab.efficiency_length(line, parabola) == pytest.approx(241.42, abs=0.01)
+    assert cab.efficiency_length({**line, 256: 9e9}, parabola, without_first=True) == pytest.approx(241.42, abs=0.01)
+    assert cab.efficiency_length({n: -1.0 - n for n in line}, parabola) == 0  # below at every length
+    assert cab.efficiency_length(dict.fromkeys(line, 1e9), {n: 1.0 - n * n for n in line}) is None
+    common = ['--device', 'cpu', '--protocol', 'cab', '--mixers', 'low_rank', '--lengths', '8,16,32']
+    assert main([*common, '--rounds', '4', '--output', str(tmp_path / 'cab')]) == 0
+    printed = capsys.readouterr().out
+    assert 'Nystromformer' in printed
+    assert 'low_rank' in printed
+    rows = list(csv.DictReader((tmp_path / 'cab' / 'points.csv').open()))
+    assert [(row['mixer'], row['L'], row['status']) for row in rows] == [
+        (name, length, 'ok') for length in ('8', '16', '32') for name in ('attention, unfused', 'low_rank')
+    ]
+    with pytest.raises(UserError, match='--d-model 64: --protocol cab fixes it'):
+        main([*common, '--d-model', '64'])

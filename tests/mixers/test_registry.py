@@ -40,7 +40,7 @@ BAD = {
     ],
     'scout': [dict(linear='toeplitz'), dict(linear_kwargs=dict(d_stat=4)), dict(linear_kwargs=dict(headdim=4))],
     'mamba': [dict(d_state=0), dict(dt_max=0.0001)],
-    'vim': [dict(backend='triton')],
+    'vim': [dict(backend='cuda')],
 }
 
 

@@ -99,10 +99,14 @@ def test_selective_scan_never_holds_the_states_of_all_tokens(largest_numel):
 def test_backends_of_the_selective_scan(monkeypatch):
     cpu = torch.device('cpu')
     assert choose_scan_backend('auto', cpu) == 'chunked'
-    with pytest.raises(ValueError, match="backend='triton'; the selective scan has: 'auto'"):
-        choose_scan_backend('triton', cpu)
-    with pytest.raises(RuntimeError, match='not on CUDA'):
-        choose_scan_backend('mamba_ssm', cpu)
+    with pytest.raises(ValueError, match="unknown backend 'flash'; allowed: 'auto', 'reference', 'chunked', 'triton'"):
+        choose_scan_backend('flash', cpu)
+    for name in ('triton', 'mamba_ssm'):
+        with pytest.raises(RuntimeError, match=f"backend '{name}'"):
+            choose_scan_backend(name, cpu)
+    monkeypatch.setenv('HYDRA_VISION_BACKEND', 'reference')
+    assert choose_scan_backend('auto', cpu) == 'reference'
+    monkeypatch.delenv('HYDRA_VISION_BACKEND')
     x, dt, A, B, C = selective_case(5)
     with pytest.raises(ValueError, match=r'C has shape \(2, 4, 4\); it must be \(2, 5, 4\)'):
         selective_scan(x, dt, A, B, C[:, :4])

@@ -292,3 +292,28 @@ def test_training_follows_the_other_backends():
     assert (distance <= early)[:2].all(), curves
     # Then the images are known by heart and the loss is chaotic: six seeds of either backend ended at 0.05 to 0.37.
     assert (curves['triton'] <= 2 * others.amax(0) + 0.3)[2:].all(), curves
+
+
+def test_selective_scan_bitwise_equal_on_repetition():
+    from test_triton_selective_scan import arguments, run
+
+    tensors = arguments(8, 197, 384, 16, True, torch.bfloat16)
+    first = run(tensors, 'auto')
+    assert all(torch.equal(a, b) for _ in range(3) for a, b in zip(first, run(tensors, 'triton')))
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+def test_vim_under_autocast(compiled):
+    from hydra_vision.mixers import Vim
+
+    torch.manual_seed(0)
+    mixer, u = Vim(64).cuda(), torch.randn(2, 50, 64, device='cuda', requires_grad=True)
+    with torch.no_grad():
+        exact = mixer.double()(u.double())
+    mixer.float()
+    with torch.autocast('cuda', torch.bfloat16):
+        y = (torch.compile(mixer) if compiled else mixer)(u)
+    assert y.dtype == torch.bfloat16
+    assert float((y.double() - exact).norm() / exact.norm()) < 0.02
+    y.float().square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32 for p in mixer.parameters())

@@ -14,7 +14,10 @@ import pytest
 @pytest.mark.parametrize('which', ['not slow', 'slow'], ids=['push', 'full'])
 def test_kernels_in_the_interpreter(which):
     """In two processes, side by side."""
-    groups = (('test_triton_kernels.py', 'test_triton_layernorm.py'), ('test_chunks.py',))
+    groups = (
+        ('test_triton_kernels.py', 'test_triton_layernorm.py', 'test_triton_selective_scan.py'),
+        ('test_chunks.py',),
+    )
     started = [
         subprocess.Popen(
             [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', '-m', which]

@@ -164,6 +164,15 @@ def test_packed_rows(arch):
     check(arch, [compile_launch(launch, arch) for launch in known])
 
 
+@pytest.mark.parametrize('arch', [80, 89, 90])
+def test_selective_scan(arch):
+    from hydra_vision.ops.triton.offline import compile_launch, selective_scan_launches
+
+    results = [compile_launch(launch, arch) for launch in selective_scan_launches(16)]
+    assert len(results) == 2
+    check(arch, results, spill_limit=0)
+
+
 def test_recording_needs_no_device():
     from hydra_vision.ops.triton.offline import problem_launches
 

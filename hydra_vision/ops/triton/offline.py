@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from . import layernorm
+from . import layernorm, selective_scan
 from . import plan as plan_module
 from .function import mix_backward_all, mix_forward_all
 from .inner import KernelArguments, inner_backward, inner_forward
@@ -35,6 +35,7 @@ __all__ = [
     'compile_launch',
     'layer_norm_launches',
     'problem_launches',
+    'selective_scan_launches',
     'table_launches',
 ]
 
@@ -199,6 +200,19 @@ def layer_norm_launches(D: int, dtype: torch.dtype = torch.bfloat16) -> list[Rec
     with recorded_launches(plan_module.ARCH_WITHOUT_DEVICE) as launches:
         out, mean, rstd = layernorm.forward(x, weight, weight, 1e-6, dtype)
         layernorm.backward(out, x, weight, mean, rstd)
+    return launches
+
+
+def selective_scan_launches(N: int, dtype: torch.dtype = torch.bfloat16) -> list[Recorded]:
+    """Forward and backward of the selective scan with N states, the same on every architecture."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device='meta')
+
+    x, B, A, D = empty(4, 196, 1536, dtype=dtype), empty(4, 196, N, dtype=dtype), empty(1536, N), empty(1536)
+    with recorded_launches(plan_module.ARCH_WITHOUT_DEVICE) as launches:
+        y, steps, states = selective_scan.forward(x, x, A, B, B, D, D, True, False, True)
+        selective_scan.backward(y, x, steps, A, B, B, D, states, dtype, True, False, True)
     return launches
 
 
