@@ -44,8 +44,9 @@ class StepProjection(nn.Module):
         init_dt_bias_(self.bias, self.dt_min, self.dt_max, self.dt_init_floor)
 
     def forward(self, r: Tensor) -> Tensor:
-        """r (B, L, R) -> (B, L, E), dtype of r: step sizes before their bias and softplus."""
-        return F.linear(r, self.weight.to(r.dtype))
+        """r (B, L, R) -> step sizes (B, L, E) before softplus, in float32 or wider."""
+        acc = accumulation_dtype(r.dtype)
+        return F.linear(r, self.weight.to(r.dtype)).to(acc) + self.bias.to(acc)
 
     def extra_repr(self) -> str:
         return f'{self.weight.shape[1]}, {self.weight.shape[0]}'
@@ -160,12 +161,14 @@ class Mamba(Mixer):
         Ms = []
         for suffix in self.directions:
             _, dt, A, B, C, D, bias = self._terms(x, suffix)
-            M = selective_scan_matrix(F.softplus(dt.to(bias.dtype) + bias), A, B, C, reverse=suffix == '_b')
+            dt = dt.to(A.dtype) if bias is None else dt.to(A.dtype) + bias
+            M = selective_scan_matrix(F.softplus(dt), A, B, C, reverse=suffix == '_b')
             Ms.append(M + torch.diag_embed(D[:, None].expand(-1, u.shape[1])))
         return torch.cat(Ms, dim=1)
 
-    def _terms(self, x: Tensor, suffix: str) -> Tuple[Tensor, ...]:
-        """Of a direction: convolved x, dt without bias (B, L, E), A (E, N), B, C (B, L, N), D and dt's bias (E,)."""
+    def _terms(self, x: Tensor, suffix: str) -> Tuple[Optional[Tensor], ...]:
+        """Of a direction: convolved x, dt before softplus (B, L, E), A (E, N), B, C (B, L, N), D (E,), and what is
+        still to be added to dt: its bias (E,), or None."""
         acc = accumulation_dtype(x.dtype)
         conv, step = getattr(self, f'conv1d{suffix}'), getattr(self, f'dt_proj{suffix}')
         fused = choose_scan_backend(self.backend, x.device) == 'triton' and is_plain(conv, nn.Conv1d)
@@ -180,7 +183,10 @@ class Mamba(Mixer):
         columns = getattr(self, f'x_proj{suffix}')(x)
         r, B, C = columns.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         A = -torch.exp(getattr(self, f'A{suffix}_log').to(acc))
-        return x, step(r), A, B, C, getattr(self, f'D{suffix}').to(acc), step.bias.to(acc)
+        D = getattr(self, f'D{suffix}').to(acc)
+        if is_plain(step, StepProjection):  # the scan adds the bias, in its own precision
+            return x, F.linear(r, step.weight.to(r.dtype)), A, B, C, D, step.bias.to(acc)
+        return x, step(r), A, B, C, D, None
 
     def _direction(self, x: Tensor, suffix: str, valid: Optional[Tensor] = None) -> Tensor:
         """(B, L, E) -> (B, L, E)."""

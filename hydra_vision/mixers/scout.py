@@ -181,7 +181,8 @@ class CheckpointAttention(Mixer):
             if self.takes_grid:
                 maps = patches.unflatten(2, tokens.size).flatten(0, 1).movedim(3, 1)  # (B H, P, rows, columns)
                 maps = F.avg_pool2d(maps, self.segment, ceil_mode=True, count_include_pad=False)
-                found = maps.flatten(2).transpose(-1, -2).unflatten(0, (-1, self.nheads))
+                heads = int(t.shape[1])  # a number for a trace; ``matrix`` has one head
+                found = maps.flatten(2).transpose(-1, -2).unflatten(0, (-1, heads))
             else:
                 s = self._segment_length(tokens)
                 S = tokens.num_patches // s

@@ -256,7 +256,7 @@ def test_protocol_of_the_benchmark(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert 'Nystromformer' in printed
     assert 'low_rank' in printed
-    rows = list(csv.DictReader((tmp_path / 'cab' / 'points.csv').open()))
+    rows = read_csv(tmp_path / 'cab' / 'points.csv')
     assert [(row['mixer'], row['L'], row['status']) for row in rows] == [
         (name, length, 'ok') for length in ('8', '16', '32') for name in ('attention, unfused', 'low_rank')
     ]

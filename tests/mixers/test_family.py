@@ -311,7 +311,7 @@ def test_structured_mixers_never_form_the_matrix(name, kwargs, largest):
         heads = {} if name == 'm2' else dict(headdim=16)
         sizes[side] = largest(mixers.create(name, 16, expand=1, **heads, **kwargs, **grid), side * side)
     assert sizes[32] <= sizes[16] * (8 if name == 'monarch' else 4.1)
-    assert sizes[32] < 1024 * 1024 / 4
+    assert sizes[32] <= 1024 * 1024 / 4
 
 
 @pytest.mark.parametrize('name', ['cauchy', 'vandermonde'])

@@ -81,7 +81,7 @@ def test_the_memorys_mixer_calls_its_modules():
 @pytest.mark.parametrize('part', ['conv1d', 'fc_D', 'norm'])
 def test_plain_modules_run_fused(part, monkeypatch):
     fused = []
-    monkeypatch.setattr(hydra, 'hydra_inner', lambda z, *args, headdim, **kw: fused.append(1) or z[..., :128])
+    monkeypatch.setattr(hydra, '_hydra_inner', lambda zxbcdt, *others: fused.append(1) or zxbcdt[..., :128])
     mixer, u = hydra.Hydra(64, d_state=16), torch.randn(1, 5, 64)
     torch.func.functional_call(mixer, {n: p.detach() for n, p in mixer.named_parameters()}, (u,))
     mixer(u)
