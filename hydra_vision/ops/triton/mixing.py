@@ -41,9 +41,13 @@ class DtSource:
     segments: Optional[Tensor] = None  # (L,) int32: the sequence of each token of a packed row
 
     def flags(self) -> dict[str, bool]:
-        """Compile-time switches of both decay kernels."""
-        limit, packed = self.limit is not None, self.segments is not None
-        return {'SOFTPLUS': self.softplus, 'LIMIT': limit, 'A_IS_LOG': self.a_is_log, 'PACKED': packed}
+        """Compile-time switches of every kernel that reads dt."""
+        return {'SOFTPLUS': self.softplus, 'LIMIT': self.limit is not None, 'A_IS_LOG': self.a_is_log}
+
+    @property
+    def packed(self) -> bool:
+        """Whether the row holds several sequences; such rows run in tiles."""
+        return self.segments is not None
 
     def borders(self) -> Tensor:
         """The segments, or any tensor where there are none."""
@@ -92,7 +96,7 @@ def decays(plan: Plan, source: DtSource) -> Decays:
     launch(decay_kernel, (plan.nT * plan.B, triton.cdiv(plan.H, HB)),
         source.dt_f, source.dt_b, bias, source.A, source.borders(), out.lf, out.lb, out.cf, out.cb,
         source.dt_f.stride(0), source.dt_f.stride(1), plan.L, plan.H, plan.Lp, *source.bounds(),
-        **source.flags(), HB=HB, T=plan.T, num_warps=4,
+        **source.flags(), PACKED=source.packed, HB=HB, T=plan.T, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -110,7 +114,7 @@ def decays_backward(plan: Plan, source: DtSource, g: MixGrads, ddtf: Tensor, ddt
     launch(decay_backward_kernel, (plan.nT * plan.B, triton.cdiv(plan.H, HB)),
         source.dt_f, source.dt_b, bias, source.A, source.borders(), g.sums, through, ddtf, ddtb, part,
         source.dt_f.stride(0), source.dt_f.stride(1), ddtf.stride(0), ddtf.stride(1),
-        plan.B, plan.L, plan.H, plan.Lp, plan.nT, *source.bounds(), **source.flags(),
+        plan.B, plan.L, plan.H, plan.Lp, plan.nT, *source.bounds(), **source.flags(), PACKED=source.packed,
         HAS_STATE=g.through is not None, EXACT=plan.exact, HB=HB, T=plan.T, num_warps=4,
     )  # fmt: skip
     return part
