@@ -954,8 +954,10 @@ def _create_hydra_vit(variant: str, pretrained: bool = False, **kwargs) -> Hydra
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     if cfg.tag in _TAG_PATCH_SIZE:  # timm's configuration of weights has no field for it
         kwargs.setdefault('patch_size', _TAG_PATCH_SIZE[cfg.tag])
-    if pretrained and cfg.file and not cfg.state_dict and not Path(cfg.file).exists():
-        raise FileNotFoundError(f'the weights of {variant}.{cfg.tag} are not where they belong: {cfg.file}')
+        file = cfg.file or str(_weights_file(variant, cfg.tag))
+        elsewhere = cfg.state_dict or cfg.url or cfg.hf_hub_id
+        if pretrained and not elsewhere and not Path(file).exists():
+            raise FileNotFoundError(f'the weights of {variant}.{cfg.tag} are not where they belong: {file}')
     model = build_model_with_cfg(
         HydraViT,
         variant,
@@ -993,11 +995,16 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
 _TAG_PATCH_SIZE = {'tin200': 4}
 
 
+def _weights_file(variant: str, tag: str) -> Path:
+    """Where the weights of a tag are, their card beside them."""
+    return Path(__file__).resolve().parents[1] / 'pretrained' / f'{variant}_{tag}' / 'model.safetensors'
+
+
 def _tin200_cfg(variant: str) -> Dict[str, Any]:
-    """Weights trained here on Tiny-ImageNet-200; the card is next to the file."""
-    folder = Path(__file__).resolve().parents[1] / 'pretrained' / f'{variant}_tin200'
+    """Weights trained on Tiny-ImageNet-200; timm lists them as pretrained where their file is."""
+    file = _weights_file(variant, 'tin200')
     return _cfg(
-        file=str(folder / 'model.safetensors'),
+        **({'file': str(file)} if file.exists() else {}),
         num_classes=200,
         input_size=(3, 64, 64),
         crop_pct=1.0,

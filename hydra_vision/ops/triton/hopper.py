@@ -610,7 +610,7 @@ def _columns_loop(
         p = warpgroup_mma_wait(0, deps=(p,))
         grad = p * factor
         acc += grad
-        g = _mul2(grad.to(bf), gl.convert_layout(S.index(J).load(operand), mma, assert_trivial=True))
+        g = (grad * gl.convert_layout(S.index(J).load(operand), mma, assert_trivial=True).to(gl.float32)).to(bf)
         head = (chunk * H + h).to(gl.int64)
         below = G.index(2 * J + h % 2)
         below.store(g)
@@ -701,7 +701,8 @@ def _diagonal_loop(
             )
         grad = p * factor
         acc += grad
-        g = _mul2(grad.to(bf), gl.convert_layout(halves.index(HALF).load(operand), mma, assert_trivial=True))
+        s_tile = gl.convert_layout(halves.index(HALF).load(operand), mma, assert_trivial=True)
+        g = (grad * s_tile.to(gl.float32)).to(bf)
         lower = _and2(g, under)
         upper = _and2(g, over)
         below = G.index(2 * W + h % 2)._reinterpret(bf, [2, 64, 32], gl.NVMMASharedLayout(64, 16, 2)).index(0)
@@ -722,7 +723,8 @@ def _diagonal_loop(
                 scale = _exp2(ends.index(4 * FULL).load(column_t) - ref)
             grad = q * gl.expand_dims(scale, 0)
             acc_t += grad
-            g = _mul2(grad.to(bf), gl.convert_layout(S_tail.index(HALF).load(operand_t), mma_t, assert_trivial=True))
+            s_beside = gl.convert_layout(S_tail.index(HALF).load(operand_t), mma_t, assert_trivial=True)
+            g = (grad * s_beside.to(gl.float32)).to(bf)
             beside = G_tail.index(2 * HALF + h % 2)
             beside.store(g)
             if HALF == 0:

@@ -16,14 +16,6 @@ __all__ = ['conv_diagonal_kernel', 'convolve']
 
 
 @gluon.jit
-def _store_row(at, value, inside, every, MASK: gl.constexpr):
-    if MASK:
-        gl.store(at, value, mask=gl.expand_dims(inside, 1) & every)
-    else:
-        gl.store(at, value)
-
-
-@gluon.jit
 def _conv_tile(
     x, taps, fc_at, some, out, a_buffer, f_buffer, acc, t0, L, SL: gl.constexpr, C: gl.constexpr, D: gl.constexpr,
     CH: gl.constexpr, layout: gl.constexpr, MASK: gl.constexpr, DIAGONAL: gl.constexpr,
@@ -59,9 +51,12 @@ def _conv_tile(
             for k in gl.static_range(1, 7):
                 p += window[r + k].to(gl.float32) * w[k]
             half = 0.5 * p
-            kept = kept + ((half + half * _tanh(half)).to(gl.bfloat16),)  # SiLU
-            if not DIAGONAL:
-                _store_row(po + r * C, kept[r], g + r < L, every, MASK)
+            o = (half + half * _tanh(half)).to(gl.bfloat16)  # SiLU
+            if MASK:
+                gl.store(po + r * C, o, mask=gl.expand_dims(g + r < L, 1) & every)
+            else:
+                gl.store(po + r * C, o)
+            kept = kept + (o,)
         if DIAGONAL:
             if c < D:
                 a = gl.join(
@@ -73,8 +68,6 @@ def _conv_tile(
                 fence_async_shared()
                 _barrier()
                 acc = warpgroup_mma(buffer, f_buffer.index((c // CH) % 2).permute((1, 0)), acc)
-            for r in gl.static_range(8):  # last: the fence waits for every store before it
-                _store_row(po + r * C, kept[r], g + r < L, every, MASK)
         px += CH
         po += CH
     return acc
