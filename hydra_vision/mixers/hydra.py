@@ -6,7 +6,7 @@ Paper: Hwang, Lahoti, Dao, Gu, "Hydra: Bidirectional State Space Models Through 
 """
 
 import math
-from typing import Final, Optional, Set, Tuple
+from typing import Any, Final, Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -35,6 +35,11 @@ _SCHEMAS = (
     'Tensor? init_states, int headdim, int d_state, int ngroups, bool share_bc, float dt_min, float dt_max, '
     'str backend) -> Tensor',
 )
+
+
+def _untraced(t: Any) -> Any:
+    """None for the placeholder that torch.fx makes of an argument, also where it was left out."""
+    return None if isinstance(t, torch.fx.Proxy) else t
 
 
 @torch.jit.ignore
@@ -298,6 +303,8 @@ class Hydra(GatedMixer):
         Raises:
             ValueError: ``valid``, of a mixer that cannot leave padding out; ``cu_seqlens`` that does not fit.
         """
+        if not torch.jit.is_scripting():
+            valid, cu_seqlens = _untraced(valid), _untraced(cu_seqlens)
         zxbcdt = self.in_proj(u)
         if cu_seqlens is not None:
             return self._forward_packed(zxbcdt, cu_seqlens)

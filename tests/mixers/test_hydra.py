@@ -254,3 +254,8 @@ def test_exporting_is_told_from_compiling(strict):
     torch._dynamo.reset()
     assert torch.equal(torch.compile(model, fullgraph=True, backend='eager')(x), 2 * model.out_proj(x))
     assert torch.equal(torch.export.export(model, (x,), strict=strict).module()(x), model.out_proj(x))
+
+
+def test_traced_by_fx_alone():
+    mixer, u = Hydra(64, d_state=16).eval(), torch.randn(2, 9, 64)
+    torch.testing.assert_close(torch.fx.symbolic_trace(mixer)(u), mixer(u))
