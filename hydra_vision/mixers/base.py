@@ -96,11 +96,18 @@ def is_plain(module: nn.Module, kind: Type[nn.Module]) -> bool:
     )
 
 
-def convolved(conv: nn.Module, x: Tensor, causal: bool = False) -> Tensor:
-    """x (B, L, C) after a depthwise ``nn.Conv1d``: with its weights where it is plain, by a call where not."""
+def convolved(conv: nn.Module, x: Tensor, causal: bool = False, reverse: bool = False) -> Tensor:
+    """x (B, L, C) after a depthwise ``nn.Conv1d``: with its weights where it is plain, by a call where not.
+
+    reverse: of a causal one, see ``causal_conv``.
+    """
     if is_plain(conv, nn.Conv1d):
-        return (causal_conv if causal else depthwise_conv)(x, conv.weight, conv.bias)
-    return conv(x.transpose(-1, -2))[..., : x.shape[1]].transpose(-1, -2)  # its padding is on both sides
+        if causal:
+            return causal_conv(x, conv.weight, conv.bias, reverse)
+        return depthwise_conv(x, conv.weight, conv.bias)
+    x = x.flip(1) if reverse else x
+    y = conv(x.transpose(-1, -2))[..., : x.shape[1]].transpose(-1, -2)  # its padding is on both sides
+    return y.flip(1) if reverse else y
 
 
 def keyword_arguments(cls: Type[nn.Module]) -> Dict[str, Any]:

@@ -176,10 +176,8 @@ class Mamba(Mixer):
             from ..ops.triton.causal_conv import causal_conv_silu  # lazily: Triton is looked for only where it runs
 
             x = causal_conv_silu(x, conv.weight, conv.bias, suffix == '_b')
-        elif suffix == '_b':
-            x = F.silu(convolved(conv, x.flip(1), causal=True).flip(1))
         else:
-            x = F.silu(convolved(conv, x, causal=True))
+            x = F.silu(convolved(conv, x, causal=True, reverse=suffix == '_b'))
         columns = getattr(self, f'x_proj{suffix}')(x)
         r, B, C = columns.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         A = -torch.exp(getattr(self, f'A{suffix}_log').to(acc))

@@ -15,7 +15,7 @@ from .conv import conv7_backward_kernel, conv7_kernel
 from .function import refuse_transforms
 from .inner import BACKWARD_LANES, LANES, SEGMENT
 from .launch import launch
-from .plan import alignment
+from .plan import alignment, fast_math
 
 __all__ = ['MAX_WIDTH', 'causal_conv_silu']
 
@@ -59,7 +59,7 @@ def _backward(g: Tensor, x: Tensor, taps: Tensor, bias: Optional[Tensor]) -> tup
         launch(conv7_backward_kernel, (triton.cdiv(C, BACKWARD_LANES) * segments * batch,),
             x, taps, taps if bias is None else bias, g, dx, part, x.stride(0), dx.stride(0), L, SEGMENT,
             SU=x.stride(1), SD=dx.stride(1), C=C, BC=BACKWARD_LANES, HAS_BIAS=bias is not None,
-            FAST=x.dtype == torch.bfloat16 and x.is_cuda, num_warps=4, num_stages=1,
+            FAST=fast_math(x.dtype, x.device), num_warps=4, num_stages=1,
         )  # fmt: skip
     sums = part.sum((0, 1))
     return dx, sums[:7].T.contiguous(), sums[7].clone()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .decay import DT_TINY, _head_decay, _load_dt, _softplus, log2
 from .launch import launch
-from .plan import Plan, architecture, launch_is_forced
+from .plan import Plan, architecture, fast_math, launch_is_forced
 from .scores import load_cols, load_rows
 
 
@@ -640,11 +640,6 @@ class Chunks:
         """Heads a program."""
         return next(count for count in range(min(HEADS, self.H), 0, -1) if self.H % count == 0)
 
-    @property
-    def fast(self) -> bool:
-        """Whether instructions as precise as bfloat16 do for dt; the interpreter has none."""
-        return self.device.type != 'cpu'
-
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Uninitialised."""
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -669,7 +664,8 @@ def tables(c: Chunks, source: Any, both: bool) -> tuple[Tensor, Tensor, Tensor]:
     launch(chunk_tables_kernel, (c.B * c.nC, triton.cdiv(c.H, HB)),
         source.dt_f, source.dt_b, bias, source.A, table, transposed, totals,
         source.dt_f.stride(0), source.dt_f.stride(1), c.L, c.H, c.nC,
-        *source.bounds(), **source.flags(), FAST=c.fast, BOTH=both, HB=HB, ROWS=c.rows, num_warps=4,
+        *source.bounds(), **source.flags(), FAST=fast_math(c.wide, c.device), BOTH=both, HB=HB, ROWS=c.rows,
+        num_warps=4,
     )  # fmt: skip
     return table, transposed, totals
 
@@ -823,6 +819,6 @@ def decays_backward(c: Chunks, source: Any, g: ChunkSums, ddtf: Tensor, ddtb: Te
         source.dt_f, source.dt_b, bias, source.A, g.rows, g.cols, g.rows if g.outer is None else g.outer,
         g.rows if g.through is None else g.through, ddtf, ddtb, part, source.dt_f.stride(0), source.dt_f.stride(1),
         ddtf.stride(0), ddtf.stride(1), c.B, c.L, c.H, c.nC, *source.bounds(), **source.flags(),
-        FAST=c.fast, HAS_STATE=g.outer is not None, NT=c.NT, HB=HB, num_warps=8,
+        FAST=fast_math(c.wide, c.device), HAS_STATE=g.outer is not None, NT=c.NT, HB=HB, num_warps=8,
     )  # fmt: skip
     return part

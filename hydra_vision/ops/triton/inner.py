@@ -20,7 +20,7 @@ from .conv import (
 from .launch import launch
 from .mixing import DtSource, decays, decays_backward, mix_backward, mix_forward, start_gradient
 from .norm import norm_gate_backward_kernel, norm_gate_kernel, sum_parts_kernel
-from .plan import Plan, alignment, make_plan
+from .plan import Plan, alignment, fast_math, make_plan
 from .replay import Results, replayed
 
 __all__ = ['KernelArguments', 'inner_backward', 'inner_forward', 'padded_row']
@@ -222,7 +222,7 @@ def _norm_backward(
     launch(norm_gate_backward_kernel, (programs,),
         dout, y, z, a.norm_weight, rstd, xbc, dy, ddiag, dz, *parts, z.stride(0), z.stride(1), dz.stride(0),
         dz.stride(1), a.width, plan.L, a.d_inner, rows, per,
-        P=plan.P, W=W, PIECES=pieces, KEEPS=plan.keeps_norm, LATE=late, FAST=fast_math(plan),
+        P=plan.P, W=W, PIECES=pieces, KEEPS=plan.keeps_norm, LATE=late, FAST=fast_math(plan.dtype, plan.device),
         ALIGN=alignment(z, z.stride(0), z.stride(1)), ALIGN_G=alignment(dz, dz.stride(0), dz.stride(1)),
         **plan.options('norm_backward'),
     )  # fmt: skip
@@ -266,11 +266,6 @@ def inner_backward(
         dnorm.to(a.norm_weight.dtype),
         None if a.init_states is None else start_gradient(dstart, a.init_states.dtype),
     )
-
-
-def fast_math(plan: Plan) -> bool:
-    """Whether instructions as precise as bfloat16 do, for its activations' gradients; the interpreter has none."""
-    return plan.dtype == torch.bfloat16 and plan.device.type != 'cpu'
 
 
 def _summed(a: KernelArguments, conv: Tensor, weight: Tensor, diag: Tensor, decay: Tensor) -> tuple[Tensor, ...]:
@@ -365,8 +360,8 @@ def _conv_backward(a: KernelArguments, plan: Plan, dxbc: Tensor, dz: Tensor) -> 
         part = torch.empty(plan.B, segments, 8, a.width, dtype=torch.float32, device=plan.device)
         launch(conv7_backward_kernel, (triton.cdiv(a.width, BACKWARD_LANES) * segments * plan.B,),
             u, a.conv_weight, bias, dxbc, du, part, u.stride(0), du.stride(0), plan.L, SEGMENT,
-            SU=u.stride(1), SD=du.stride(1), C=a.width, BC=BACKWARD_LANES, FAST=fast_math(plan), **flags,
-            **plan.options('conv7_backward'),
+            SU=u.stride(1), SD=du.stride(1), C=a.width, BC=BACKWARD_LANES, FAST=fast_math(plan.dtype, plan.device),
+            **flags, **plan.options('conv7_backward'),
         )  # fmt: skip
     else:
         tiles = triton.cdiv(plan.L, TOKENS)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .table import Launch, launch_for
 
-__all__ = ['SIZES', 'Plan', 'alignment', 'architecture', 'forced_launch', 'launch_is_forced', 'make_plan']
+__all__ = ['SIZES', 'Plan', 'alignment', 'architecture', 'fast_math', 'forced_launch', 'launch_is_forced', 'make_plan']
 
 SIZES = (16, 32, 64, 128)
 ARCH_WITHOUT_DEVICE = 90  # whose launch table is used for tensors that are not on a GPU
@@ -128,6 +128,11 @@ def forced_launch(launch: Launch) -> Iterator[None]:
 def launch_is_forced() -> bool:
     """Whether the block that is running is inside ``forced_launch``."""
     return _forced is not None
+
+
+def fast_math(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether instructions as precise as bfloat16 do; the interpreter, on the CPU, has none of them."""
+    return dtype == torch.bfloat16 and device.type != 'cpu'
 
 
 def make_plan(B: int, L: int, H: int, P: int, G: int, N: int, like: Tensor, launch: Optional[Launch] = None) -> Plan:
