@@ -7,7 +7,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import LayerNorm
+from timm.layers import DropPath, LayerNorm, drop_path
 
 from hydra_vision.mixers import hydra
 from hydra_vision.models._layer_norm import BlockNorm
@@ -244,8 +244,8 @@ def test_blocks_of_a_model_agree_with_compiled_ones():
 
 
 GPU_MODELS = [
-    (dict(headdim=64, d_state=64), 'the norm after out_proj on Hopper'),
-    (dict(headdim=16, mlp_ratio=2.0, pos_embed='learn'), 'no factors; sums in float32'),
+    ({}, 'the norm after out_proj on Hopper'),
+    (dict(mixer_bias=True, mlp_ratio=2.0, pos_embed='learn'), 'no factors of the norm, sums in float32'),
 ]
 
 
@@ -254,9 +254,9 @@ def gpu_model(**kwargs):
     return timm.create_model('test_hydra_vit', num_classes=5, drop_path_rate=0.4, **kwargs).cuda().train()
 
 
-def run_on_gpu(model, images, dtype=torch.bfloat16):
+def run_on_gpu(model, images):
     torch.manual_seed(3)
-    with torch.autocast('cuda', dtype, enabled=dtype is not None):
+    with torch.autocast('cuda', torch.bfloat16, enabled=images.dtype == torch.float32):
         features = model.forward_features(images)
         loss = model.forward_head(features).float().square().sum()
     return [features, *torch.autograd.grad(loss, list(model.parameters()))]
@@ -273,13 +273,22 @@ def test_sums_in_the_norms_kernel_are_no_less_exact(monkeypatch, kwargs):
     with monkeypatch.context() as patch:
         patch.setattr(HydraBlock, 'fuses', lambda block, x: False)
         apart = run_on_gpu(model, images)
-        exact = run_on_gpu(copy.deepcopy(model).double(), images.double(), None)
+        double = copy.deepcopy(model).double()
+        for block in double.blocks:
+            block.mixer.backend = 'chunked'
+
+        def drawn_as_float32(module, x):
+            ones = torch.ones(x.shape[0], 1, 1, device=x.device)
+            return x * drop_path(ones, module.drop_prob, module.training)
+
+        patch.setattr(DropPath, 'forward', drawn_as_float32)
+        exact = run_on_gpu(double, images.double())
     assert [t.dtype for t in found] == [t.dtype for t in apart]
     ours, theirs = ([(a.double() - b).norm() / b.norm() for a, b in zip(ts, exact)] for ts in (found, apart))
-    assert max(ours) < 0.2
+    assert ours[0] < 2e-2
     for mine, other in zip(ours, theirs):  # of gradients of few numbers one is often further off by chance
         assert mine < max(2 * other, 1e-2)
-    assert sum(ours) < 1.1 * sum(theirs)
+    assert sum(ours) < 1.2 * sum(theirs)
 
 
 @pytest.mark.gpu
