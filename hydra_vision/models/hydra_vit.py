@@ -106,8 +106,10 @@ class HydraBlock(nn.Module):
     @torch.jit.unused
     def fuses(self, x: torch.Tensor) -> bool:
         """Whether sums are one kernel with the norm behind them: where the norms are, and nobody watches them."""
-        norms = [self.norm1] if self.mlp is None else [self.norm1, self.norm2]
-        return not torch.compiler.is_compiling() and all(is_plain(norm, BlockNorm) and norm.fuses(x) for norm in norms)
+        if torch.compiler.is_compiling():
+            return False
+        norms = (self.norm1,) if self.mlp is None else (self.norm1, self.norm2)
+        return all(is_plain(norm, BlockNorm) and norm.fuses(x) for norm in norms)
 
     @torch.jit.unused
     def forward_open(
