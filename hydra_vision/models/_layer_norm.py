@@ -105,5 +105,5 @@ def final_norm(norm: nn.Module, x: Tensor, branch: Branch) -> Tensor:
         return norm(branch.added_to(x))
     from ..ops.triton.layernorm import add_layer_norm
 
-    dtype = torch.float32 if torch.is_autocast_enabled('cuda') else x.dtype
+    dtype = torch.float32 if torch.is_autocast_enabled('cuda') else torch.promote_types(x.dtype, branch.out.dtype)
     return add_layer_norm(x, *branch, norm.weight, norm.bias, norm.eps, dtype)[1]
