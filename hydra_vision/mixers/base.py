@@ -40,6 +40,7 @@ __all__ = [
     'check_sizes',
     'convolved',
     'is_plain',
+    'is_unwatched',
     'keyword_arguments',
     'mask_projection',
     'rms_norm',
@@ -79,19 +80,26 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], reverse: bool
 _PLAIN_WEIGHTS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 
-def is_plain(module: nn.Module, kind: Type[nn.Module]) -> bool:
-    """Whether a module is exactly a ``kind`` that nothing changes or watches: then its weights can stand for a call.
-
-    What replaces or wraps it (an adapter, a parametrisation, a quantised layer or weight) computes something else, and
-    a hook expects to be called.
-    """
+def is_unwatched(module: nn.Module, kind: Type[nn.Module]) -> bool:
+    """Whether a module is exactly a ``kind`` and nothing expects it to be called: what wraps it, or a hook."""
     return (
         type(module) is kind
         and not (module._forward_pre_hooks or module._forward_hooks)
         and not (module._backward_pre_hooks or module._backward_hooks)
         and not _has_any_global_hook()
         and 'forward' not in module.__dict__
-        # not module.weight: of torch.fx that is a proxy. FSDP keeps a flat parameter's weight among the attributes
+    )
+
+
+def is_plain(module: nn.Module, kind: Type[nn.Module]) -> bool:
+    """Whether a module is exactly a ``kind`` that nothing changes or watches: then its weights can stand for a call.
+
+    What replaces or wraps it (an adapter, a parametrisation, a quantised layer or weight) computes something else, and
+    a hook expects to be called.
+    """
+    # not module.weight: of torch.fx that is a proxy. FSDP keeps a flat parameter's weight among the attributes
+    return (
+        is_unwatched(module, kind)
         and type(module._parameters.get('weight', module.__dict__.get('weight'))) in _PLAIN_WEIGHTS
     )
 

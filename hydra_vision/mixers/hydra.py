@@ -263,8 +263,8 @@ class Hydra(GatedMixer):
         return self.norm(y, z)
 
     @torch.jit.unused
-    def _forward_late(self, zxbcdt: Tensor, cu_seqlens: Optional[Tensor] = None) -> Tensor:
-        """``forward`` from in_proj's result on; the norm's factor per token comes after out_proj where kernels can."""
+    def _late(self, zxbcdt: Tensor, cu_seqlens: Optional[Tensor] = None) -> Tuple[Tensor, Optional[Tensor]]:
+        """``forward_late`` from in_proj's result on, of parts that are plain."""
         arguments = InnerArguments(
             zxbcdt,
             self.conv1d.weight,
@@ -283,14 +283,30 @@ class Hydra(GatedMixer):
             self.norm.eps,
         )
         y, factors = hydra_inner_late(arguments, cu_seqlens, self.backend, late=_is_plain_product(self.out_proj))
-        out = self.out_proj(y)
+        return self.out_proj(y), factors
+
+    @torch.jit.unused
+    def forward_late(self, u: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+        """``forward`` without its last step, for who has a pass over the result to come and can multiply in it.
+
+        Returns:
+            out (B, L, d_model) and None; or, where the kernels leave the norm's factor per token for after out_proj,
+            out and factors (B, L), float32, by which its rows are to be multiplied. They are constants to autograd.
+        """
+        if not self._lends_weights():
+            return self(u), None
+        return self._late(self.in_proj(u))
+
+    @torch.jit.unused
+    def _forward_scaled(self, zxbcdt: Tensor, cu_seqlens: Optional[Tensor] = None) -> Tensor:
+        out, factors = self._late(zxbcdt, cu_seqlens)
         return out if factors is None else scale_rows(out, factors)
 
     @torch.jit.unused
     def _forward_packed(self, zxbcdt: Tensor, cu_seqlens: Tensor) -> Tensor:
         if not self._lends_weights():
             raise ValueError('cu_seqlens: conv1d, fc_D or norm was replaced, wrapped or hooked and knows no borders')
-        return self._forward_late(zxbcdt, cu_seqlens)
+        return self._forward_scaled(zxbcdt, cu_seqlens)
 
     def forward(self, u: Tensor, valid: Optional[Tensor] = None, cu_seqlens: Optional[Tensor] = None) -> Tensor:
         """Mix the tokens.
@@ -339,7 +355,7 @@ class Hydra(GatedMixer):
         else:
             # An exported or traced graph may run where the kernels return no factors; for torch.fx zxbcdt is a proxy.
             if isinstance(zxbcdt, Tensor) and zxbcdt.is_cuda and not _is_exporting():
-                return self._forward_late(zxbcdt)
+                return self._forward_scaled(zxbcdt)
             y = _hydra_inner(
                 zxbcdt,
                 self.conv1d.weight,

@@ -51,9 +51,9 @@ from timm.models._manipulate import checkpoint
 from timm.models.naflexvit import global_pool_naflex
 from timm.models.vision_transformer import global_pool_nlc
 
-from ..mixers import BlockDiagonalLinear, MonarchLinear, StructuredMlp
-from ..mixers.base import check_padding
-from ._layer_norm import BlockNorm
+from ..mixers import BlockDiagonalLinear, Hydra, MonarchLinear, StructuredMlp
+from ..mixers.base import check_padding, is_plain, is_unwatched
+from ._layer_norm import BlockNorm, Branch, final_norm
 from ._mixer import mixer_factories, resample_mixer_parameter
 from ._padded import grid_coordinates, naflex_inputs, reorder_tokens, sampled_pos_embed, scan_positions
 from ._patch_embed import PatchEmbed
@@ -103,6 +103,33 @@ class HydraBlock(nn.Module):
     def _mix_valid(self, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         return self.mixer(x, **self.mixer.padding_arguments(valid))
 
+    @torch.jit.unused
+    def fuses(self, x: torch.Tensor) -> bool:
+        """Whether sums are one kernel with the norm behind them: where the norms are, and nobody watches them."""
+        if torch.compiler.is_compiling():
+            return False
+        norms = (self.norm1,) if self.mlp is None else (self.norm1, self.norm2)
+        return all(is_plain(norm, BlockNorm) and norm.fuses(x) for norm in norms)
+
+    @torch.jit.unused
+    def forward_open(
+        self,
+        x: torch.Tensor,
+        branch: Optional[Branch],
+        grid: Optional[Tuple[int, int]] = None,
+    ) -> Tuple[torch.Tensor, Branch]:
+        """`forward` of x with the branch added, where the block `fuses`; its own last branch is left to be added."""
+        x, y = self.norm1.after(x, branch)
+        if is_unwatched(self.mixer, Hydra) and is_unwatched(self.drop1, nn.Identity):
+            branch = Branch(*self.mixer.forward_late(y))
+        else:
+            branch = Branch(self.drop1(self.mixer(y, grid) if self.takes_grid else self.mixer(y)))
+        branch = branch.dropped(self.drop_path1)
+        if self.mlp is not None:
+            x, y = self.norm2.after(x, branch)
+            branch = Branch(self.mlp(y)).dropped(self.drop_path2)
+        return x, branch
+
     def forward(
         self,
         x: torch.Tensor,
@@ -111,6 +138,9 @@ class HydraBlock(nn.Module):
     ) -> torch.Tensor:
         """x (B, L, dim); grid: (H, W) of its patches, where they are not those the model was made for; valid: (B, L),
         False at padding, which stands last."""
+        if not torch.jit.is_scripting() and valid is None and self.fuses(x):
+            x, branch = self.forward_open(x, None, grid)
+            return branch.added_to(x)
         if valid is not None:
             y = self._mix_valid(self.norm1(x), valid)
         elif self.takes_grid:
@@ -732,6 +762,21 @@ class HydraViT(nn.Module):
         )
 
     @torch.jit.unused
+    def _keeps_open(self, x: torch.Tensor) -> bool:
+        """Whether the last sum of a block may wait for the norm of the next: where nobody wants the tokens between."""
+        if torch.compiler.is_compiling() or self.grad_checkpointing or self.scan_order == 'alternate':
+            return False
+        return all(is_unwatched(blk, HydraBlock) and blk.fuses(x) for blk in self.blocks)
+
+    @torch.jit.unused
+    def _forward_open(self, x: torch.Tensor, grid: Optional[Tuple[int, int]]) -> torch.Tensor:
+        """Blocks and final norm."""
+        branch = None
+        for blk in self.blocks:
+            x, branch = blk.forward_open(x, branch, grid)
+        return final_norm(self.norm, x, branch)
+
+    @torch.jit.unused
     def _forward_padded(
         self,
         x: torch.Tensor,
@@ -797,13 +842,16 @@ class HydraViT(nn.Module):
         x = self.patch_embed(x)
         x = self._pos_embed(x, grid)
         x = self.norm_pre(x)
+        last = len(self.blocks) - 1
+        if not torch.jit.is_scripting() and self._keeps_open(x):
+            return self._output_order(self._forward_open(x, grid), last, grid)
         for i, blk in enumerate(self.blocks):
             x = self._next_order(x, i, grid)
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(blk, x, grid)
             else:
                 x = blk(x, grid)
-        return self._output_order(self.norm(x), len(self.blocks) - 1, grid)
+        return self._output_order(self.norm(x), last, grid)
 
     def pool(
         self,

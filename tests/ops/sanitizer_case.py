@@ -10,7 +10,7 @@ import torch
 from triton_checks import hydra_inner, inner_arguments, mix_arguments, value_and_grads
 
 from hydra_vision.ops.triton.api import quasiseparable_mix
-from hydra_vision.ops.triton.layernorm import layer_norm
+from hydra_vision.ops.triton.layernorm import add_layer_norm, add_rows, layer_norm
 from hydra_vision.ops.triton.plan import forced_launch
 from hydra_vision.ops.triton.table import Launch
 
@@ -32,7 +32,14 @@ def run() -> None:
             with forced_launch(launch):
                 value_and_grads(lambda a: quasiseparable_mix(*a), tensors)
     x, weight = torch.randn(77, 192, device='cuda', dtype=torch.bfloat16), torch.randn(192, device='cuda')
+    factors = torch.rand(77, device='cuda')
     value_and_grads(lambda a: layer_norm(*a, 1e-6, torch.bfloat16), [x, weight, weight])
+    value_and_grads(lambda a: add_rows(*a, factors), [x, x])
+    for rows in (None, factors):
+        value_and_grads(
+            lambda a, rows=rows: torch.cat(add_layer_norm(*a[:2], rows, *a[2:], 1e-6, torch.bfloat16)),
+            [x, x, weight, weight],
+        )
     torch.cuda.synchronize()
     print('done')
 

@@ -195,11 +195,14 @@ def table_launches(arch: int, largest: bool = False) -> dict[Recorded, str]:
 
 
 def layer_norm_launches(D: int, dtype: torch.dtype = torch.bfloat16) -> list[Recorded]:
-    """Forward and backward of the eager LayerNorm, the same on every architecture."""
+    """Forward and backward of the eager LayerNorm, alone and with the sum before it, the same on every architecture."""
     x, weight = torch.empty(4, 196, D, dtype=dtype, device='meta'), torch.empty(D, device='meta')
+    factors = torch.empty(4, 196, device='meta')
     with recorded_launches(plan_module.ARCH_WITHOUT_DEVICE) as launches:
-        out, mean, rstd = layernorm.forward(x, weight, weight, 1e-6, dtype)
-        layernorm.backward(out, x, weight, mean, rstd)
+        layernorm.sum_of_rows(x, x, factors)
+        for branch, scale in ((None, None), (x, None), (x, factors)):
+            _, out, mean, rstd = layernorm.forward(x, branch, scale, weight, weight, 1e-6, dtype)
+            layernorm.backward(out, x, weight, mean, rstd, branch, scale)
     return launches
 
 
