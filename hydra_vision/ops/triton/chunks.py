@@ -90,7 +90,6 @@ def chunk_scores_kernel(
     C_b,
     S,  # (B * nC, ROWS, ROWS) out
     ST,  # the same transposed, out, where TRANSPOSED
-    blocks,  # (B * nC, ROWS, 16) out: the 16 x 16 blocks on the diagonal, of S^T where TRANSPOSED
     stride_b,
     stride_l,
     L,
@@ -125,9 +124,6 @@ def chunk_scores_kernel(
     if TRANSPOSED:
         s = tl.trans(s)
         tl.store(ST + chunk * (ROWS * ROWS) + tj[:, None] * ROWS + ti[None, :], s)
-    if I == J:
-        same = (t // 16)[:, None] == (t // 16)[None, :]
-        tl.store(blocks + chunk * (ROWS * 16) + ti[:, None] * 16 + (t % 16)[None, :], s, mask=same)
 
 
 @triton.jit
@@ -670,16 +666,15 @@ def tables(c: Chunks, source: Any, both: bool) -> tuple[Tensor, Tensor, Tensor]:
     return table, transposed, totals
 
 
-def scores(c: Chunks, bc: tuple[Tensor, ...], transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """S and, where ``transposed``, S^T (B * nC, rows, rows), the blocks on its diagonal (B * nC, rows, 16), in wide."""
+def scores(c: Chunks, bc: tuple[Tensor, ...], transposed: bool) -> tuple[Tensor, Tensor]:
+    """S and, where ``transposed``, S^T, (B * nC, rows, rows) in wide."""
     S = c.empty(c.B * c.nC, c.rows, c.rows, dtype=c.wide)
     ST = torch.empty_like(S) if transposed else S
-    blocks = c.empty(c.B * c.nC, c.rows, 16, dtype=c.wide)
     launch(chunk_scores_kernel, (c.B * c.nC, c.NT, c.NT),
-        *bc, S, ST, blocks, bc[0].stride(0), bc[0].stride(1), c.L, c.nC,
+        *bc, S, ST, bc[0].stride(0), bc[0].stride(1), c.L, c.nC,
         ROWS=c.rows, TRANSPOSED=transposed, num_warps=4,
     )  # fmt: skip
-    return S, ST, blocks
+    return S, ST
 
 
 def states(
@@ -714,11 +709,11 @@ def forward(
     from .hopper import mix_chunks
 
     table, _, totals = tables(c, source, both=False)
-    S, _, blocks = scores(c, bc, transposed=False)
+    S, _ = scores(c, bc, transposed=False)
     entering = states(c, bc[0], bc[2], x, table, totals)[0] if c.nC > 1 else None
     squares = None if z is None else c.empty(c.B, c.H, c.L)
     gate = None if z is None else (z, weight, squares)
-    mix_chunks(c, x, out, S, blocks, table, diag, entering, (bc[1], bc[3]), gate=gate)
+    mix_chunks(c, x, out, S, table, diag, entering, (bc[1], bc[3]), gate=gate)
     return squares
 
 
@@ -778,13 +773,13 @@ def backward(
 
     B_f, C_f, B_b, C_b = bc
     table, transposed, totals = tables(c, source, both=True)
-    S, ST, blocks = scores(c, bc, transposed=True)
+    S, ST = scores(c, bc, transposed=True)
     entering = leaving = through = None
     if c.nC > 1:
         entering, _ = states(c, B_f, B_b, x, table, totals)
         leaving, through = states(c, C_f, C_b, dy, table, totals, entering)
     diagonal = None if fc is None else (narrow(fc), ddiag)
-    mix_chunks(c, dy, dx, ST, blocks, transposed, diag, leaving, (B_b, B_f), transposed=True, diagonal=diagonal)
+    mix_chunks(c, dy, dx, ST, transposed, diag, leaving, (B_b, B_f), transposed=True, diagonal=diagonal)
     sums = [c.empty(c.B * c.nC, c.H, c.NT + planes, 256) for planes in (3, 1)]
     dS, dST = (c.empty(c.B * c.nC, c.NT, c.NT, 64, 64, dtype=c.wide) for _ in range(2))
     strides = (x.stride(0), x.stride(1), dy.stride(0), dy.stride(1))

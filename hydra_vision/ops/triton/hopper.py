@@ -110,31 +110,40 @@ def _spread(r, Q: gl.constexpr, operand: gl.constexpr):
 
 
 @gluon.jit
-def _matrix_tile(s, t_tile, rl, rr, d, J: gl.constexpr, Q: gl.constexpr, W0: gl.constexpr, operand: gl.constexpr):
-    """(64, 16 Q) of M, columns from 64 J on.
+def _tile_beside(s, t_tile, r, Q: gl.constexpr, operand: gl.constexpr):
+    """(64, 16 Q) of M beside the tile on the diagonal: scores * column factors (4, Q, 16) * row factors (4, 16).
+
+    Scores (64, 16 Q) and column factors are in shared memory.
+    """
+    t = gl.expand_dims(t_tile.load(gl.SliceLayout(1, _blocks(Q, 4))), 1)
+    t = gl.convert_layout(gl.reshape(t.broadcast_to([4, 16, Q, 16]), (64, 16 * Q)), operand, assert_trivial=True)
+    return _mul2_packed(_mul2(s.load(operand), t), _spread(r, Q, operand))
+
+
+@gluon.jit
+def _tile_on_diagonal(s, t_tile, rl, rr, d, operand: gl.constexpr):
+    """(64, 64) of M on the diagonal.
 
     Args:
-        s: shared memory (64, 16 Q), scores.
-        t_tile: shared memory (4, Q, 16), column factors towards each row block.
+        s: shared memory (64, 64), scores.
+        t_tile: shared memory (4, 4, 16), column factors towards each row block.
         rl: (4, 16) int32, packed row factors for columns on the left; rr: on the right.
         d: (4, 16, 16) bfloat16, the blocks on the diagonal.
-        W0: First row block of the warpgroup.
     """
-    P4: gl.constexpr = _blocks(Q, 4)
-    K: gl.constexpr = 16 * Q
-    t = gl.reshape(gl.expand_dims(t_tile.load(gl.SliceLayout(1, P4)), 1).broadcast_to([4, 16, Q, 16]), (64, K))
+    P4: gl.constexpr = _blocks(4, 4)
+    t = gl.reshape(gl.expand_dims(t_tile.load(gl.SliceLayout(1, P4)), 1).broadcast_to([4, 16, 4, 16]), (64, 64))
     r_layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, P4))
     w_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, P4)))
     q_layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, P4)))
-    block = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, layout=w_layout) + W0, 1), 2)  # (4, 1, 1)
-    column = gl.expand_dims(gl.expand_dims(gl.arange(0, Q, layout=q_layout), 0), 1) + 4 * J  # (1, 1, Q)
+    block = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, layout=w_layout), 1), 2)  # (4, 1, 1)
+    column = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, layout=q_layout), 0), 1)  # (1, 1, 4)
     rl = gl.expand_dims(gl.convert_layout(rl, r_layout, assert_trivial=True), 2)
     rr = gl.expand_dims(gl.convert_layout(rr, r_layout, assert_trivial=True), 2)
-    r = gl.where(block > column, rl, rr)  # (4, 16, Q)
-    r = gl.reshape(gl.expand_dims(r, 3).broadcast_to([4, 16, Q, 16]), (64, K))
-    m = gl.reshape(gl.expand_dims(gl.where(block == column, -1, 0), 3).broadcast_to([4, 16, Q, 16]), (64, K))
+    r = gl.where(block > column, rl, rr)  # (4, 16, 4)
+    r = gl.reshape(gl.expand_dims(r, 3).broadcast_to([4, 16, 4, 16]), (64, 64))
+    m = gl.reshape(gl.expand_dims(gl.where(block == column, -1, 0), 3).broadcast_to([4, 16, 4, 16]), (64, 64))
     d = gl.expand_dims(gl.convert_layout(d, gl.SliceLayout(2, P4), assert_trivial=True), 2)
-    d = gl.reshape(d.broadcast_to([4, 16, Q, 16]), (64, K))
+    d = gl.reshape(d.broadcast_to([4, 16, 4, 16]), (64, 64))
     return _combine(
         s.load(operand),
         gl.convert_layout(t, operand, assert_trivial=True),
@@ -146,231 +155,127 @@ def _matrix_tile(s, t_tile, rl, rr, d, J: gl.constexpr, Q: gl.constexpr, W0: gl.
 
 @gluon.jit
 def _fetch_v(
-    v_desc, table_desc, state_desc, ring, tables, states, bar, slot, s, b, row0, chunk, c, nC, h, H,
-    BYTES: gl.constexpr, NP: gl.constexpr, LEFT: gl.constexpr, HAS_STATE: gl.constexpr,
+    v_desc, v_tail_desc, state_desc, V, V_tail, states, bar, slot, b, row0, c, nC, h, H,
+    JT: gl.constexpr, TAIL: gl.constexpr, LEFT: gl.constexpr, HAS_STATE: gl.constexpr,
 ):  # fmt: skip
-    """V and the exponents of head h into ring slot ``slot`` and side buffers ``s``, and both states."""
-    mbarrier.expect(bar, BYTES)
-    for i in gl.static_range(NP):
-        tma.async_copy_global_to_shared(v_desc, [b, row0 + 64 * i, h * 64], bar, ring.index(slot * NP + i))
-    tma.async_copy_global_to_shared(table_desc, [(chunk * H + h) * 4, 0], bar, tables.index(s))
+    """V of head h into ``slot``, and both states."""
+    mbarrier.expect(bar, JT * 8192 + TAIL * 128 + (16384 if HAS_STATE else 0))
+    for J in gl.static_range(JT):
+        tma.async_copy_global_to_shared(v_desc, [b, row0 + 64 * J, h * 64], bar, V.index(slot * JT + J))
+    if TAIL > 0:
+        tma.async_copy_global_to_shared(v_tail_desc, [b, row0 + 64 * JT, h * 64], bar, V_tail.index(slot))
     if HAS_STATE:
         at = ((b * H + h) * 2 * nC + c) * 64
-        tma.async_copy_global_to_shared(state_desc, [at + LEFT * nC * 64, 0], bar, states.index(2 * s))
-        tma.async_copy_global_to_shared(state_desc, [at + (1 - LEFT) * nC * 64, 0], bar, states.index(2 * s + 1))
+        tma.async_copy_global_to_shared(state_desc, [at + LEFT * nC * 64, 0], bar, states.index(2 * slot))
+        tma.async_copy_global_to_shared(state_desc, [at + (1 - LEFT) * nC * 64, 0], bar, states.index(2 * slot + 1))
 
 
 @gluon.jit
-def _fetch_second(
-    z_desc, fc_desc, ring, bar, slot, b, row0, h, NP: gl.constexpr, GATE: gl.constexpr, FC: gl.constexpr
-):  # fmt: skip
-    """What head h needs second, into the place where its output will be: z, or for each warpgroup fc_D's columns."""
-    mbarrier.expect(bar, NP * 8192 if GATE else NP * FC * 128)
-    for i in gl.static_range(NP):
-        place = ring.index(slot * NP + i)
-        if GATE:
-            tma.async_copy_global_to_shared(z_desc, [b, row0 + 64 * i, h * 64], bar, place)
-        else:
-            tma.async_copy_global_to_shared(
-                fc_desc, [0, h * 64], bar, place._reinterpret(gl.bfloat16, [64 // FC, FC, 64], fc_desc.layout).index(0)
-            )
+def _fetch_table(table_desc, table, bar, chunk, h, H):
+    """The exponents of head h."""
+    mbarrier.expect(bar, 4096)
+    tma.async_copy_global_to_shared(table_desc, [(chunk * H + h) * 4, 0], bar, table)
 
 
 @gluon.jit
-def _warpgroup(
-    v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc,
-    table, diag, weight, squares, left_rows, right_rows, ddiag, z,
-    S, S_tail, S_diagonal, ring, tables, factors, states, bars,
-    b, c, chunk, row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl, stride_zb, stride_zl,
-    PI: gl.constexpr, NP: gl.constexpr, JT: gl.constexpr, TAIL: gl.constexpr, GATE: gl.constexpr, Z_MAP: gl.constexpr,
-    HAS_STATE: gl.constexpr, LEFT: gl.constexpr, SHIFT: gl.constexpr, FC: gl.constexpr, DIAGONAL: gl.constexpr,
+def _fetch_second(z_desc, fc_desc, out, bar, b, row, h, GATE: gl.constexpr, FC: gl.constexpr):
+    """What the end of head h needs, into the place where its output will be: z, or fc_D's columns."""
+    if GATE:
+        mbarrier.expect(bar, 8192)
+        tma.async_copy_global_to_shared(z_desc, [b, row, h * 64], bar, out)
+    else:
+        mbarrier.expect(bar, FC * 128)
+        place = out._reinterpret(gl.bfloat16, [64 // FC, FC, 64], fc_desc.layout).index(0)
+        tma.async_copy_global_to_shared(fc_desc, [0, h * 64], bar, place)
+
+
+@gluon.jit
+def _gated(y, z, w):
+    """y w SiLU(z); z bfloat16."""
+    half = 0.5 * z.to(gl.float32)
+    return y * w * (half + half * _tanh(half))
+
+
+@gluon.jit
+def _tail_rows(
+    S, V, V_tail, table, M_tail, M_last, fc_tail, out, fc_desc, diag, weight, squares, z, result,
+    chunk, b, c, row0, h, H, L, stride_zb, stride_zl, stride_ob, stride_ol,
+    JT: gl.constexpr, ROWS: gl.constexpr, slot, GATE: gl.constexpr, FC: gl.constexpr, DIAGONAL: gl.constexpr,
 ):  # fmt: skip
-    """Rows 64 PI .. 64 PI + 63 of the chunk for every head of the program. Warpgroup 0 also fetches."""
-    W0: gl.constexpr = 4 * PI
-    R0: gl.constexpr = 64 * PI
+    """The last 16 rows of a chunk of one head, transposed: y^T (64, 16) = V^T M^T, a quarter of a tile's work."""
     bf: gl.constexpr = gl.bfloat16
-    V_BYTES: gl.constexpr = 8192 * NP + 4096 + (16384 if HAS_STATE else 0)
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    P4: gl.constexpr = _blocks(4, 4)
-    dl: gl.constexpr = gl.SliceLayout(2, P4)  # (block, row, column) of the blocks on the diagonal
-    wr: gl.constexpr = gl.SliceLayout(2, dl)  # (block, row)
-    wc: gl.constexpr = gl.SliceLayout(1, dl)  # (block, column)
-    w1: gl.constexpr = gl.SliceLayout(1, wr)  # (block,)
-    BL: gl.constexpr = gl.BlockedLayout([1, 1, 8], [4, 1, 8], [1, 4, 1], [2, 1, 0])  # (4, 4, 64) of the factors
-    tw: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, BL))
-    tj: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, BL))
-    tc: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, BL))
-    flat2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    flat3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    own = factors.index(PI)
-    rows = R0 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
-    cols = gl.arange(0, 64, layout=gl.SliceLayout(0, mma))
-    blocks = gl.arange(0, 4, layout=w1) + W0
-    row16 = gl.arange(0, 16, layout=gl.SliceLayout(0, wr))
-    rwr = gl.expand_dims(blocks * 16, 1) + gl.expand_dims(row16, 0)  # (4, 16)
-    first_t = (gl.arange(0, 4, layout=tw) + W0) * 16
-    first = blocks * 16
-    if HAS_STATE:
-        # C (or B) of the rows, read once: left operands of the products with the states
-        ri = row0 + R0 + gl.arange(0, 64, layout=gl.SliceLayout(1, operand))
-        ni = gl.arange(0, 64, layout=gl.SliceLayout(0, operand))
-        li = ri - SHIFT
-        base = b.to(gl.int64) * stride_rb
-        to = gl.expand_dims(li * stride_rl, 1) + gl.expand_dims(ni, 0)
-        c_left = gl.load(left_rows + base + to, mask=gl.expand_dims((li >= 0) & (li < L), 1), other=0.0)
-        li = ri + SHIFT
-        to = gl.expand_dims(li * stride_rl, 1) + gl.expand_dims(ni, 0)
-        c_right = gl.load(right_rows + base + to, mask=gl.expand_dims((li >= 0) & (li < L), 1), other=0.0)
-    if FC > 0:
-        ri = row0 + R0 + gl.arange(0, 64, layout=gl.SliceLayout(1, operand))
-        hi = gl.arange(0, FC, layout=gl.SliceLayout(0, operand))
-        to = gl.expand_dims((b * L + ri).to(gl.int64) * H, 1) + gl.expand_dims(hi, 0)
-        keep = gl.expand_dims(ri < L, 1) & gl.expand_dims(hi < H, 0)
-        dd = gl.load(ddiag + to, mask=keep, other=0.0).to(bf)  # (64, FC)
-    side = table + (chunk * H + h0).to(gl.int64) * 1024
-    lt_next = gl.load(side + first_t)
-    rt_next = gl.load(side + 512 + 15 + first_t)
-    l1_next = gl.load(side + first)
-    r1_next = gl.load(side + 512 + 15 + first)
-    seen = row0 + rwr < L
-    delta_next = gl.zeros([4, 16], gl.float32, wr)
+    whole: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 16, 16])
+    TT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])  # (64 columns of M, 16 rows)
+    TD: gl.constexpr = gl.BlockedLayout([2, 1], [8, 4], [1, 4], [0, 1])  # (16, 16)
+    R0: gl.constexpr = 64 * JT
+    scores = S + (chunk.to(gl.int64) * ROWS + R0) * ROWS
+    B0: gl.constexpr = R0 // 16
+    by16 = table._reinterpret(gl.float32, [64, 16], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    by64 = table._reinterpret(gl.float32, [16, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    i = gl.arange(0, 16, layout=gl.SliceLayout(0, TT))
+    j = gl.arange(0, 64, layout=gl.SliceLayout(1, TT))
+    left = gl.expand_dims(by16.index(B0).load(gl.SliceLayout(0, TT)), 0)
+    for J in gl.static_range(JT):
+        s = gl.load(scores + gl.expand_dims(i * ROWS, 0) + gl.expand_dims(j + 64 * J, 1)).to(gl.float32)
+        e = left - gl.expand_dims(by64.index(4 + J).load(gl.SliceLayout(1, TT)), 1)
+        M_tail.index(J).store((s * _exp2(e)).to(bf))
+    i = gl.arange(0, 16, layout=gl.SliceLayout(0, TD))
+    j = gl.arange(0, 16, layout=gl.SliceLayout(1, TD))
+    ii = gl.expand_dims(i, 0)
+    jj = gl.expand_dims(j, 1)
+    s = gl.load(scores + ii * ROWS + (jj + R0)).to(gl.float32)
+    left = gl.expand_dims(by16.index(B0).load(gl.SliceLayout(0, TD)), 0)
+    left_col = gl.expand_dims(by16.index(16 + B0).load(gl.SliceLayout(1, TD)), 1)
+    right = gl.expand_dims(by16.index(32 + B0).load(gl.SliceLayout(0, TD)), 0)
+    right_col = gl.expand_dims(by16.index(48 + B0).load(gl.SliceLayout(1, TD)), 1)
+    delta = gl.zeros([16], gl.float32, gl.SliceLayout(0, TD))
     if DIAGONAL == 1:
-        delta_next += gl.load(diag + h0)
+        delta += gl.load(diag + h)
     if DIAGONAL == 2:
-        delta_next = gl.load(diag + (b * H + h0).to(gl.int64) * L + row0 + rwr, mask=seen, other=0.0)
-    mbarrier.wait(bars.index(8), 0)
-    for k in range(turns):
-        h = h0 + k * groups
-        s = k % 2
-        lt = lt_next
-        rt = rt_next
-        l1 = l1_next
-        r1 = r1_next
-        delta = delta_next
-        hn = gl.minimum(h + groups, H - 1)
-        side = table + (chunk * H + hn).to(gl.int64) * 1024
-        lt_next = gl.load(side + first_t)
-        rt_next = gl.load(side + 512 + 15 + first_t)
-        l1_next = gl.load(side + first)
-        r1_next = gl.load(side + 512 + 15 + first)
-        if DIAGONAL == 1:
-            delta_next = gl.zeros([4, 16], gl.float32, wr) + gl.load(diag + hn)
-        if DIAGONAL == 2:
-            delta_next = gl.load(diag + (b * H + hn).to(gl.int64) * L + row0 + rwr, mask=seen, other=0.0)
-        mbarrier.wait(bars.index(s), (k // 2) & 1)
-        # column factors towards each row block, (4 column tiles, 4 row blocks, 64); zero inside the row block itself
-        t3 = tables.index(s)._reinterpret(gl.float32, [4, 4, 64], flat2)
-        cl = gl.expand_dims(t3.index(1).load(gl.SliceLayout(1, BL)), 1)
-        cr = gl.expand_dims(t3.index(3).load(gl.SliceLayout(1, BL)), 1)
-        jb = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, layout=tj) * 4, 1), 2) + gl.expand_dims(
-            gl.expand_dims(gl.arange(0, 64, layout=tc) // 16, 0), 1
-        )
-        ib = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, layout=tw) + W0, 0), 2)
-        lt = gl.expand_dims(gl.expand_dims(lt, 0), 2)
-        rt = gl.expand_dims(gl.expand_dims(rt, 0), 2)
-        e = gl.where(jb < ib, lt - cl, rt - cr)
-        own.store(_exp2(gl.where(jb == ib, -1e30, e)).to(bf))
-        # blocks on the diagonal
-        t2 = tables.index(s)._reinterpret(gl.float32, [4, 16, 16], flat2)
-        row_l = t2.index(0).slice(W0, 4, dim=0).load(wr)
-        row_r = t2.index(2).slice(W0, 4, dim=0).load(wr)
-        col_l = t2.index(1).slice(W0, 4, dim=0).load(wc)
-        col_r = t2.index(3).slice(W0, 4, dim=0).load(wc)
-        ri3 = gl.expand_dims(gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(0, wr)), 0), 2)
-        ci3 = gl.expand_dims(gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(0, wc)), 0), 1)
-        e = gl.where(
-            ri3 > ci3,
-            gl.expand_dims(row_l, 2) - gl.expand_dims(col_l, 1),
-            gl.expand_dims(row_r, 2) - gl.expand_dims(col_r, 1),
-        )
-        sd = gl.reshape(S_diagonal.index(PI).load(operand), (4, 16, 16))
-        sd = gl.convert_layout(sd, dl, assert_trivial=True).to(gl.float32)
-        d = gl.where(ri3 == ci3, gl.expand_dims(delta, 2), sd * _exp2(e)).to(bf)
-        fl = _pack(_exp2(row_l - gl.expand_dims(l1, 1)))
-        fr = _pack(_exp2(row_r - gl.expand_dims(r1, 1)))
-        if k > 0:
-            tma.store_wait(0)
-            if PI > 0:
-                mbarrier.arrive(bars.index(6), count=1)
-            elif k + 1 < turns:
-                if NP > 1:
-                    mbarrier.wait(bars.index(6), (k - 1) & 1)
-                _fetch_v(
-                    v_desc, table_desc, state_desc, ring, tables, states, bars.index(1 - s),
-                    (2 * k + 2) % 3, 1 - s, b, row0, chunk, c, nC, h + groups, H, V_BYTES, NP, LEFT, HAS_STATE,
-                )  # fmt: skip
-        acc = gl.zeros((64, 64), gl.float32, mma)
-        slot = (2 * k) % 3 * NP
-        for J in gl.static_range(JT):
-            t_tile = own._reinterpret(bf, [4, 4, 4, 16], flat3).index(J)
-            m = _matrix_tile(S.index(PI * JT + J), t_tile, fl, fr, d, J, 4, W0, operand)
-            acc = warpgroup_mma(
-                m, ring.index(slot + J)._reinterpret(bf, [64, 64], score_desc.layout), acc, is_async=True
-            )
-        if TAIL > 0:
-            t_tile = own._reinterpret(bf, [4, 4, 4, 16], flat3).index(JT).slice(0, 1, dim=1)
-            m = _matrix_tile(S_tail.index(PI), t_tile, fl, fr, d, JT, 1, W0, operand)
-            v_tail = ring.index(slot + JT)._reinterpret(bf, [64, 64], score_desc.layout).slice(0, 16, dim=0)
-            acc = warpgroup_mma(m, v_tail, acc, is_async=True)
-        if HAS_STATE:
-            m = _mul2_packed(c_left, _spread(_pack(_exp2(row_l)), 4, operand))
-            acc = warpgroup_mma(m, states.index(2 * s), acc, is_async=True)
-            m = _mul2_packed(c_right, _spread(_pack(_exp2(row_r)), 4, operand))
-            acc = warpgroup_mma(m, states.index(2 * s + 1), acc, is_async=True)
-        out = ring.index((1 + 2 * k) % 3 * NP + PI)
-        if FC > 0:
-            mbarrier.wait(bars.index(2 + s), (k // 2) & 1)
-            acc = warpgroup_mma(
-                dd, out._reinterpret(bf, [64 // FC, FC, 64], fc_desc.layout).index(0), acc, is_async=True
-            )
-        if GATE:
-            wv = gl.load(weight + h * 64 + cols).to(gl.float32)
-            if not Z_MAP:
-                z_at = gl.expand_dims((row0 + rows) * stride_zl, 1) + gl.expand_dims(h * 64 + cols, 0)
-                z_in = gl.expand_dims(row0 + rows < L, 1) & gl.expand_dims(cols >= 0, 0)
-                zv = gl.load(z + b.to(gl.int64) * stride_zb + z_at, mask=z_in, other=0.0)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        if PI > 0:
-            _barrier()
-            mbarrier.arrive(bars.index(4 + s), count=1)
-        flat = out._reinterpret(bf, [64, 64], score_desc.layout)
-        if GATE:
-            square = gl.sum(acc * acc, axis=1)
-            if Z_MAP:
-                mbarrier.wait(bars.index(2 + s), (k // 2) & 1)
-                zv = flat.load(mma)
-            half = _mul2(zv, gl.full([64, 64], 0.5, bf, mma)).to(gl.float32)
-            acc = acc * gl.expand_dims(wv, 0) * (half + half * _tanh(half))
-        flat.store(acc.to(bf))
-        fence_async_shared()
-        _barrier()
-        tma.async_copy_shared_to_global(out_desc, [b, row0 + R0, h * 64], out)
-        if GATE:  # last: the fence above waits for every store before it
-            gl.store(squares + (b * H + h).to(gl.int64) * L + row0 + rows, square, mask=row0 + rows < L)
-        if PI == 0:
-            if k + 1 < turns:
-                if NP > 1:
-                    mbarrier.wait(bars.index(4 + s), (k // 2) & 1)
-                if (GATE and Z_MAP) or FC > 0:
-                    _fetch_second(
-                        z_desc, fc_desc, ring, bars.index(3 - s), (2 * k) % 3, b, row0, h + groups, NP, GATE, FC
-                    )
-    tma.store_wait(0)
+        at = row0 + R0 + i
+        delta = gl.load(diag + (b * H + h).to(gl.int64) * L + at, mask=at < L, other=0.0)
+    m = s * _exp2(gl.where(ii > jj, left - left_col, right - right_col))
+    M_last.store(gl.where(ii == jj, gl.expand_dims(delta, 0), m).to(bf))
+    fence_async_shared()
+    _barrier()
+    acc = gl.zeros((64, 16), gl.float32, mma)
+    for J in gl.static_range(JT):
+        v = V.index(slot * JT + J)._reinterpret(bf, [64, 64], whole)
+        acc = warpgroup_mma(v.permute((1, 0)), M_tail.index(J), acc, is_async=True)
+    v = V_tail.index(slot)._reinterpret(bf, [16, 64], whole)
+    acc = warpgroup_mma(v.permute((1, 0)), M_last, acc, is_async=True)
+    if FC > 0:
+        fc = out._reinterpret(bf, [64 // FC, FC, 64], fc_desc.layout).index(0)
+        acc = warpgroup_mma(fc.permute((1, 0)), fc_tail, acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    at = row0 + R0 + gl.arange(0, 16, layout=gl.SliceLayout(0, mma))
+    p = h * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
+    seen = gl.expand_dims(at < L, 0) & gl.expand_dims(p >= 0, 1)
+    if GATE:
+        square = gl.sum(acc * acc, axis=0)
+        zv = gl.load(
+            z + b.to(gl.int64) * stride_zb + gl.expand_dims(at * stride_zl, 0) + gl.expand_dims(p, 1),
+            mask=seen, other=0.0,
+        )  # fmt: skip
+        acc = _gated(acc, zv, gl.expand_dims(gl.load(weight + p).to(gl.float32), 1))
+        gl.store(squares + (b * H + h).to(gl.int64) * L + at, square, mask=at < L)
+    to = result + b.to(gl.int64) * stride_ob + gl.expand_dims(at * stride_ol, 0) + gl.expand_dims(p, 1)
+    gl.store(to, acc.to(bf), mask=seen)
 
 
 @gluon.jit(do_not_specialize=['L', 'H', 'turns'])
 def mix_chunk_kernel(
     v_desc,  # (B, L, >= H * 64): boxes (1, 64, 64)
+    v_tail_desc,  # the same, boxes (1, 16, 64), where TAIL
     z_desc,  # (B, L, >= H * 64), where GATE
     out_desc,  # (B, L, H * 64) out: boxes (1, 64, 64)
-    score_desc,  # (B * nC * rows, 256 or rows): boxes (64, 64)
-    tail_desc,  # the same, boxes (64, 16), where TAIL
-    block_desc,  # (B * nC * rows, 16): the blocks of the scores on the diagonal
+    score_desc,  # (B * nC * ROWS, ROWS): boxes (64, 64)
+    score_tail_desc,  # the same, boxes (64, 16), where TAIL
     table_desc,  # (B * nC * H * 4, 256) float32
     state_desc,  # (B * H * 2 * nC * 64, 64), where HAS_STATE
     fc_desc,  # (H, H * 64), where FC: boxes (FC, 64)
-    table,  # as table_desc
+    S,  # as score_desc (B * nC, ROWS, ROWS)
     diag,  # (B, H, L) or (H,) float32
     weight,  # (H * 64,), where GATE
     squares,  # (B, H, L) float32 out, where GATE: sum over a head of y^2
@@ -378,6 +283,7 @@ def mix_chunk_kernel(
     right_rows,
     ddiag,  # (B, L, H) float32, where FC
     z,  # as z_desc
+    out,  # as out_desc
     L,
     H,
     turns,  # heads a program
@@ -386,9 +292,12 @@ def mix_chunk_kernel(
     stride_rl,
     stride_zb,
     stride_zl,
-    NP: gl.constexpr,  # warpgroups
-    JT: gl.constexpr,  # column tiles of 64
-    TAIL: gl.constexpr,  # columns beyond them: 0 or 16
+    stride_ob,
+    stride_ol,
+    ROWS: gl.constexpr,  # tokens a chunk
+    JT: gl.constexpr,  # whole tiles of 64 rows and columns
+    TAIL: gl.constexpr,  # rows and columns beyond them: 0 or 16
+    STAGES: gl.constexpr,  # heads whose V are in shared memory
     GATE: gl.constexpr,
     Z_MAP: gl.constexpr,  # z has rows of whole 16 bytes, as tensor maps need
     HAS_STATE: gl.constexpr,
@@ -397,119 +306,220 @@ def mix_chunk_kernel(
     FC: gl.constexpr,  # heads, padded, where the diagonal's gradient goes through fc_D; 0
     DIAGONAL: gl.constexpr,  # 0 none, 1 (H,), 2 (B, H, L)
 ):
+    """One program: 64 rows of a chunk, and a group of heads in turn."""
     bf: gl.constexpr = gl.bfloat16
-    ROWS: gl.constexpr = 64 * NP
-    V_BYTES: gl.constexpr = 8192 * NP + 4096 + (16384 if HAS_STATE else 0)
-    S = gl.allocate_shared_memory(bf, [JT * NP, 64, 64], score_desc.layout)
-    S_tail = gl.allocate_shared_memory(bf, [NP if TAIL > 0 else 1, 64 if TAIL > 0 else 8, 16], tail_desc.layout)
-    S_diagonal = gl.allocate_shared_memory(bf, [NP, 64, 16], block_desc.layout)
-    ring = gl.allocate_shared_memory(bf, [3 * NP, 1, 64, 64], v_desc.layout)
-    tables = gl.allocate_shared_memory(gl.float32, [2, 4, 256], table_desc.layout)
-    states = gl.allocate_shared_memory(bf, [4 if HAS_STATE else 1, 64 if HAS_STATE else 8, 64], state_desc.layout)
-    factors = gl.allocate_shared_memory(bf, [NP, 4, 4, 64], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
-    # V full 0 1, z or fc_D full 2 3, V read 4 5, output left 6, scores 8
-    bars = gl.allocate_shared_memory(gl.int64, [9, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(9):
-        if i == 4 or i == 5 or i == 6:
-            mbarrier.init(bars.index(i), count=max(1, NP - 1))
-        else:
-            mbarrier.init(bars.index(i), count=1)
+    whole: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     groups = H // turns
     pid = gl.program_id(0)
-    h0 = pid % groups
-    chunk = pid // groups
+    PI = pid % JT
+    h0 = (pid // JT) % groups
+    chunk = pid // (JT * groups)
     b = chunk // nC
     c = chunk % nC
     row0 = c * ROWS
+    R0 = 64 * PI
+    if row0 + R0 >= L:
+        return
+    V = gl.allocate_shared_memory(bf, [STAGES * JT, 1, 64, 64], v_desc.layout)
+    V_tail = gl.allocate_shared_memory(bf, [STAGES, 1, 16 if TAIL > 0 else 8, 64], v_tail_desc.layout)
+    output = gl.allocate_shared_memory(bf, [1, 64, 64], v_desc.layout)
+    table = gl.allocate_shared_memory(gl.float32, [4, 256], table_desc.layout)
+    states = gl.allocate_shared_memory(bf, [2 * STAGES if HAS_STATE else 1, 64 if HAS_STATE else 8, 64], whole)
+    factors = gl.allocate_shared_memory(bf, [4, 4, 8, 8], gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]))
+    sixteen: gl.constexpr = gl.NVMMASharedLayout(32, 16, 2)
+    scores = gl.allocate_shared_memory(bf, [JT, 64, 64], score_desc.layout)
+    scores_tail = gl.allocate_shared_memory(bf, [64 if TAIL > 0 else 8, 16], score_tail_desc.layout)
+    M_tail = gl.allocate_shared_memory(bf, [JT if TAIL > 0 else 1, 64 if TAIL > 0 else 8, 16], sixteen)
+    M_last = gl.allocate_shared_memory(bf, [16 if TAIL > 0 else 8, 16], sixteen)
+    fc_tail = gl.allocate_shared_memory(bf, [FC if TAIL > 0 and FC > 0 else 8, 16], sixteen)
+    # V full 0 1, table full 2, z or fc_D full 3, scores 4
+    bars = gl.allocate_shared_memory(gl.int64, [5, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(5):
+        mbarrier.init(bars.index(i), count=1)
+    fence_async_shared()
+    _barrier()
+    _fetch_table(table_desc, table, bars.index(2), chunk, h0, H)
     _fetch_v(
-        v_desc, table_desc, state_desc, ring, tables, states, bars.index(0), 0, 0, b, row0, chunk, c, nC,
-        h0, H, V_BYTES, NP, LEFT, HAS_STATE,
+        v_desc, v_tail_desc, state_desc, V, V_tail, states, bars.index(0), 0, b, row0, c, nC, h0, H,
+        JT, TAIL, LEFT, HAS_STATE,
     )  # fmt: skip
     if (GATE and Z_MAP) or FC > 0:
-        _fetch_second(z_desc, fc_desc, ring, bars.index(2), 1, b, row0, h0, NP, GATE, FC)
-    if turns > 1:
-        _fetch_v(
-            v_desc, table_desc, state_desc, ring, tables, states, bars.index(1), 2, 1, b, row0, chunk, c,
-            nC, h0 + groups, H, V_BYTES, NP, LEFT, HAS_STATE,
-        )  # fmt: skip
-    full = bars.index(8)
-    mbarrier.expect(full, NP * (JT * 8192 + 2048 + (2048 if TAIL > 0 else 0)))
-    for i in gl.static_range(NP):
-        for J in gl.static_range(JT):
-            tma.async_copy_global_to_shared(score_desc, [chunk * ROWS + i * 64, J * 64], full, S.index(i * JT + J))
+        _fetch_second(z_desc, fc_desc, output, bars.index(3), b, row0 + R0, h0, GATE, FC)
+    if STAGES > 1:
+        if turns > 1:
+            _fetch_v(
+                v_desc, v_tail_desc, state_desc, V, V_tail, states, bars.index(1), 1, b, row0, c, nC, h0 + groups, H,
+                JT, TAIL, LEFT, HAS_STATE,
+            )  # fmt: skip
+    full = bars.index(4)
+    mbarrier.expect(full, JT * 8192 + TAIL * 128)
+    for i in gl.static_range(JT):
+        tma.async_copy_global_to_shared(score_desc, [chunk * ROWS + R0, i * 64], full, scores.index(i))
+    if TAIL > 0:
+        tma.async_copy_global_to_shared(score_tail_desc, [chunk * ROWS + R0, JT * 64], full, scores_tail)
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    P4: gl.constexpr = _blocks(4, 4)
+    dl: gl.constexpr = gl.SliceLayout(2, P4)  # (block, row, column) of the blocks on the diagonal
+    wr: gl.constexpr = gl.SliceLayout(2, dl)  # (block, row)
+    wc: gl.constexpr = gl.SliceLayout(1, dl)  # (block, column)
+    # factors: (column tile, row block, 8, 8), a warp a row block
+    BL: gl.constexpr = gl.BlockedLayout([1, 1, 1, 8], [4, 1, 8, 1], [1, 4, 1, 1], [3, 2, 1, 0])
+    cl4: gl.constexpr = gl.SliceLayout(1, BL)  # (column tile, 8, 8)
+    first4: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, BL))  # (row block, 1)
+    flat2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    flat3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    # the 16 x 16 blocks of the scores on the diagonal
+    r = gl.arange(0, 64, layout=gl.SliceLayout(1, operand))
+    q = gl.arange(0, 16, layout=gl.SliceLayout(0, operand))
+    s_blocks = gl.load(S + (chunk.to(gl.int64) * ROWS + R0) * ROWS + gl.expand_dims(r * ROWS + R0 + r // 16 * 16, 1) + gl.expand_dims(q, 0))
+    rows = row0 + R0 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
+    cols = gl.arange(0, 64, layout=gl.SliceLayout(0, mma))
+    row16 = gl.expand_dims(gl.arange(0, 4, layout=gl.SliceLayout(1, wr)) * 16, 1) + gl.expand_dims(
+        gl.arange(0, 16, layout=gl.SliceLayout(0, wr)), 0
+    )
+    row16 = row0 + R0 + row16  # (4, 16)
+    if HAS_STATE:
+        # C (or B) of the rows, read once: left operands of the products with the states
+        n = gl.arange(0, 64, layout=gl.SliceLayout(0, operand))
+        base = b.to(gl.int64) * stride_rb
+        at = row0 + R0 + r - SHIFT
+        to = gl.expand_dims(at * stride_rl, 1) + gl.expand_dims(n, 0)
+        c_left = gl.load(left_rows + base + to, mask=gl.expand_dims((at >= 0) & (at < L), 1), other=0.0)
+        at = row0 + R0 + r + SHIFT
+        to = gl.expand_dims(at * stride_rl, 1) + gl.expand_dims(n, 0)
+        c_right = gl.load(right_rows + base + to, mask=gl.expand_dims((at >= 0) & (at < L), 1), other=0.0)
+    if FC > 0:
+        at = row0 + R0 + r
+        hh = gl.arange(0, FC, layout=gl.SliceLayout(0, operand))
+        to = gl.expand_dims((b * L + at).to(gl.int64) * H, 1) + gl.expand_dims(hh, 0)
+        keep = gl.expand_dims(at < L, 1) & gl.expand_dims(hh < H, 0)
+        dd = gl.load(ddiag + to, mask=keep, other=0.0).to(bf)  # (64, FC)
         if TAIL > 0:
-            tma.async_copy_global_to_shared(tail_desc, [chunk * ROWS + i * 64, JT * 64], full, S_tail.index(i))
-        tma.async_copy_global_to_shared(block_desc, [chunk * ROWS + i * 64, 0], full, S_diagonal.index(i))
-    if NP == 1:
-        _warpgroup(
-                v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c,
-                chunk, row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
-                stride_zb, stride_zl, 0, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
-        )  # fmt: skip
-    elif NP == 2:
-        gl.warp_specialize([
-            (_warpgroup, (
-                v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c,
-                chunk, row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
-                stride_zb, stride_zl, 0, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
-            )),
-            (_warpgroup, (
-                v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c,
-                chunk, row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
-                stride_zb, stride_zl, 1, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
-            )),
-        ], [4], [240])  # fmt: skip
-    elif NP == 3:
-        gl.warp_specialize([
-            (_warpgroup, (
-                v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c,
-                chunk, row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
-                stride_zb, stride_zl, 0, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
-            )),
-            (_warpgroup, (
-                v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c,
-                chunk, row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
-                stride_zb, stride_zl, 1, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
-            )),
-            (_warpgroup, (
-                v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c,
-                chunk, row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
-                stride_zb, stride_zl, 2, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
-            )),
-        ], [4, 4], [168, 168])  # fmt: skip
-    elif NP == 4:
-        gl.warp_specialize([
-            (_warpgroup, (
-                v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c,
-                chunk, row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
-                stride_zb, stride_zl, 0, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
-            )),
-            (_warpgroup, (
-                v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c,
-                chunk, row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
-                stride_zb, stride_zl, 1, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
-            )),
-            (_warpgroup, (
-                v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c,
-                chunk, row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
-                stride_zb, stride_zl, 2, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
-            )),
-            (_warpgroup, (
-                v_desc, z_desc, out_desc, score_desc, table_desc, state_desc, fc_desc, table, diag, weight, squares,
-                left_rows, right_rows, ddiag, z, S, S_tail, S_diagonal, ring, tables, factors, states, bars, b, c,
-                chunk, row0, h0, L, H, turns, groups, nC, stride_rb, stride_rl,
-                stride_zb, stride_zl, 3, NP, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
-            )),
-        ], [4, 4, 4], [128, 128, 128])  # fmt: skip
+            TF: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [1, 4], [0, 1])
+            hh = gl.arange(0, FC, layout=gl.SliceLayout(1, TF))
+            at = row0 + 64 * JT + gl.arange(0, 16, layout=gl.SliceLayout(0, TF))
+            to = gl.expand_dims((b * L + at).to(gl.int64) * H, 0) + gl.expand_dims(hh, 1)
+            keep = gl.expand_dims(at < L, 0) & gl.expand_dims(hh < H, 1)
+            fc_tail.store(gl.load(ddiag + to, mask=keep, other=0.0).to(bf))
+    delta_next = gl.zeros([4, 16], gl.float32, wr)
+    if DIAGONAL == 1:
+        delta_next += gl.load(diag + h0)
+    if DIAGONAL == 2:
+        delta_next = gl.load(diag + (b * H + h0).to(gl.int64) * L + row16, mask=row16 < L, other=0.0)
+    mbarrier.wait(full, 0)
+    for k in range(turns):
+        h = h0 + k * groups
+        slot = k % STAGES
+        delta = delta_next
+        hn = gl.minimum(h + groups, H - 1)
+        if DIAGONAL == 1:
+            delta_next = gl.zeros([4, 16], gl.float32, wr) + gl.load(diag + hn)
+        if DIAGONAL == 2:
+            delta_next = gl.load(diag + (b * H + hn).to(gl.int64) * L + row16, mask=row16 < L, other=0.0)
+        mbarrier.wait(bars.index(2), k & 1)
+        # column factors towards each row block; zero inside the row block itself
+        by64 = table._reinterpret(gl.float32, [4, 4, 8, 8], flat3)
+        by16 = table._reinterpret(gl.float32, [16, 4, 16], flat2)
+        col_l = gl.expand_dims(by64.index(1).load(cl4), 1)
+        col_r = gl.expand_dims(by64.index(3).load(cl4), 1)
+        fl0 = by16.index(PI).slice(0, 1, dim=1).load(first4)
+        fr0 = by16.index(8 + PI).slice(15, 1, dim=1).load(first4)
+        fl0 = gl.expand_dims(gl.expand_dims(fl0, 0), 2)  # (1, 4, 1, 1)
+        fr0 = gl.expand_dims(gl.expand_dims(fr0, 0), 2)
+        tile = gl.arange(0, 4, layout=gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, BL))))
+        block = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, BL))))
+        eight = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, BL))))
+        jb = gl.expand_dims(gl.expand_dims(gl.expand_dims(tile * 4, 1), 2), 3) + gl.expand_dims(
+            gl.expand_dims(gl.expand_dims(eight // 2, 0), 1), 3
+        )  # (4, 1, 8, 1)
+        ib = gl.expand_dims(gl.expand_dims(gl.expand_dims(block, 0), 2), 3) + 4 * PI  # (1, 4, 1, 1)
+        before = jb < ib
+        start = gl.where(jb == ib, -1e30, gl.where(before, fl0, fr0))
+        factors.store(_exp2(start - gl.where(before, col_l, col_r)).to(bf))
+        # blocks on the diagonal
+        row_l = by16.index(PI).load(wr)
+        row_r = by16.index(8 + PI).load(wr)
+        ri3 = gl.expand_dims(gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(0, wr)), 0), 2)
+        ci3 = gl.expand_dims(gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(0, wc)), 0), 1)
+        e = gl.where(
+            ri3 > ci3,
+            gl.expand_dims(row_l, 2) - gl.expand_dims(by16.index(4 + PI).load(wc), 1),
+            gl.expand_dims(row_r, 2) - gl.expand_dims(by16.index(12 + PI).load(wc), 1),
+        )
+        sd = gl.convert_layout(gl.reshape(s_blocks, (4, 16, 16)), dl, assert_trivial=True).to(gl.float32)
+        d = gl.where(ri3 == ci3, gl.expand_dims(delta, 2), sd * _exp2(e)).to(bf)
+        first_l = by16.index(PI).slice(0, 1, dim=1).load(wr)
+        first_r = by16.index(8 + PI).slice(15, 1, dim=1).load(wr)
+        fl = _pack(_exp2(row_l - first_l))
+        fr = _pack(_exp2(row_r - first_r))
+        if k > 0:
+            if (GATE and Z_MAP) or FC > 0:
+                tma.store_wait(0)
+                _fetch_second(z_desc, fc_desc, output, bars.index(3), b, row0 + R0, h, GATE, FC)
+        mbarrier.wait(bars.index(slot), (k // STAGES) & 1)
+        acc = gl.zeros((64, 64), gl.float32, mma)
+        by_tile = factors._reinterpret(bf, [4, 4, 4, 16], flat3)
+        for o in gl.static_range(JT - 1):
+            on_left = PI > o
+            J = o + gl.where(on_left, 0, 1)
+            m = _tile_beside(scores.index(J), by_tile.index(J), gl.where(on_left, fl, fr), 4, operand)
+            acc = warpgroup_mma(m, V.index(slot * JT + J)._reinterpret(bf, [64, 64], whole), acc, is_async=True)
+            if o > 0:
+                acc = warpgroup_mma_wait(1, deps=(acc,))
+        m = _tile_on_diagonal(scores.index(PI), by_tile.index(PI), fl, fr, d, operand)
+        acc = warpgroup_mma(m, V.index(slot * JT + PI)._reinterpret(bf, [64, 64], whole), acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        if TAIL > 0:
+            m = _tile_beside(scores_tail, by_tile.index(JT).slice(0, 1, dim=1), fr, 1, operand)
+            acc = warpgroup_mma(m, V_tail.index(slot)._reinterpret(bf, [16, 64], whole), acc, is_async=True)
+        if HAS_STATE:
+            m = _mul2_packed(c_left, _spread(_pack(_exp2(row_l)), 4, operand))
+            acc = warpgroup_mma(m, states.index(2 * slot), acc, is_async=True)
+            m = _mul2_packed(c_right, _spread(_pack(_exp2(row_r)), 4, operand))
+            acc = warpgroup_mma(m, states.index(2 * slot + 1), acc, is_async=True)
+        if (GATE and Z_MAP) or FC > 0:
+            mbarrier.wait(bars.index(3), k & 1)
+        if FC > 0:
+            fc = output._reinterpret(bf, [64 // FC, FC, 64], fc_desc.layout).index(0)
+            acc = warpgroup_mma(dd, fc, acc, is_async=True)
+        flat = output._reinterpret(bf, [64, 64], whole)
+        if GATE:
+            wv = gl.load(weight + h * 64 + cols).to(gl.float32)
+            if not Z_MAP:
+                z_at = gl.expand_dims(rows * stride_zl, 1) + gl.expand_dims(h * 64 + cols, 0)
+                z_in = gl.expand_dims(rows < L, 1) & gl.expand_dims(cols >= 0, 0)
+                zv = gl.load(z + b.to(gl.int64) * stride_zb + z_at, mask=z_in, other=0.0)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        if TAIL > 0:
+            if k % JT == PI:  # the row tiles take turns
+                _tail_rows(
+                    S, V, V_tail, table, M_tail, M_last, fc_tail, output, fc_desc, diag, weight, squares, z,
+                    out, chunk, b, c, row0, h, H, L, stride_zb, stride_zl, stride_ob, stride_ol,
+                    JT, ROWS, slot, GATE, FC, DIAGONAL,
+                )  # fmt: skip
+        if GATE:
+            square = gl.sum(acc * acc, axis=1)
+            if Z_MAP:
+                zv = flat.load(mma)
+            acc = _gated(acc, zv, gl.expand_dims(wv, 0))
+        if not ((GATE and Z_MAP) or FC > 0):
+            tma.store_wait(0)
+        _barrier()  # V, the table and what was in the place of the output are read
+        if k + STAGES < turns:
+            _fetch_v(
+                v_desc, v_tail_desc, state_desc, V, V_tail, states, bars.index(slot), slot, b, row0, c, nC,
+                h + STAGES * groups, H, JT, TAIL, LEFT, HAS_STATE,
+            )  # fmt: skip
+        if k + 1 < turns:
+            _fetch_table(table_desc, table, bars.index(2), chunk, h + groups, H)
+        flat.store(acc.to(bf))
+        fence_async_shared()
+        _barrier()
+        tma.async_copy_shared_to_global(out_desc, [b, row0 + R0, h * 64], output)
+        if GATE:  # last: the fence above waits for every store before it
+            gl.store(squares + (b * H + h).to(gl.int64) * L + rows, square, mask=rows < L)
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -600,7 +610,7 @@ def _columns_loop(
             x_desc, y_desc, x_tail_desc, y_tail_desc, table_desc, X, Y, X_tail, Y_tail, tables, bars, b, row0, chunk, h,
             H, I, J, FULL, TAIL, STAGES,
         )  # fmt: skip
-        lines = tables.index(s)._reinterpret(gl.float32, [16, 64], flat1)
+        lines = table._reinterpret(gl.float32, [16, 64], flat1)
         f = _pack(_exp2(lines.index(4 * plane + I).load(gl.SliceLayout(1, operand)) - ref))
         dy = Y.index(s)._reinterpret(bf, [64, 64], S.layout).load(operand)
         dy = _mul2_packed(dy, gl.expand_dims(f, 1).broadcast_to([64, 64]))
@@ -666,9 +676,9 @@ def _diagonal_loop(
             x_desc, y_desc, x_tail_desc, y_tail_desc, table_desc, X, Y, X_tail, Y_tail, tables, bars, b, row0, chunk, h,
             H, I, W, FULL, TAIL, STAGES,
         )  # fmt: skip
-        rows = tables.index(s)._reinterpret(gl.float32, [16, 64], flat1)
-        lines = tables.index(s)._reinterpret(gl.float32, [32, 32], flat1)
-        ends = tables.index(s)._reinterpret(gl.float32, [64, 16], flat1)
+        rows = table._reinterpret(gl.float32, [16, 64], flat1)
+        lines = table._reinterpret(gl.float32, [32, 32], flat1)
+        ends = table._reinterpret(gl.float32, [64, 16], flat1)
         head = (chunk * H + h).to(gl.int64)
         r_out = row_sums + head * ((NT + 3) * 256)
         c_out = col_sums + head * ((NT + 1) * 256)
@@ -920,29 +930,29 @@ def _flat(t: Tensor, rows: int, columns: int, layout: gl.NVMMASharedLayout) -> T
 
 
 def mix_chunks(
-    c: Any, v: Tensor, out: Tensor, S: Tensor, blocks: Tensor, table: Tensor, diag: Optional[Tensor],
+    c: Any, v: Tensor, out: Tensor, S: Tensor, table: Tensor, diag: Optional[Tensor],
     states: Optional[Tensor], rows: tuple[Tensor, Tensor], transposed: bool = False,
     gate: Optional[tuple[Tensor, Tensor, Tensor]] = None, diagonal: Optional[tuple[Tensor, Tensor]] = None,
 ) -> None:  # fmt: skip
     """Writes M v into ``out``; sizes ``c`` and the other arguments as in chunks.py."""
     width = c.H * 64
     v_desc = _rows_of(v, width)
-    scores = _flat(S, 64, 64, WHOLE)
     z, weight, squares = (v, table, table) if gate is None else gate
     fc, ddiag = (S, table) if diagonal is None else diagonal
     steps = (z.stride(0), z.stride(1))
     z_map = gate is not None and not z.data_ptr() % 16 and all(step > 0 and step % 8 == 0 for step in steps)
     FC = 0 if diagonal is None else max(16, 1 << (c.H - 1).bit_length())
-    launch(mix_chunk_kernel, (c.B * c.nC * (c.H // c.turns),),
-        v_desc, _rows_of(z, width) if z_map else v_desc, _rows_of(out, width), scores,
-        _flat(S, 64, 16, SIXTEEN), _flat(blocks, 64, 16, SIXTEEN), _flat(table, 4, 256, PLAIN),
-        scores if states is None else _flat(states, 64, 64, WHOLE),
-        scores if diagonal is None else _flat(fc, FC, 64, WHOLE),
-        table, table if diag is None else diag, weight, squares, *rows, ddiag, z,
-        c.L, c.H, c.turns, c.nC, rows[0].stride(0), rows[0].stride(1), z.stride(0), z.stride(1),
-        NP=c.NT, JT=3 if c.NT == 4 else c.NT, TAIL=16 if c.NT == 4 else 0, GATE=gate is not None, Z_MAP=z_map,
-        HAS_STATE=states is not None, LEFT=int(transposed), SHIFT=0 if transposed else 1, FC=FC,
-        DIAGONAL=0 if diag is None else min(diag.ndim, 2), num_warps=4, maxnreg=REGISTERS[c.NT],
+    unused = _flat(S, 64, 64, WHOLE)
+    full = 3 if c.NT == 4 else c.NT
+    launch(mix_chunk_kernel, (c.B * c.nC * full * (c.H // c.turns),),
+        v_desc, _rows_of(v, width, 16), _rows_of(z, width) if z_map else v_desc, _rows_of(out, width),
+        unused, _flat(S, 64, 16, SIXTEEN), _flat(table, 4, 256, PLAIN), unused if states is None else _flat(states, 64, 64, WHOLE),
+        unused if diagonal is None else _flat(fc, FC, 64, WHOLE),
+        S, table if diag is None else diag, weight, squares, *rows, ddiag, z, out,
+        c.L, c.H, c.turns, c.nC, rows[0].stride(0), rows[0].stride(1), z.stride(0), z.stride(1), out.stride(0),
+        out.stride(1), ROWS=c.rows, JT=full, TAIL=16 if c.NT == 4 else 0, STAGES=1, GATE=gate is not None,
+        Z_MAP=z_map, HAS_STATE=states is not None, LEFT=int(transposed), SHIFT=0 if transposed else 1, FC=FC,
+        DIAGONAL=0 if diag is None else min(diag.ndim, 2), num_warps=4, maxnreg=168,
     )  # fmt: skip
 
 
