@@ -155,19 +155,19 @@ def _tile_on_diagonal(s, t_tile, rl, rr, d, operand: gl.constexpr):
 
 @gluon.jit
 def _fetch_v(
-    v_desc, v_tail_desc, state_desc, V, V_tail, states, bar, slot, b, row0, c, nC, h, H,
+    v_desc, v_tail_desc, state_desc, V, V_tail, states, bar, b, row0, c, nC, h, H,
     JT: gl.constexpr, TAIL: gl.constexpr, LEFT: gl.constexpr, HAS_STATE: gl.constexpr,
 ):  # fmt: skip
-    """V of head h into ``slot``, and both states."""
+    """V of head h and both states."""
     mbarrier.expect(bar, JT * 8192 + TAIL * 128 + (16384 if HAS_STATE else 0))
     for J in gl.static_range(JT):
-        tma.async_copy_global_to_shared(v_desc, [b, row0 + 64 * J, h * 64], bar, V.index(slot * JT + J))
+        tma.async_copy_global_to_shared(v_desc, [b, row0 + 64 * J, h * 64], bar, V.index(J))
     if TAIL > 0:
-        tma.async_copy_global_to_shared(v_tail_desc, [b, row0 + 64 * JT, h * 64], bar, V_tail.index(slot))
+        tma.async_copy_global_to_shared(v_tail_desc, [b, row0 + 64 * JT, h * 64], bar, V_tail)
     if HAS_STATE:
         at = ((b * H + h) * 2 * nC + c) * 64
-        tma.async_copy_global_to_shared(state_desc, [at + LEFT * nC * 64, 0], bar, states.index(2 * slot))
-        tma.async_copy_global_to_shared(state_desc, [at + (1 - LEFT) * nC * 64, 0], bar, states.index(2 * slot + 1))
+        tma.async_copy_global_to_shared(state_desc, [at + LEFT * nC * 64, 0], bar, states.index(0))
+        tma.async_copy_global_to_shared(state_desc, [at + (1 - LEFT) * nC * 64, 0], bar, states.index(1))
 
 
 @gluon.jit
@@ -197,166 +197,109 @@ def _gated(y, z, w):
 
 
 @gluon.jit
-def _tail_rows(
-    S, V, V_tail, table, M_tail, M_last, fc_tail, out, fc_desc, diag, weight, squares, z, result,
-    chunk, b, c, row0, h, H, L, stride_zb, stride_zl, stride_ob, stride_ol,
-    JT: gl.constexpr, ROWS: gl.constexpr, slot, GATE: gl.constexpr, FC: gl.constexpr, DIAGONAL: gl.constexpr,
+def _tail_program(
+    v_desc, v_tail_desc, table_desc, state_desc, fc_desc, S, diag, weight, squares, ddiag, z, result,
+    V, V_tail, states, table, M_tail, M_last, fc_tail, output, bars, b, c, chunk, row0, h0, L, H, turns, groups, nC,
+    stride_zb, stride_zl, stride_ob, stride_ol,
+    ROWS: gl.constexpr, JT: gl.constexpr, TAIL: gl.constexpr, GATE: gl.constexpr, LEFT: gl.constexpr, FC: gl.constexpr,
+    DIAGONAL: gl.constexpr,
 ):  # fmt: skip
-    """The last 16 rows of a chunk of one head, transposed: y^T (64, 16) = V^T M^T, a quarter of a tile's work."""
+    """The last 16 rows of a chunk, transposed: y^T (64, 16) = V^T M^T costs a quarter of a tile of 64 rows."""
     bf: gl.constexpr = gl.bfloat16
     whole: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 16, 16])
     TT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])  # (64 columns of M, 16 rows)
     TD: gl.constexpr = gl.BlockedLayout([2, 1], [8, 4], [1, 4], [0, 1])  # (16, 16)
+    TF: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [1, 4], [0, 1])  # (FC, 16)
     R0: gl.constexpr = 64 * JT
-    scores = S + (chunk.to(gl.int64) * ROWS + R0) * ROWS
     B0: gl.constexpr = R0 // 16
+    scores = S + (chunk.to(gl.int64) * ROWS + R0) * ROWS
     by16 = table._reinterpret(gl.float32, [64, 16], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     by64 = table._reinterpret(gl.float32, [16, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     i = gl.arange(0, 16, layout=gl.SliceLayout(0, TT))
     j = gl.arange(0, 64, layout=gl.SliceLayout(1, TT))
-    left = gl.expand_dims(by16.index(B0).load(gl.SliceLayout(0, TT)), 0)
+    s = ()
     for J in gl.static_range(JT):
-        s = gl.load(scores + gl.expand_dims(i * ROWS, 0) + gl.expand_dims(j + 64 * J, 1)).to(gl.float32)
-        e = left - gl.expand_dims(by64.index(4 + J).load(gl.SliceLayout(1, TT)), 1)
-        M_tail.index(J).store((s * _exp2(e)).to(bf))
+        s = s + (gl.load(scores + gl.expand_dims(i * ROWS, 0) + gl.expand_dims(j + 64 * J, 1)),)
     i = gl.arange(0, 16, layout=gl.SliceLayout(0, TD))
-    j = gl.arange(0, 16, layout=gl.SliceLayout(1, TD))
     ii = gl.expand_dims(i, 0)
-    jj = gl.expand_dims(j, 1)
-    s = gl.load(scores + ii * ROWS + (jj + R0)).to(gl.float32)
-    left = gl.expand_dims(by16.index(B0).load(gl.SliceLayout(0, TD)), 0)
-    left_col = gl.expand_dims(by16.index(16 + B0).load(gl.SliceLayout(1, TD)), 1)
-    right = gl.expand_dims(by16.index(32 + B0).load(gl.SliceLayout(0, TD)), 0)
-    right_col = gl.expand_dims(by16.index(48 + B0).load(gl.SliceLayout(1, TD)), 1)
-    delta = gl.zeros([16], gl.float32, gl.SliceLayout(0, TD))
-    if DIAGONAL == 1:
-        delta += gl.load(diag + h)
-    if DIAGONAL == 2:
-        at = row0 + R0 + i
-        delta = gl.load(diag + (b * H + h).to(gl.int64) * L + at, mask=at < L, other=0.0)
-    m = s * _exp2(gl.where(ii > jj, left - left_col, right - right_col))
-    M_last.store(gl.where(ii == jj, gl.expand_dims(delta, 0), m).to(bf))
-    fence_async_shared()
-    _barrier()
-    acc = gl.zeros((64, 16), gl.float32, mma)
-    for J in gl.static_range(JT):
-        v = V.index(slot * JT + J)._reinterpret(bf, [64, 64], whole)
-        acc = warpgroup_mma(v.permute((1, 0)), M_tail.index(J), acc, is_async=True)
-    v = V_tail.index(slot)._reinterpret(bf, [16, 64], whole)
-    acc = warpgroup_mma(v.permute((1, 0)), M_last, acc, is_async=True)
+    jj = gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(1, TD)), 1)
+    s_last = gl.load(scores + ii * ROWS + (jj + R0)).to(gl.float32)
+    own = row0 + R0 + i
     if FC > 0:
-        fc = out._reinterpret(bf, [64 // FC, FC, 64], fc_desc.layout).index(0)
-        acc = warpgroup_mma(fc.permute((1, 0)), fc_tail, acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
+        hh = gl.arange(0, FC, layout=gl.SliceLayout(1, TF))
+        at = row0 + R0 + gl.arange(0, 16, layout=gl.SliceLayout(0, TF))
+        to = gl.expand_dims((b * L + at).to(gl.int64) * H, 0) + gl.expand_dims(hh, 1)
+        keep = gl.expand_dims(at < L, 0) & gl.expand_dims(hh < H, 1)
+        fc_tail.store(gl.load(ddiag + to, mask=keep, other=0.0).to(bf))
     at = row0 + R0 + gl.arange(0, 16, layout=gl.SliceLayout(0, mma))
-    p = h * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
+    p = gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
     seen = gl.expand_dims(at < L, 0) & gl.expand_dims(p >= 0, 1)
-    if GATE:
-        square = gl.sum(acc * acc, axis=0)
-        zv = gl.load(
-            z + b.to(gl.int64) * stride_zb + gl.expand_dims(at * stride_zl, 0) + gl.expand_dims(p, 1),
-            mask=seen, other=0.0,
-        )  # fmt: skip
-        acc = _gated(acc, zv, gl.expand_dims(gl.load(weight + p).to(gl.float32), 1))
-        gl.store(squares + (b * H + h).to(gl.int64) * L + at, square, mask=at < L)
+    z_at = z + b.to(gl.int64) * stride_zb + gl.expand_dims(at * stride_zl, 0) + gl.expand_dims(p, 1)
     to = result + b.to(gl.int64) * stride_ob + gl.expand_dims(at * stride_ol, 0) + gl.expand_dims(p, 1)
-    gl.store(to, acc.to(bf), mask=seen)
+    for k in range(turns):
+        h = h0 + k * groups
+        delta = gl.zeros([16], gl.float32, gl.SliceLayout(0, TD))
+        if DIAGONAL == 1:
+            delta += gl.load(diag + h)
+        if DIAGONAL == 2:
+            delta = gl.load(diag + (b * H + h).to(gl.int64) * L + own, mask=own < L, other=0.0)
+        if GATE:
+            zv = gl.load(z_at + h * 64, mask=seen, other=0.0)
+            w = gl.load(weight + h * 64 + p).to(gl.float32)
+        mbarrier.wait(bars.index(2), k & 1)
+        left = gl.expand_dims(by16.index(B0).load(gl.SliceLayout(0, TT)), 0)
+        for J in gl.static_range(JT):
+            e = left - gl.expand_dims(by64.index(4 + J).load(gl.SliceLayout(1, TT)), 1)
+            M_tail.index(J).store((s[J].to(gl.float32) * _exp2(e)).to(bf))
+        left = gl.expand_dims(by16.index(B0).load(gl.SliceLayout(0, TD)), 0)
+        left_col = gl.expand_dims(by16.index(16 + B0).load(gl.SliceLayout(1, TD)), 1)
+        right = gl.expand_dims(by16.index(32 + B0).load(gl.SliceLayout(0, TD)), 0)
+        right_col = gl.expand_dims(by16.index(48 + B0).load(gl.SliceLayout(1, TD)), 1)
+        m = s_last * _exp2(gl.where(ii > jj, left - left_col, right - right_col))
+        M_last.store(gl.where(ii == jj, gl.expand_dims(delta, 0), m).to(bf))
+        fence_async_shared()
+        _barrier()
+        mbarrier.wait(bars.index(0), k & 1)
+        acc = gl.zeros((64, 16), gl.float32, mma)
+        for J in gl.static_range(JT):
+            v = V.index(J)._reinterpret(bf, [64, 64], whole)
+            acc = warpgroup_mma(v.permute((1, 0)), M_tail.index(J), acc, is_async=True)
+        v = V_tail._reinterpret(bf, [16, 64], whole)
+        acc = warpgroup_mma(v.permute((1, 0)), M_last, acc, is_async=True)
+        if FC > 0:
+            mbarrier.wait(bars.index(3), k & 1)
+            fc = output._reinterpret(bf, [64 // FC, FC, 64], fc_desc.layout).index(0)
+            acc = warpgroup_mma(fc.permute((1, 0)), fc_tail, acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        _barrier()
+        if k + 1 < turns:
+            _fetch_table(table_desc, table, bars.index(2), chunk, h + groups, H)
+            _fetch_v(
+                v_desc, v_tail_desc, state_desc, V, V_tail, states, bars.index(0), b, row0, c, nC, h + groups, H,
+                JT, TAIL, LEFT, False,
+            )  # fmt: skip
+            if FC > 0:
+                _fetch_second(fc_desc, fc_desc, output, bars.index(3), b, row0, h + groups, False, FC)
+        if GATE:
+            square = gl.sum(acc * acc, axis=0)
+            acc = _gated(acc, zv, gl.expand_dims(w, 1))
+            gl.store(squares + (b * H + h).to(gl.int64) * L + at, square, mask=at < L)
+        gl.store(to + h * 64, acc.to(bf), mask=seen)
 
 
-@gluon.jit(do_not_specialize=['L', 'H', 'turns'])
-def mix_chunk_kernel(
-    v_desc,  # (B, L, >= H * 64): boxes (1, 64, 64)
-    v_tail_desc,  # the same, boxes (1, 16, 64), where TAIL
-    z_desc,  # (B, L, >= H * 64), where GATE
-    out_desc,  # (B, L, H * 64) out: boxes (1, 64, 64)
-    score_desc,  # (B * nC * ROWS, ROWS): boxes (64, 64)
-    score_tail_desc,  # the same, boxes (64, 16), where TAIL
-    table_desc,  # (B * nC * H * 4, 256) float32
-    state_desc,  # (B * H * 2 * nC * 64, 64), where HAS_STATE
-    fc_desc,  # (H, H * 64), where FC: boxes (FC, 64)
-    S,  # as score_desc (B * nC, ROWS, ROWS)
-    diag,  # (B, H, L) or (H,) float32
-    weight,  # (H * 64,), where GATE
-    squares,  # (B, H, L) float32 out, where GATE: sum over a head of y^2
-    left_rows,  # (B, L, 64), rows of stride_rl, where HAS_STATE: what multiplies the state on the left
-    right_rows,
-    ddiag,  # (B, L, H) float32, where FC
-    z,  # as z_desc
-    out,  # as out_desc
-    L,
-    H,
-    turns,  # heads a program
-    nC,
-    stride_rb,
-    stride_rl,
-    stride_zb,
-    stride_zl,
-    stride_ob,
-    stride_ol,
-    ROWS: gl.constexpr,  # tokens a chunk
-    JT: gl.constexpr,  # whole tiles of 64 rows and columns
-    TAIL: gl.constexpr,  # rows and columns beyond them: 0 or 16
-    STAGES: gl.constexpr,  # heads whose V are in shared memory
-    GATE: gl.constexpr,
-    Z_MAP: gl.constexpr,  # z has rows of whole 16 bytes, as tensor maps need
-    HAS_STATE: gl.constexpr,
-    LEFT: gl.constexpr,  # the direction (0 forward, 1 backward) whose state is on the left
-    SHIFT: gl.constexpr,  # rows between a token and the one whose C it reads: 1, or 0 for B
-    FC: gl.constexpr,  # heads, padded, where the diagonal's gradient goes through fc_D; 0
-    DIAGONAL: gl.constexpr,  # 0 none, 1 (H,), 2 (B, H, L)
-):
-    """One program: 64 rows of a chunk, and a group of heads in turn."""
+@gluon.jit
+def _rows_program(
+    v_desc, v_tail_desc, z_desc, out_desc, table_desc, state_desc, fc_desc, S, diag, weight, squares,
+    left_rows, right_rows, ddiag, z, V, V_tail, states, table, scores, scores_tail, factors, output, weights, bars,
+    b, c, chunk, row0, PI, h0, L, H, turns, groups, nC, stride_rb, stride_rl, stride_zb, stride_zl,
+    ROWS: gl.constexpr, JT: gl.constexpr, TAIL: gl.constexpr, GATE: gl.constexpr, Z_MAP: gl.constexpr,
+    HAS_STATE: gl.constexpr, LEFT: gl.constexpr, SHIFT: gl.constexpr, FC: gl.constexpr, DIAGONAL: gl.constexpr,
+):  # fmt: skip
+    """64 rows of a chunk."""
     bf: gl.constexpr = gl.bfloat16
     whole: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    groups = H // turns
-    pid = gl.program_id(0)
-    PI = pid % JT
-    h0 = (pid // JT) % groups
-    chunk = pid // (JT * groups)
-    b = chunk // nC
-    c = chunk % nC
-    row0 = c * ROWS
     R0 = 64 * PI
-    if row0 + R0 >= L:
-        return
-    V = gl.allocate_shared_memory(bf, [STAGES * JT, 1, 64, 64], v_desc.layout)
-    V_tail = gl.allocate_shared_memory(bf, [STAGES, 1, 16 if TAIL > 0 else 8, 64], v_tail_desc.layout)
-    output = gl.allocate_shared_memory(bf, [1, 64, 64], v_desc.layout)
-    table = gl.allocate_shared_memory(gl.float32, [4, 256], table_desc.layout)
-    states = gl.allocate_shared_memory(bf, [2 * STAGES if HAS_STATE else 1, 64 if HAS_STATE else 8, 64], whole)
-    factors = gl.allocate_shared_memory(bf, [4, 4, 8, 8], gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]))
-    sixteen: gl.constexpr = gl.NVMMASharedLayout(32, 16, 2)
-    scores = gl.allocate_shared_memory(bf, [JT, 64, 64], score_desc.layout)
-    scores_tail = gl.allocate_shared_memory(bf, [64 if TAIL > 0 else 8, 16], score_tail_desc.layout)
-    M_tail = gl.allocate_shared_memory(bf, [JT if TAIL > 0 else 1, 64 if TAIL > 0 else 8, 16], sixteen)
-    M_last = gl.allocate_shared_memory(bf, [16 if TAIL > 0 else 8, 16], sixteen)
-    fc_tail = gl.allocate_shared_memory(bf, [FC if TAIL > 0 and FC > 0 else 8, 16], sixteen)
-    # V full 0 1, table full 2, z or fc_D full 3, scores 4
-    bars = gl.allocate_shared_memory(gl.int64, [5, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(5):
-        mbarrier.init(bars.index(i), count=1)
-    fence_async_shared()
-    _barrier()
-    _fetch_table(table_desc, table, bars.index(2), chunk, h0, H)
-    _fetch_v(
-        v_desc, v_tail_desc, state_desc, V, V_tail, states, bars.index(0), 0, b, row0, c, nC, h0, H,
-        JT, TAIL, LEFT, HAS_STATE,
-    )  # fmt: skip
-    if (GATE and Z_MAP) or FC > 0:
-        _fetch_second(z_desc, fc_desc, output, bars.index(3), b, row0 + R0, h0, GATE, FC)
-    if STAGES > 1:
-        if turns > 1:
-            _fetch_v(
-                v_desc, v_tail_desc, state_desc, V, V_tail, states, bars.index(1), 1, b, row0, c, nC, h0 + groups, H,
-                JT, TAIL, LEFT, HAS_STATE,
-            )  # fmt: skip
-    full = bars.index(4)
-    mbarrier.expect(full, JT * 8192 + TAIL * 128)
-    for i in gl.static_range(JT):
-        tma.async_copy_global_to_shared(score_desc, [chunk * ROWS + R0, i * 64], full, scores.index(i))
-    if TAIL > 0:
-        tma.async_copy_global_to_shared(score_tail_desc, [chunk * ROWS + R0, JT * 64], full, scores_tail)
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     P4: gl.constexpr = _blocks(4, 4)
@@ -395,22 +338,17 @@ def mix_chunk_kernel(
         to = gl.expand_dims((b * L + at).to(gl.int64) * H, 1) + gl.expand_dims(hh, 0)
         keep = gl.expand_dims(at < L, 1) & gl.expand_dims(hh < H, 0)
         dd = gl.load(ddiag + to, mask=keep, other=0.0).to(bf)  # (64, FC)
-        if TAIL > 0:
-            TF: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [1, 4], [0, 1])
-            hh = gl.arange(0, FC, layout=gl.SliceLayout(1, TF))
-            at = row0 + 64 * JT + gl.arange(0, 16, layout=gl.SliceLayout(0, TF))
-            to = gl.expand_dims((b * L + at).to(gl.int64) * H, 0) + gl.expand_dims(hh, 1)
-            keep = gl.expand_dims(at < L, 0) & gl.expand_dims(hh < H, 1)
-            fc_tail.store(gl.load(ddiag + to, mask=keep, other=0.0).to(bf))
     delta_next = gl.zeros([4, 16], gl.float32, wr)
     if DIAGONAL == 1:
         delta_next += gl.load(diag + h0)
     if DIAGONAL == 2:
         delta_next = gl.load(diag + (b * H + h0).to(gl.int64) * L + row16, mask=row16 < L, other=0.0)
-    mbarrier.wait(full, 0)
+    if GATE:
+        for k in range(turns):
+            weights.index(k).store(gl.load(weight + (h0 + k * groups) * 64 + cols).to(gl.float32))
+    mbarrier.wait(bars.index(1), 0)
     for k in range(turns):
         h = h0 + k * groups
-        slot = k % STAGES
         delta = delta_next
         hn = gl.minimum(h + groups, H - 1)
         if DIAGONAL == 1:
@@ -457,27 +395,27 @@ def mix_chunk_kernel(
             if (GATE and Z_MAP) or FC > 0:
                 tma.store_wait(0)
                 _fetch_second(z_desc, fc_desc, output, bars.index(3), b, row0 + R0, h, GATE, FC)
-        mbarrier.wait(bars.index(slot), (k // STAGES) & 1)
+        mbarrier.wait(bars.index(0), k & 1)
         acc = gl.zeros((64, 64), gl.float32, mma)
         by_tile = factors._reinterpret(bf, [4, 4, 4, 16], flat3)
         for o in gl.static_range(JT - 1):
             on_left = PI > o
             J = o + gl.where(on_left, 0, 1)
             m = _tile_beside(scores.index(J), by_tile.index(J), gl.where(on_left, fl, fr), 4, operand)
-            acc = warpgroup_mma(m, V.index(slot * JT + J)._reinterpret(bf, [64, 64], whole), acc, is_async=True)
+            acc = warpgroup_mma(m, V.index(J)._reinterpret(bf, [64, 64], whole), acc, is_async=True)
             if o > 0:
                 acc = warpgroup_mma_wait(1, deps=(acc,))
         m = _tile_on_diagonal(scores.index(PI), by_tile.index(PI), fl, fr, d, operand)
-        acc = warpgroup_mma(m, V.index(slot * JT + PI)._reinterpret(bf, [64, 64], whole), acc, is_async=True)
+        acc = warpgroup_mma(m, V.index(PI)._reinterpret(bf, [64, 64], whole), acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=(acc,))
         if TAIL > 0:
             m = _tile_beside(scores_tail, by_tile.index(JT).slice(0, 1, dim=1), fr, 1, operand)
-            acc = warpgroup_mma(m, V_tail.index(slot)._reinterpret(bf, [16, 64], whole), acc, is_async=True)
+            acc = warpgroup_mma(m, V_tail._reinterpret(bf, [16, 64], whole), acc, is_async=True)
         if HAS_STATE:
             m = _mul2_packed(c_left, _spread(_pack(_exp2(row_l)), 4, operand))
-            acc = warpgroup_mma(m, states.index(2 * slot), acc, is_async=True)
+            acc = warpgroup_mma(m, states.index(0), acc, is_async=True)
             m = _mul2_packed(c_right, _spread(_pack(_exp2(row_r)), 4, operand))
-            acc = warpgroup_mma(m, states.index(2 * slot + 1), acc, is_async=True)
+            acc = warpgroup_mma(m, states.index(1), acc, is_async=True)
         if (GATE and Z_MAP) or FC > 0:
             mbarrier.wait(bars.index(3), k & 1)
         if FC > 0:
@@ -485,34 +423,25 @@ def mix_chunk_kernel(
             acc = warpgroup_mma(dd, fc, acc, is_async=True)
         flat = output._reinterpret(bf, [64, 64], whole)
         if GATE:
-            wv = gl.load(weight + h * 64 + cols).to(gl.float32)
             if not Z_MAP:
                 z_at = gl.expand_dims(rows * stride_zl, 1) + gl.expand_dims(h * 64 + cols, 0)
                 z_in = gl.expand_dims(rows < L, 1) & gl.expand_dims(cols >= 0, 0)
                 zv = gl.load(z + b.to(gl.int64) * stride_zb + z_at, mask=z_in, other=0.0)
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        if TAIL > 0:
-            if k % JT == PI:  # the row tiles take turns
-                _tail_rows(
-                    S, V, V_tail, table, M_tail, M_last, fc_tail, output, fc_desc, diag, weight, squares, z,
-                    out, chunk, b, c, row0, h, H, L, stride_zb, stride_zl, stride_ob, stride_ol,
-                    JT, ROWS, slot, GATE, FC, DIAGONAL,
-                )  # fmt: skip
         if GATE:
             square = gl.sum(acc * acc, axis=1)
             if Z_MAP:
                 zv = flat.load(mma)
-            acc = _gated(acc, zv, gl.expand_dims(wv, 0))
+            acc = _gated(acc, zv, gl.expand_dims(weights.index(k).load(gl.SliceLayout(0, mma)), 0))
         if not ((GATE and Z_MAP) or FC > 0):
             tma.store_wait(0)
         _barrier()  # V, the table and what was in the place of the output are read
-        if k + STAGES < turns:
-            _fetch_v(
-                v_desc, v_tail_desc, state_desc, V, V_tail, states, bars.index(slot), slot, b, row0, c, nC,
-                h + STAGES * groups, H, JT, TAIL, LEFT, HAS_STATE,
-            )  # fmt: skip
         if k + 1 < turns:
             _fetch_table(table_desc, table, bars.index(2), chunk, h + groups, H)
+            _fetch_v(
+                v_desc, v_tail_desc, state_desc, V, V_tail, states, bars.index(0), b, row0, c, nC, h + groups, H,
+                JT, TAIL, LEFT, HAS_STATE,
+            )  # fmt: skip
         flat.store(acc.to(bf))
         fence_async_shared()
         _barrier()
@@ -520,6 +449,112 @@ def mix_chunk_kernel(
         if GATE:  # last: the fence above waits for every store before it
             gl.store(squares + (b * H + h).to(gl.int64) * L + rows, square, mask=rows < L)
     tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=['L', 'H', 'turns'])
+def mix_chunk_kernel(
+    v_desc,  # (B, L, >= H * 64): boxes (1, 64, 64)
+    v_tail_desc,  # the same, boxes (1, 16, 64), where TAIL
+    z_desc,  # (B, L, >= H * 64), where GATE
+    out_desc,  # (B, L, H * 64) out: boxes (1, 64, 64)
+    score_desc,  # (B * nC * ROWS, ROWS): boxes (64, 64)
+    score_tail_desc,  # the same, boxes (64, 16), where TAIL
+    table_desc,  # (B * nC * H * 4, 256) float32
+    state_desc,  # (B * H * 2 * nC * 64, 64), where HAS_STATE
+    fc_desc,  # (H, H * 64), where FC: boxes (FC, 64)
+    S,  # as score_desc (B * nC, ROWS, ROWS)
+    diag,  # (B, H, L) or (H,) float32
+    weight,  # (H * 64,), where GATE
+    squares,  # (B, H, L) float32 out, where GATE: sum over a head of y^2
+    left_rows,  # (B, L, 64), rows of stride_rl, where HAS_STATE: what multiplies the state on the left
+    right_rows,
+    ddiag,  # (B, L, H) float32, where FC
+    z,  # as z_desc
+    out,  # as out_desc
+    L,
+    H,
+    turns,  # heads a program
+    nC,
+    stride_rb,
+    stride_rl,
+    stride_zb,
+    stride_zl,
+    stride_ob,
+    stride_ol,
+    ROWS: gl.constexpr,  # tokens a chunk
+    JT: gl.constexpr,  # whole tiles of 64 rows and columns
+    TAIL: gl.constexpr,  # rows and columns beyond them: 0 or 16
+    GATE: gl.constexpr,
+    Z_MAP: gl.constexpr,  # z has rows of whole 16 bytes, as tensor maps need
+    HAS_STATE: gl.constexpr,
+    LEFT: gl.constexpr,  # the direction (0 forward, 1 backward) whose state is on the left
+    SHIFT: gl.constexpr,  # rows between a token and the one whose C it reads: 1, or 0 for B
+    FC: gl.constexpr,  # heads, padded, where the diagonal's gradient goes through fc_D; 0
+    DIAGONAL: gl.constexpr,  # 0 none, 1 (H,), 2 (B, H, L)
+):
+    """One program: 64 rows of a chunk, or its tail, and a group of heads in turn."""
+    bf: gl.constexpr = gl.bfloat16
+    whole: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    sixteen: gl.constexpr = gl.NVMMASharedLayout(32, 16, 2)
+    PARTS: gl.constexpr = JT + (1 if TAIL > 0 else 0)
+    groups = H // turns
+    pid = gl.program_id(0)
+    PI = pid % PARTS
+    h0 = (pid // PARTS) % groups
+    chunk = pid // (PARTS * groups)
+    b = chunk // nC
+    c = chunk % nC
+    row0 = c * ROWS
+    if row0 + 64 * PI >= L:
+        return
+    V = gl.allocate_shared_memory(bf, [JT, 1, 64, 64], v_desc.layout)
+    V_tail = gl.allocate_shared_memory(bf, [1, 16 if TAIL > 0 else 8, 64], v_tail_desc.layout)
+    output = gl.allocate_shared_memory(bf, [1, 64, 64], v_desc.layout)
+    table = gl.allocate_shared_memory(gl.float32, [4, 256], table_desc.layout)
+    states = gl.allocate_shared_memory(bf, [2 if HAS_STATE else 1, 64 if HAS_STATE else 8, 64], whole)
+    factors = gl.allocate_shared_memory(bf, [4, 4, 8, 8], gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]))
+    scores = gl.allocate_shared_memory(bf, [JT, 64, 64], score_desc.layout)
+    scores_tail = gl.allocate_shared_memory(bf, [64 if TAIL > 0 else 8, 16], score_tail_desc.layout)
+    weights = gl.allocate_shared_memory(gl.float32, [16 if GATE else 1, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    # V full 0, scores 1, table full 2, z or fc_D full 3
+    bars = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(4):
+        mbarrier.init(bars.index(i), count=1)
+    fence_async_shared()
+    _barrier()
+    _fetch_table(table_desc, table, bars.index(2), chunk, h0, H)
+    _fetch_v(
+        v_desc, v_tail_desc, state_desc, V, V_tail, states, bars.index(0), b, row0, c, nC, h0, H,
+        JT, TAIL, LEFT, HAS_STATE,
+    )  # fmt: skip
+    if TAIL > 0:
+        if PI == JT:
+            if FC > 0:
+                _fetch_second(fc_desc, fc_desc, output, bars.index(3), b, row0, h0, False, FC)
+            # in the place of the scores
+            M_tail = scores._reinterpret(bf, [4 * JT, 64, 16], sixteen)
+            M_last = scores_tail._reinterpret(bf, [4, 16, 16], sixteen).index(0)
+            fc_tail = factors._reinterpret(bf, [1024 // 16 // FC if FC > 0 else 1, FC if FC > 0 else 64, 16], sixteen).index(0)
+            _tail_program(
+                v_desc, v_tail_desc, table_desc, state_desc, fc_desc, S, diag, weight, squares, ddiag, z, out,
+                V, V_tail, states, table, M_tail, M_last, fc_tail, output, bars, b, c, chunk, row0, h0, L, H, turns,
+                groups, nC, stride_zb, stride_zl, stride_ob, stride_ol, ROWS, JT, TAIL, GATE, LEFT, FC, DIAGONAL,
+            )  # fmt: skip
+            return
+    if (GATE and Z_MAP) or FC > 0:
+        _fetch_second(z_desc, fc_desc, output, bars.index(3), b, row0 + 64 * PI, h0, GATE, FC)
+    full = bars.index(1)
+    mbarrier.expect(full, JT * 8192 + TAIL * 128)
+    for i in gl.static_range(JT):
+        tma.async_copy_global_to_shared(score_desc, [chunk * ROWS + 64 * PI, i * 64], full, scores.index(i))
+    if TAIL > 0:
+        tma.async_copy_global_to_shared(score_tail_desc, [chunk * ROWS + 64 * PI, JT * 64], full, scores_tail)
+    _rows_program(
+        v_desc, v_tail_desc, z_desc, out_desc, table_desc, state_desc, fc_desc, S, diag, weight, squares,
+        left_rows, right_rows, ddiag, z, V, V_tail, states, table, scores, scores_tail, factors, output, weights, bars,
+        b, c, chunk, row0, PI, h0, L, H, turns, groups, nC, stride_rb, stride_rl, stride_zb, stride_zl,
+        ROWS, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -944,15 +979,15 @@ def mix_chunks(
     FC = 0 if diagonal is None else max(16, 1 << (c.H - 1).bit_length())
     unused = _flat(S, 64, 64, WHOLE)
     full = 3 if c.NT == 4 else c.NT
-    launch(mix_chunk_kernel, (c.B * c.nC * full * (c.H // c.turns),),
+    launch(mix_chunk_kernel, (c.B * c.nC * c.NT * (c.H // c.turns),),
         v_desc, _rows_of(v, width, 16), _rows_of(z, width) if z_map else v_desc, _rows_of(out, width),
         unused, _flat(S, 64, 16, SIXTEEN), _flat(table, 4, 256, PLAIN), unused if states is None else _flat(states, 64, 64, WHOLE),
         unused if diagonal is None else _flat(fc, FC, 64, WHOLE),
         S, table if diag is None else diag, weight, squares, *rows, ddiag, z, out,
         c.L, c.H, c.turns, c.nC, rows[0].stride(0), rows[0].stride(1), z.stride(0), z.stride(1), out.stride(0),
-        out.stride(1), ROWS=c.rows, JT=full, TAIL=16 if c.NT == 4 else 0, STAGES=1, GATE=gate is not None,
+        out.stride(1), ROWS=c.rows, JT=full, TAIL=16 if c.NT == 4 else 0, GATE=gate is not None,
         Z_MAP=z_map, HAS_STATE=states is not None, LEFT=int(transposed), SHIFT=0 if transposed else 1, FC=FC,
-        DIAGONAL=0 if diag is None else min(diag.ndim, 2), num_warps=4, maxnreg=168,
+        DIAGONAL=0 if diag is None else min(diag.ndim, 2), num_warps=4, maxnreg=168 if states is None else 240,
     )  # fmt: skip
 
 
