@@ -155,15 +155,14 @@ def _tile_on_diagonal(s, t_tile, rl, rr, d, operand: gl.constexpr):
 
 @gluon.jit
 def _fetch_v(
-    v_desc, v_tail_desc, state_desc, V, V_tail, states, bar, b, row0, c, nC, h, H,
-    JT: gl.constexpr, TAIL: gl.constexpr, LEFT: gl.constexpr, HAS_STATE: gl.constexpr,
+    v_desc, state_desc, V, states, bar, b, row0, c, nC, h, H,
+    BOXES: gl.constexpr, LEFT: gl.constexpr, HAS_STATE: gl.constexpr,
 ):  # fmt: skip
     """V of head h and both states."""
-    mbarrier.expect(bar, JT * 8192 + TAIL * 128 + (16384 if HAS_STATE else 0))
-    for J in gl.static_range(JT):
-        tma.async_copy_global_to_shared(v_desc, [b, row0 + 64 * J, h * 64], bar, V.index(J))
-    if TAIL > 0:
-        tma.async_copy_global_to_shared(v_tail_desc, [b, row0 + 64 * JT, h * 64], bar, V_tail)
+    BOX: gl.constexpr = v_desc.block_shape[1]
+    mbarrier.expect(bar, BOXES * BOX * 128 + (16384 if HAS_STATE else 0))
+    for i in gl.static_range(BOXES):
+        tma.async_copy_global_to_shared(v_desc, [b, row0 + BOX * i, h * 64], bar, V.index(i))
     if HAS_STATE:
         at = ((b * H + h) * 2 * nC + c) * 64
         tma.async_copy_global_to_shared(state_desc, [at + LEFT * nC * 64, 0], bar, states.index(0))
@@ -198,10 +197,10 @@ def _gated(y, z, w):
 
 @gluon.jit
 def _tail_program(
-    v_desc, v_tail_desc, table_desc, state_desc, fc_desc, S, diag, weight, squares, ddiag, z, result,
-    V, V_tail, states, table, M_tail, M_last, fc_tail, output, bars, b, c, chunk, row0, h0, L, H, turns, groups, nC,
+    v_desc, table_desc, state_desc, fc_desc, S, diag, weight, squares, ddiag, z, result,
+    V, states, table, M_tail, M_last, fc_tail, output, bars, b, c, chunk, row0, h0, L, H, turns, groups, nC,
     stride_zb, stride_zl, stride_ob, stride_ol,
-    ROWS: gl.constexpr, JT: gl.constexpr, TAIL: gl.constexpr, GATE: gl.constexpr, LEFT: gl.constexpr, FC: gl.constexpr,
+    ROWS: gl.constexpr, JT: gl.constexpr, BOXES: gl.constexpr, GATE: gl.constexpr, FC: gl.constexpr,
     DIAGONAL: gl.constexpr,
 ):  # fmt: skip
     """The last 16 rows of a chunk, transposed: y^T (64, 16) = V^T M^T costs a quarter of a tile of 64 rows."""
@@ -213,6 +212,7 @@ def _tail_program(
     TF: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [1, 4], [0, 1])  # (FC, 16)
     R0: gl.constexpr = 64 * JT
     B0: gl.constexpr = R0 // 16
+    tiles = V._reinterpret(bf, [JT + 1, 64, 64], whole)
     scores = S + (chunk.to(gl.int64) * ROWS + R0) * ROWS
     by16 = table._reinterpret(gl.float32, [64, 16], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     by64 = table._reinterpret(gl.float32, [16, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -249,38 +249,37 @@ def _tail_program(
             w = gl.load(weight + h * 64 + p).to(gl.float32)
         mbarrier.wait(bars.index(2), k & 1)
         left = gl.expand_dims(by16.index(B0).load(gl.SliceLayout(0, TT)), 0)
+        beside = ()
         for J in gl.static_range(JT):
             e = left - gl.expand_dims(by64.index(4 + J).load(gl.SliceLayout(1, TT)), 1)
-            M_tail.index(J).store((s[J].to(gl.float32) * _exp2(e)).to(bf))
+            beside = beside + ((s[J].to(gl.float32) * _exp2(e)).to(bf),)
         left = gl.expand_dims(by16.index(B0).load(gl.SliceLayout(0, TD)), 0)
         left_col = gl.expand_dims(by16.index(16 + B0).load(gl.SliceLayout(1, TD)), 1)
         right = gl.expand_dims(by16.index(32 + B0).load(gl.SliceLayout(0, TD)), 0)
         right_col = gl.expand_dims(by16.index(48 + B0).load(gl.SliceLayout(1, TD)), 1)
         m = s_last * _exp2(gl.where(ii > jj, left - left_col, right - right_col))
-        M_last.store(gl.where(ii == jj, gl.expand_dims(delta, 0), m).to(bf))
+        m = gl.where(ii == jj, gl.expand_dims(delta, 0), m).to(bf)
+        for J in gl.static_range(JT):
+            M_tail.index(J).store(beside[J])
+        M_last.store(m)
         fence_async_shared()
         _barrier()
         mbarrier.wait(bars.index(0), k & 1)
         acc = gl.zeros((64, 16), gl.float32, mma)
         for J in gl.static_range(JT):
-            v = V.index(J)._reinterpret(bf, [64, 64], whole)
-            acc = warpgroup_mma(v.permute((1, 0)), M_tail.index(J), acc, is_async=True)
-        v = V_tail._reinterpret(bf, [16, 64], whole)
-        acc = warpgroup_mma(v.permute((1, 0)), M_last, acc, is_async=True)
+            acc = warpgroup_mma(tiles.index(J).permute((1, 0)), M_tail.index(J), acc, is_async=True)
+        acc = warpgroup_mma(tiles.index(JT).slice(0, 16, dim=0).permute((1, 0)), M_last, acc, is_async=True)
         if FC > 0:
-            mbarrier.wait(bars.index(3), k & 1)
+            mbarrier.wait(bars.index(4), k & 1)
             fc = output._reinterpret(bf, [64 // FC, FC, 64], fc_desc.layout).index(0)
             acc = warpgroup_mma(fc.permute((1, 0)), fc_tail, acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         _barrier()
         if k + 1 < turns:
             _fetch_table(table_desc, table, bars.index(2), chunk, h + groups, H)
-            _fetch_v(
-                v_desc, v_tail_desc, state_desc, V, V_tail, states, bars.index(0), b, row0, c, nC, h + groups, H,
-                JT, TAIL, LEFT, False,
-            )  # fmt: skip
+            _fetch_v(v_desc, state_desc, V, states, bars.index(0), b, row0, c, nC, h + groups, H, BOXES, 0, False)
             if FC > 0:
-                _fetch_second(fc_desc, fc_desc, output, bars.index(3), b, row0, h + groups, False, FC)
+                _fetch_second(fc_desc, fc_desc, output, bars.index(4), b, row0, h + groups, False, FC)
         if GATE:
             square = gl.sum(acc * acc, axis=0)
             acc = _gated(acc, zv, gl.expand_dims(w, 1))
@@ -290,16 +289,19 @@ def _tail_program(
 
 @gluon.jit
 def _rows_program(
-    v_desc, v_tail_desc, z_desc, out_desc, table_desc, state_desc, fc_desc, S, diag, weight, squares,
-    left_rows, right_rows, ddiag, z, V, V_tail, states, table, scores, scores_tail, factors, output, weights, bars,
+    v_desc, z_desc, out_desc, table_desc, state_desc, fc_desc, S, diag, weight, squares,
+    left_rows, right_rows, ddiag, z, V, states, tables, scores, scores_tail, factors, outputs, weights, bars,
     b, c, chunk, row0, PI, h0, L, H, turns, groups, nC, stride_rb, stride_rl, stride_zb, stride_zl,
-    ROWS: gl.constexpr, JT: gl.constexpr, TAIL: gl.constexpr, GATE: gl.constexpr, Z_MAP: gl.constexpr,
-    HAS_STATE: gl.constexpr, LEFT: gl.constexpr, SHIFT: gl.constexpr, FC: gl.constexpr, DIAGONAL: gl.constexpr,
+    ROWS: gl.constexpr, JT: gl.constexpr, TAIL: gl.constexpr, BOXES: gl.constexpr, BUFFERS: gl.constexpr,
+    GATE: gl.constexpr, Z_MAP: gl.constexpr, HAS_STATE: gl.constexpr, LEFT: gl.constexpr, SHIFT: gl.constexpr,
+    FC: gl.constexpr, DIAGONAL: gl.constexpr,
 ):  # fmt: skip
     """64 rows of a chunk."""
     bf: gl.constexpr = gl.bfloat16
     whole: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    SECOND: gl.constexpr = (GATE and Z_MAP) or FC > 0
     R0 = 64 * PI
+    tiles = V._reinterpret(bf, [V.shape[0] * V.shape[2] // 64, 64, 64], whole)
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     P4: gl.constexpr = _blocks(4, 4)
@@ -315,7 +317,8 @@ def _rows_program(
     # the 16 x 16 blocks of the scores on the diagonal
     r = gl.arange(0, 64, layout=gl.SliceLayout(1, operand))
     q = gl.arange(0, 16, layout=gl.SliceLayout(0, operand))
-    s_blocks = gl.load(S + (chunk.to(gl.int64) * ROWS + R0) * ROWS + gl.expand_dims(r * ROWS + R0 + r // 16 * 16, 1) + gl.expand_dims(q, 0))
+    to = S + (chunk.to(gl.int64) * ROWS + R0) * ROWS
+    s_blocks = gl.load(to + gl.expand_dims(r * ROWS + R0 + r // 16 * 16, 1) + gl.expand_dims(q, 0))
     rows = row0 + R0 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
     cols = gl.arange(0, 64, layout=gl.SliceLayout(0, mma))
     row16 = gl.expand_dims(gl.arange(0, 4, layout=gl.SliceLayout(1, wr)) * 16, 1) + gl.expand_dims(
@@ -344,8 +347,12 @@ def _rows_program(
     if DIAGONAL == 2:
         delta_next = gl.load(diag + (b * H + h0).to(gl.int64) * L + row16, mask=row16 < L, other=0.0)
     if GATE:
-        for k in range(turns):
-            weights.index(k).store(gl.load(weight + (h0 + k * groups) * 64 + cols).to(gl.float32))
+        wl: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+        turn = gl.arange(0, 8, layout=gl.SliceLayout(1, wl))
+        at = gl.expand_dims((h0 + turn * groups) * 64, 1) + gl.expand_dims(
+            gl.arange(0, 64, layout=gl.SliceLayout(0, wl)), 0
+        )
+        weights.store(gl.load(weight + at, mask=gl.expand_dims(turn < turns, 1) & (at >= 0), other=0.0).to(gl.float32))
     mbarrier.wait(bars.index(1), 0)
     for k in range(turns):
         h = h0 + k * groups
@@ -355,7 +362,11 @@ def _rows_program(
             delta_next = gl.zeros([4, 16], gl.float32, wr) + gl.load(diag + hn)
         if DIAGONAL == 2:
             delta_next = gl.load(diag + (b * H + hn).to(gl.int64) * L + row16, mask=row16 < L, other=0.0)
-        mbarrier.wait(bars.index(2), k & 1)
+        s = k % BUFFERS
+        phase = (k // BUFFERS) & 1
+        output = outputs.index(s)
+        mbarrier.wait(bars.index(2 + s), phase)
+        table = tables.index(s)
         # column factors towards each row block; zero inside the row block itself
         by64 = table._reinterpret(gl.float32, [4, 4, 8, 8], flat3)
         by16 = table._reinterpret(gl.float32, [16, 4, 16], flat2)
@@ -391,10 +402,10 @@ def _rows_program(
         first_r = by16.index(8 + PI).slice(15, 1, dim=1).load(wr)
         fl = _pack(_exp2(row_l - first_l))
         fr = _pack(_exp2(row_r - first_r))
-        if k > 0:
-            if (GATE and Z_MAP) or FC > 0:
+        if SECOND and BUFFERS == 1:
+            if k > 0:
                 tma.store_wait(0)
-                _fetch_second(z_desc, fc_desc, output, bars.index(3), b, row0 + R0, h, GATE, FC)
+                _fetch_second(z_desc, fc_desc, output, bars.index(4), b, row0 + R0, h, GATE, FC)
         mbarrier.wait(bars.index(0), k & 1)
         acc = gl.zeros((64, 64), gl.float32, mma)
         by_tile = factors._reinterpret(bf, [4, 4, 4, 16], flat3)
@@ -402,22 +413,22 @@ def _rows_program(
             on_left = PI > o
             J = o + gl.where(on_left, 0, 1)
             m = _tile_beside(scores.index(J), by_tile.index(J), gl.where(on_left, fl, fr), 4, operand)
-            acc = warpgroup_mma(m, V.index(J)._reinterpret(bf, [64, 64], whole), acc, is_async=True)
+            acc = warpgroup_mma(m, tiles.index(J), acc, is_async=True)
             if o > 0:
                 acc = warpgroup_mma_wait(1, deps=(acc,))
         m = _tile_on_diagonal(scores.index(PI), by_tile.index(PI), fl, fr, d, operand)
-        acc = warpgroup_mma(m, V.index(PI)._reinterpret(bf, [64, 64], whole), acc, is_async=True)
+        acc = warpgroup_mma(m, tiles.index(PI), acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=(acc,))
         if TAIL > 0:
             m = _tile_beside(scores_tail, by_tile.index(JT).slice(0, 1, dim=1), fr, 1, operand)
-            acc = warpgroup_mma(m, V_tail._reinterpret(bf, [16, 64], whole), acc, is_async=True)
+            acc = warpgroup_mma(m, tiles.index(JT).slice(0, 16, dim=0), acc, is_async=True)
         if HAS_STATE:
             m = _mul2_packed(c_left, _spread(_pack(_exp2(row_l)), 4, operand))
             acc = warpgroup_mma(m, states.index(0), acc, is_async=True)
             m = _mul2_packed(c_right, _spread(_pack(_exp2(row_r)), 4, operand))
             acc = warpgroup_mma(m, states.index(1), acc, is_async=True)
-        if (GATE and Z_MAP) or FC > 0:
-            mbarrier.wait(bars.index(3), k & 1)
+        if SECOND:
+            mbarrier.wait(bars.index(4 + s), phase)
         if FC > 0:
             fc = output._reinterpret(bf, [64 // FC, FC, 64], fc_desc.layout).index(0)
             acc = warpgroup_mma(dd, fc, acc, is_async=True)
@@ -432,16 +443,21 @@ def _rows_program(
             square = gl.sum(acc * acc, axis=1)
             if Z_MAP:
                 zv = flat.load(mma)
-            acc = _gated(acc, zv, gl.expand_dims(weights.index(k).load(gl.SliceLayout(0, mma)), 0))
-        if not ((GATE and Z_MAP) or FC > 0):
+            w = weights._reinterpret(gl.float32, [8, 64], gl.SwizzledSharedLayout(1, 1, 1, [0])).index(k)
+            acc = _gated(acc, zv, gl.expand_dims(w.load(gl.SliceLayout(0, mma)), 0))
+        if BUFFERS == 2 or not SECOND:
             tma.store_wait(0)
         _barrier()  # V, the table and what was in the place of the output are read
+        if k + BUFFERS < turns:
+            _fetch_table(table_desc, table, bars.index(2 + s), chunk, h + BUFFERS * groups, H)
         if k + 1 < turns:
-            _fetch_table(table_desc, table, bars.index(2), chunk, h + groups, H)
             _fetch_v(
-                v_desc, v_tail_desc, state_desc, V, V_tail, states, bars.index(0), b, row0, c, nC, h + groups, H,
-                JT, TAIL, LEFT, HAS_STATE,
+                v_desc, state_desc, V, states, bars.index(0), b, row0, c, nC, h + groups, H, BOXES, LEFT, HAS_STATE
             )  # fmt: skip
+            if SECOND and BUFFERS == 2:
+                _fetch_second(
+                    z_desc, fc_desc, outputs.index(1 - s), bars.index(5 - s), b, row0 + R0, h + groups, GATE, FC
+                )
         flat.store(acc.to(bf))
         fence_async_shared()
         _barrier()
@@ -453,8 +469,7 @@ def _rows_program(
 
 @gluon.jit(do_not_specialize=['L', 'H', 'turns'])
 def mix_chunk_kernel(
-    v_desc,  # (B, L, >= H * 64): boxes (1, 64, 64)
-    v_tail_desc,  # the same, boxes (1, 16, 64), where TAIL
+    v_desc,  # (B, L, >= H * 64): boxes (1, 64 or 128 or 256, 64)
     z_desc,  # (B, L, >= H * 64), where GATE
     out_desc,  # (B, L, H * 64) out: boxes (1, 64, 64)
     score_desc,  # (B * nC * ROWS, ROWS): boxes (64, 64)
@@ -484,6 +499,8 @@ def mix_chunk_kernel(
     ROWS: gl.constexpr,  # tokens a chunk
     JT: gl.constexpr,  # whole tiles of 64 rows and columns
     TAIL: gl.constexpr,  # rows and columns beyond them: 0 or 16
+    BOXES: gl.constexpr,  # of v_desc that a chunk has
+    BUFFERS: gl.constexpr,  # heads whose exponents, z and outputs are in shared memory
     GATE: gl.constexpr,
     Z_MAP: gl.constexpr,  # z has rows of whole 16 bytes, as tensor maps need
     HAS_STATE: gl.constexpr,
@@ -507,42 +524,42 @@ def mix_chunk_kernel(
     row0 = c * ROWS
     if row0 + 64 * PI >= L:
         return
-    V = gl.allocate_shared_memory(bf, [JT, 1, 64, 64], v_desc.layout)
-    V_tail = gl.allocate_shared_memory(bf, [1, 16 if TAIL > 0 else 8, 64], v_tail_desc.layout)
-    output = gl.allocate_shared_memory(bf, [1, 64, 64], v_desc.layout)
-    table = gl.allocate_shared_memory(gl.float32, [4, 256], table_desc.layout)
+    V = gl.allocate_shared_memory(bf, [BOXES, 1, v_desc.block_shape[1], 64], v_desc.layout)
+    outputs = gl.allocate_shared_memory(bf, [BUFFERS, 1, 64, 64], out_desc.layout)
+    tables = gl.allocate_shared_memory(gl.float32, [BUFFERS, 4, 256], table_desc.layout)
     states = gl.allocate_shared_memory(bf, [2 if HAS_STATE else 1, 64 if HAS_STATE else 8, 64], whole)
     factors = gl.allocate_shared_memory(bf, [4, 4, 8, 8], gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]))
     scores = gl.allocate_shared_memory(bf, [JT, 64, 64], score_desc.layout)
     scores_tail = gl.allocate_shared_memory(bf, [64 if TAIL > 0 else 8, 16], score_tail_desc.layout)
-    weights = gl.allocate_shared_memory(gl.float32, [16 if GATE else 1, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    # V full 0, scores 1, table full 2, z or fc_D full 3
-    bars = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(4):
+    weights = gl.allocate_shared_memory(gl.float32, [8 if GATE else 1, 64], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    # V full 0, scores 1, exponents full 2 3, z or fc_D full 4 5
+    bars = gl.allocate_shared_memory(gl.int64, [6, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(6):
         mbarrier.init(bars.index(i), count=1)
     fence_async_shared()
     _barrier()
-    _fetch_table(table_desc, table, bars.index(2), chunk, h0, H)
-    _fetch_v(
-        v_desc, v_tail_desc, state_desc, V, V_tail, states, bars.index(0), b, row0, c, nC, h0, H,
-        JT, TAIL, LEFT, HAS_STATE,
-    )  # fmt: skip
+    _fetch_table(table_desc, tables.index(0), bars.index(2), chunk, h0, H)
+    _fetch_v(v_desc, state_desc, V, states, bars.index(0), b, row0, c, nC, h0, H, BOXES, LEFT, HAS_STATE)
     if TAIL > 0:
         if PI == JT:
             if FC > 0:
-                _fetch_second(fc_desc, fc_desc, output, bars.index(3), b, row0, h0, False, FC)
-            # in the place of the scores
+                _fetch_second(fc_desc, fc_desc, outputs.index(0), bars.index(4), b, row0, h0, False, FC)
+            # in the place of scores and factors, which the other programs need
             M_tail = scores._reinterpret(bf, [4 * JT, 64, 16], sixteen)
             M_last = scores_tail._reinterpret(bf, [4, 16, 16], sixteen).index(0)
-            fc_tail = factors._reinterpret(bf, [1024 // 16 // FC if FC > 0 else 1, FC if FC > 0 else 64, 16], sixteen).index(0)
+            fc_tail = factors._reinterpret(bf, [1 if FC == 64 else 2, FC if FC > 0 else 32, 16], sixteen).index(0)
             _tail_program(
-                v_desc, v_tail_desc, table_desc, state_desc, fc_desc, S, diag, weight, squares, ddiag, z, out,
-                V, V_tail, states, table, M_tail, M_last, fc_tail, output, bars, b, c, chunk, row0, h0, L, H, turns,
-                groups, nC, stride_zb, stride_zl, stride_ob, stride_ol, ROWS, JT, TAIL, GATE, LEFT, FC, DIAGONAL,
+                v_desc, table_desc, state_desc, fc_desc, S, diag, weight, squares, ddiag, z, out,
+                V, states, tables.index(0), M_tail, M_last, fc_tail, outputs.index(0), bars, b, c, chunk, row0, h0, L,
+                H, turns, groups, nC, stride_zb, stride_zl, stride_ob, stride_ol,
+                ROWS, JT, BOXES, GATE, FC, DIAGONAL,
             )  # fmt: skip
             return
     if (GATE and Z_MAP) or FC > 0:
-        _fetch_second(z_desc, fc_desc, output, bars.index(3), b, row0 + 64 * PI, h0, GATE, FC)
+        _fetch_second(z_desc, fc_desc, outputs.index(0), bars.index(4), b, row0 + 64 * PI, h0, GATE, FC)
+    if BUFFERS == 2:
+        if turns > 1:
+            _fetch_table(table_desc, tables.index(1), bars.index(3), chunk, h0 + groups, H)
     full = bars.index(1)
     mbarrier.expect(full, JT * 8192 + TAIL * 128)
     for i in gl.static_range(JT):
@@ -550,10 +567,10 @@ def mix_chunk_kernel(
     if TAIL > 0:
         tma.async_copy_global_to_shared(score_tail_desc, [chunk * ROWS + 64 * PI, JT * 64], full, scores_tail)
     _rows_program(
-        v_desc, v_tail_desc, z_desc, out_desc, table_desc, state_desc, fc_desc, S, diag, weight, squares,
-        left_rows, right_rows, ddiag, z, V, V_tail, states, table, scores, scores_tail, factors, output, weights, bars,
+        v_desc, z_desc, out_desc, table_desc, state_desc, fc_desc, S, diag, weight, squares,
+        left_rows, right_rows, ddiag, z, V, states, tables, scores, scores_tail, factors, outputs, weights, bars,
         b, c, chunk, row0, PI, h0, L, H, turns, groups, nC, stride_rb, stride_rl, stride_zb, stride_zl,
-        ROWS, JT, TAIL, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
+        ROWS, JT, TAIL, BOXES, BUFFERS, GATE, Z_MAP, HAS_STATE, LEFT, SHIFT, FC, DIAGONAL,
     )  # fmt: skip
 
 
@@ -971,21 +988,22 @@ def mix_chunks(
 ) -> None:  # fmt: skip
     """Writes M v into ``out``; sizes ``c`` and the other arguments as in chunks.py."""
     width = c.H * 64
-    v_desc = _rows_of(v, width)
+    full = 3 if c.NT == 4 else c.NT
+    box = 64 if c.nC > 1 else {1: 64, 2: 128}.get(c.NT, 256)
+    v_desc = _rows_of(v, width, box)
     z, weight, squares = (v, table, table) if gate is None else gate
     fc, ddiag = (S, table) if diagonal is None else diagonal
     steps = (z.stride(0), z.stride(1))
     z_map = gate is not None and not z.data_ptr() % 16 and all(step > 0 and step % 8 == 0 for step in steps)
     FC = 0 if diagonal is None else max(16, 1 << (c.H - 1).bit_length())
     unused = _flat(S, 64, 64, WHOLE)
-    full = 3 if c.NT == 4 else c.NT
     launch(mix_chunk_kernel, (c.B * c.nC * c.NT * (c.H // c.turns),),
-        v_desc, _rows_of(v, width, 16), _rows_of(z, width) if z_map else v_desc, _rows_of(out, width),
-        unused, _flat(S, 64, 16, SIXTEEN), _flat(table, 4, 256, PLAIN), unused if states is None else _flat(states, 64, 64, WHOLE),
+        v_desc, _rows_of(z, width) if z_map else v_desc, _rows_of(out, width), unused, _flat(S, 64, 16, SIXTEEN), _flat(table, 4, 256, PLAIN), unused if states is None else _flat(states, 64, 64, WHOLE),
         unused if diagonal is None else _flat(fc, FC, 64, WHOLE),
         S, table if diag is None else diag, weight, squares, *rows, ddiag, z, out,
         c.L, c.H, c.turns, c.nC, rows[0].stride(0), rows[0].stride(1), z.stride(0), z.stride(1), out.stride(0),
-        out.stride(1), ROWS=c.rows, JT=full, TAIL=16 if c.NT == 4 else 0, GATE=gate is not None,
+        out.stride(1), ROWS=c.rows, JT=full, TAIL=16 if c.NT == 4 else 0,
+        BOXES=-(-64 * full // box), BUFFERS=2 if c.nC > 1 else 1, GATE=gate is not None,
         Z_MAP=z_map, HAS_STATE=states is not None, LEFT=int(transposed), SHIFT=0 if transposed else 1, FC=FC,
         DIAGONAL=0 if diag is None else min(diag.ndim, 2), num_warps=4, maxnreg=168 if states is None else 240,
     )  # fmt: skip
