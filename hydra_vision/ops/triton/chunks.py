@@ -1,6 +1,6 @@
 """Stages around the product with whole chunks (hopper.py): exponents, scores, states, and the gradients of all of them.
 
-A sequence is nC chunks of NT tiles of 64 tokens; token t of chunk c is c * 64 NT + t. Up to 208 tokens are one chunk,
+A sequence is nC chunks of NT tiles of 64 tokens; token t of chunk c is c * 64 NT + t. Up to 200 tokens are one chunk,
 and nothing but S leaves a program. Arrays that belong to chunks are chunk-major, (B * nC, H, ...), and 256 rows long.
 """
 
@@ -562,7 +562,7 @@ def head_dots_kernel(
     tl.store(dots + (b * L + l) * H + h, tl.sum(xv * yv, axis=1), mask=h < H)
 
 
-HEADS = 6  # most heads a program of the product
+HEADS = 8  # most heads a program of the product
 MOST_HEADS = 64  # that fc_D's columns may be in shared memory at once
 
 
@@ -613,8 +613,8 @@ class Chunks:
 
     @property
     def NT(self) -> int:
-        """Tiles a chunk: those of the sequence up to 208 tokens, three beyond."""
-        return 4 if 192 < self.L <= 208 else min(3, -(-self.L // 64))
+        """Tiles a chunk: those of the sequence up to 200 tokens, three beyond."""
+        return 4 if 192 < self.L <= 200 else min(3, -(-self.L // 64))
 
     @property
     def tail(self) -> int:

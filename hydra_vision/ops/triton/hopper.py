@@ -203,43 +203,45 @@ def _tail_program(
     ROWS: gl.constexpr, JT: gl.constexpr, BOXES: gl.constexpr, GATE: gl.constexpr, FC: gl.constexpr,
     DIAGONAL: gl.constexpr,
 ):  # fmt: skip
-    """The last 16 rows of a chunk, transposed: y^T (64, 16) = V^T M^T costs a quarter of a tile of 64 rows."""
+    """The last 8 rows of a chunk, transposed: y^T (64, 8) = V^T M^T costs an eighth of a tile of 64 rows."""
     bf: gl.constexpr = gl.bfloat16
     whole: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 16, 16])
-    TT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])  # (64 columns of M, 16 rows)
-    TD: gl.constexpr = gl.BlockedLayout([2, 1], [8, 4], [1, 4], [0, 1])  # (16, 16)
-    TF: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [1, 4], [0, 1])  # (FC, 16)
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 8, 16])
+    TT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])  # (8 rows of M, 64 columns)
+    TD: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [4, 1], [1, 0])  # (8, 16)
+    TF: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [4, 1], [1, 0])  # (8, FC)
+    row: gl.constexpr = gl.SliceLayout(1, TD)
     R0: gl.constexpr = 64 * JT
-    B0: gl.constexpr = R0 // 16
+    B0: gl.constexpr = R0 // 8
     tiles = V._reinterpret(bf, [JT + 1, 64, 64], whole)
     scores = S + (chunk.to(gl.int64) * ROWS + R0) * ROWS
+    by8 = table._reinterpret(gl.float32, [128, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     by16 = table._reinterpret(gl.float32, [64, 16], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     by64 = table._reinterpret(gl.float32, [16, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    i = gl.arange(0, 16, layout=gl.SliceLayout(0, TT))
-    j = gl.arange(0, 64, layout=gl.SliceLayout(1, TT))
+    i = gl.arange(0, 8, layout=gl.SliceLayout(1, TT))
+    j = gl.arange(0, 64, layout=gl.SliceLayout(0, TT))
     s = ()
     for J in gl.static_range(JT):
-        s = s + (gl.load(scores + gl.expand_dims(i * ROWS, 0) + gl.expand_dims(j + 64 * J, 1)),)
-    i = gl.arange(0, 16, layout=gl.SliceLayout(0, TD))
-    ii = gl.expand_dims(i, 0)
-    jj = gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(1, TD)), 1)
-    s_last = gl.load(scores + ii * ROWS + (jj + R0)).to(gl.float32)
+        s = s + (gl.load(scores + gl.expand_dims(i * ROWS, 1) + gl.expand_dims(j + 64 * J, 0)),)
+    i = gl.arange(0, 8, layout=row)
     own = row0 + R0 + i
+    ii = gl.expand_dims(i, 1)
+    jj = gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(0, TD)), 0)
+    s_last = gl.load(scores + ii * ROWS + (jj + R0)).to(gl.float32)
     if FC > 0:
-        hh = gl.arange(0, FC, layout=gl.SliceLayout(1, TF))
-        at = row0 + R0 + gl.arange(0, 16, layout=gl.SliceLayout(0, TF))
-        to = gl.expand_dims((b * L + at).to(gl.int64) * H, 0) + gl.expand_dims(hh, 1)
-        keep = gl.expand_dims(at < L, 0) & gl.expand_dims(hh < H, 1)
+        hh = gl.arange(0, FC, layout=gl.SliceLayout(0, TF))
+        at = row0 + R0 + gl.arange(0, 8, layout=gl.SliceLayout(1, TF))
+        to = gl.expand_dims((b * L + at).to(gl.int64) * H, 1) + gl.expand_dims(hh, 0)
+        keep = gl.expand_dims(at < L, 1) & gl.expand_dims(hh < H, 0)
         fc_tail.store(gl.load(ddiag + to, mask=keep, other=0.0).to(bf))
-    at = row0 + R0 + gl.arange(0, 16, layout=gl.SliceLayout(0, mma))
+    at = row0 + R0 + gl.arange(0, 8, layout=gl.SliceLayout(0, mma))
     p = gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
     seen = gl.expand_dims(at < L, 0) & gl.expand_dims(p >= 0, 1)
     z_at = z + b.to(gl.int64) * stride_zb + gl.expand_dims(at * stride_zl, 0) + gl.expand_dims(p, 1)
     to = result + b.to(gl.int64) * stride_ob + gl.expand_dims(at * stride_ol, 0) + gl.expand_dims(p, 1)
     for k in range(turns):
         h = h0 + k * groups
-        delta = gl.zeros([16], gl.float32, gl.SliceLayout(0, TD))
+        delta = gl.zeros([8], gl.float32, row)
         if DIAGONAL == 1:
             delta += gl.load(diag + h)
         if DIAGONAL == 2:
@@ -248,31 +250,34 @@ def _tail_program(
             zv = gl.load(z_at + h * 64, mask=seen, other=0.0)
             w = gl.load(weight + h * 64 + p).to(gl.float32)
         mbarrier.wait(bars.index(2), k & 1)
-        left = gl.expand_dims(by16.index(B0).load(gl.SliceLayout(0, TT)), 0)
+        left = gl.expand_dims(by8.index(B0).load(gl.SliceLayout(1, TT)), 1)
         beside = ()
         for J in gl.static_range(JT):
-            e = left - gl.expand_dims(by64.index(4 + J).load(gl.SliceLayout(1, TT)), 1)
+            e = left - gl.expand_dims(by64.index(4 + J).load(gl.SliceLayout(0, TT)), 0)
             beside = beside + ((s[J].to(gl.float32) * _exp2(e)).to(bf),)
-        left = gl.expand_dims(by16.index(B0).load(gl.SliceLayout(0, TD)), 0)
-        left_col = gl.expand_dims(by16.index(16 + B0).load(gl.SliceLayout(1, TD)), 1)
-        right = gl.expand_dims(by16.index(32 + B0).load(gl.SliceLayout(0, TD)), 0)
-        right_col = gl.expand_dims(by16.index(48 + B0).load(gl.SliceLayout(1, TD)), 1)
+        left = gl.expand_dims(by8.index(B0).load(row), 1)
+        left_col = gl.expand_dims(by16.index(16 + R0 // 16).load(gl.SliceLayout(0, TD)), 0)
+        right = gl.expand_dims(by8.index(64 + B0).load(row), 1)
+        right_col = gl.expand_dims(by16.index(48 + R0 // 16).load(gl.SliceLayout(0, TD)), 0)
         m = s_last * _exp2(gl.where(ii > jj, left - left_col, right - right_col))
-        m = gl.where(ii == jj, gl.expand_dims(delta, 0), m).to(bf)
+        m = gl.where(ii == jj, gl.expand_dims(delta, 1), m).to(bf)
         for J in gl.static_range(JT):
             M_tail.index(J).store(beside[J])
         M_last.store(m)
         fence_async_shared()
         _barrier()
         mbarrier.wait(bars.index(0), k & 1)
-        acc = gl.zeros((64, 16), gl.float32, mma)
+        acc = gl.zeros((64, 8), gl.float32, mma)
         for J in gl.static_range(JT):
-            acc = warpgroup_mma(tiles.index(J).permute((1, 0)), M_tail.index(J), acc, is_async=True)
-        acc = warpgroup_mma(tiles.index(JT).slice(0, 16, dim=0).permute((1, 0)), M_last, acc, is_async=True)
+            acc = warpgroup_mma(
+                tiles.index(J).permute((1, 0)), M_tail.index(J).permute((1, 0)), acc, is_async=True
+            )
+        v = tiles.index(JT).slice(0, 16, dim=0)
+        acc = warpgroup_mma(v.permute((1, 0)), M_last.permute((1, 0)), acc, is_async=True)
         if FC > 0:
             mbarrier.wait(bars.index(4), k & 1)
             fc = output._reinterpret(bf, [64 // FC, FC, 64], fc_desc.layout).index(0)
-            acc = warpgroup_mma(fc.permute((1, 0)), fc_tail, acc, is_async=True)
+            acc = warpgroup_mma(fc.permute((1, 0)), fc_tail.permute((1, 0)), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         _barrier()
         if k + 1 < turns:
@@ -498,7 +503,7 @@ def mix_chunk_kernel(
     stride_ol,
     ROWS: gl.constexpr,  # tokens a chunk
     JT: gl.constexpr,  # whole tiles of 64 rows and columns
-    TAIL: gl.constexpr,  # rows and columns beyond them: 0 or 16
+    TAIL: gl.constexpr,  # columns beyond them: 0, or 16, of which 8 are rows too
     BOXES: gl.constexpr,  # of v_desc that a chunk has
     BUFFERS: gl.constexpr,  # heads whose exponents, z and outputs are in shared memory
     GATE: gl.constexpr,
@@ -512,7 +517,6 @@ def mix_chunk_kernel(
     """One program: 64 rows of a chunk, or its tail, and a group of heads in turn."""
     bf: gl.constexpr = gl.bfloat16
     whole: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    sixteen: gl.constexpr = gl.NVMMASharedLayout(32, 16, 2)
     PARTS: gl.constexpr = JT + (1 if TAIL > 0 else 0)
     groups = H // turns
     pid = gl.program_id(0)
@@ -545,9 +549,12 @@ def mix_chunk_kernel(
             if FC > 0:
                 _fetch_second(fc_desc, fc_desc, outputs.index(0), bars.index(4), b, row0, h0, False, FC)
             # in the place of scores and factors, which the other programs need
-            M_tail = scores._reinterpret(bf, [4 * JT, 64, 16], sixteen)
-            M_last = scores_tail._reinterpret(bf, [4, 16, 16], sixteen).index(0)
-            fc_tail = factors._reinterpret(bf, [1 if FC == 64 else 2, FC if FC > 0 else 32, 16], sixteen).index(0)
+            M_tail = scores._reinterpret(bf, [8 * JT, 8, 64], whole)
+            M_last = scores_tail._reinterpret(bf, [8, 8, 16], gl.NVMMASharedLayout(32, 16, 2)).index(0)
+            fc_swizzle: gl.constexpr = 32 if FC == 16 else (64 if FC == 32 else 128)
+            fc_tail = factors._reinterpret(
+                bf, [128 // (FC if FC > 0 else 64), 8, FC if FC > 0 else 64], gl.NVMMASharedLayout(fc_swizzle, 16, 2)
+            ).index(0)
             _tail_program(
                 v_desc, table_desc, state_desc, fc_desc, S, diag, weight, squares, ddiag, z, out,
                 V, states, tables.index(0), M_tail, M_last, fc_tail, outputs.index(0), bars, b, c, chunk, row0, h0, L,
