@@ -40,7 +40,7 @@ def factors(c, table: Tensor) -> Tensor:
 
 
 def mix_chunks(c, v, out, S, table, diag, states, rows, transposed=False, gate=None, diagonal=None):
-    """``hopper.mix_chunks``."""
+    """``hopper_mix.mix_chunks``."""
     vc = chunked(c, v[..., : c.H * 64]).unflatten(2, (c.H, 64))
     y = torch.einsum('chij,cjhp->cihp', factors(c, table) * S[:, None], vc)
     if diag is not None:
@@ -64,7 +64,7 @@ def mix_chunks(c, v, out, S, table, diag, states, rows, transposed=False, gate=N
 
 
 def score_grads(c, x, dy, S, ST, table, row_sums, col_sums, dS, dST):
-    """``hopper.score_grads``: without the pairs among a tail, and nothing beyond it."""
+    """``hopper_scores.score_grads``: without the pairs among a tail, and nothing beyond it."""
     assert torch.equal(ST, S.mT)
     xc, yc = (chunked(c, t[..., : c.H * 64]).unflatten(2, (c.H, 64)) for t in (x, dy))
     grad = torch.einsum('cihp,cjhp->chij', yc, xc) * factors(c, table)
@@ -99,14 +99,14 @@ def convolve(x, taps, fc, D, out, diag, width):
 @pytest.fixture(autouse=True)
 def in_chunks(monkeypatch):
     """Whole chunks in float32; the sizes of the problems that ran so."""
-    from hydra_vision.ops.triton import chunks, hopper, hopper_conv
+    from hydra_vision.ops.triton import chunks, hopper_conv, hopper_mix, hopper_scores
 
     def chunks_of(plan, start=None, d_conv=7):
         found.append(chunks.Chunks(plan.B, plan.L, plan.H, plan.device, torch.float32))
         return found[-1]
 
     found = []
-    for module, function in ((hopper, mix_chunks), (hopper, score_grads), (hopper_conv, convolve)):
+    for module, function in ((hopper_mix, mix_chunks), (hopper_scores, score_grads), (hopper_conv, convolve)):
         monkeypatch.setattr(module, function.__name__, function)
     monkeypatch.setattr(chunks, 'chunks_of', chunks_of)
     monkeypatch.setattr(chunks, 'narrow', lambda t: t)

@@ -1,4 +1,4 @@
-"""Stages around the product with whole chunks (hopper.py): exponents, scores, states, and the gradients of all of them.
+"""Stages around the product with whole chunks (hopper_mix.py): exponents, scores, states, gradients of all of them.
 
 A sequence is nC chunks of NT tiles of 64 tokens; token t of chunk c is c * 64 NT + t. Up to 200 tokens are one chunk,
 and nothing but S leaves a program. Arrays that belong to chunks are chunk-major, (B * nC, H, ...), and 256 rows long.
@@ -211,7 +211,7 @@ def chunk_tail_grads_kernel(
     dy,
     S,  # (B * nC, ROWS, ROWS)
     table,  # (B * nC, H, 4, 256)
-    row_sums,  # (B * nC, H, NT + 3, 256) out, see score_grads_kernel (hopper.py)
+    row_sums,  # (B * nC, H, NT + 3, 256) out, see score_grads_kernel (hopper_scores.py)
     col_sums,  # (B * nC, H, NT + 1, 256) out
     dS,  # (B * nC, NT, NT, 64, 64) out
     dST,
@@ -388,7 +388,7 @@ def chunk_decay_backward_kernel(
     dtb_in,
     dt_bias,
     A,
-    row_sums,  # (B * nC, H, NT + 3, 256), see score_grads_kernel (hopper.py)
+    row_sums,  # (B * nC, H, NT + 3, 256), see score_grads_kernel (hopper_scores.py)
     col_sums,  # (B * nC, H, NT + 1, 256)
     outer,  # (B * nC, H, 4, 256), where HAS_STATE, see chunk_bc_grads_kernel
     through,  # (B, H, 2, nC), where HAS_STATE
@@ -584,7 +584,7 @@ def in_chunks(
 def _gluon_is_known() -> bool:
     """Gluon is experimental: a Triton whose Gluon has other names runs the kernels in tiles, and says so once."""
     try:
-        from . import hopper_conv  # noqa: F401
+        from . import hopper_conv, hopper_mix, hopper_scores  # noqa: F401
     except (ImportError, AttributeError) as error:
         text = (
             f'the Gluon of triton {triton.__version__} is not known ({error}): the slower kernels in tiles run instead'
@@ -706,7 +706,7 @@ def forward(
         z: (B, L, >= H * 64).
         weight: (H * 64,).
     """
-    from .hopper import mix_chunks
+    from .hopper_mix import mix_chunks
 
     table, _, totals = tables(c, source, both=False)
     S, _ = scores(c, bc, transposed=False)
@@ -769,7 +769,8 @@ def backward(
     dbc: tuple[Tensor, ...], fc: Optional[Tensor] = None, ddiag: Optional[Tensor] = None,
 ) -> ChunkSums:  # fmt: skip
     """Writes dx, dbc = dB_f, dC_f, dB_b, dC_b (common strides). With fc (H, H * 64), dx has ddiag (B, L, H) fc."""
-    from .hopper import mix_chunks, score_grads
+    from .hopper_mix import mix_chunks
+    from .hopper_scores import score_grads
 
     B_f, C_f, B_b, C_b = bc
     table, transposed, totals = tables(c, source, both=True)
