@@ -50,7 +50,7 @@ def test_base_model_on_hopper(L):
     names = [r.name for r in results]
     assert names.count('mix_chunk_kernel') == 2
     assert {'conv_diagonal_kernel', 'score_grads_kernel', 'chunk_bc_grads_kernel'} <= set(names)
-    assert ('chunk_states_kernel' in names) == (L > 208)
+    assert ('chunk_states_kernel' in names) == (L > 200)
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
-"""Stages around the product with whole chunks (hopper.py): exponents, scores, states, and the gradients of all of them.
+"""Stages around the product with whole chunks (hopper_mix.py): exponents, scores, states, gradients of all of them.
 
-A sequence is nC chunks of NT tiles of 64 tokens; token t of chunk c is c * 64 NT + t. Up to 208 tokens are one chunk,
+A sequence is nC chunks of NT tiles of 64 tokens; token t of chunk c is c * 64 NT + t. Up to 200 tokens are one chunk,
 and nothing but S leaves a program. Arrays that belong to chunks are chunk-major, (B * nC, H, ...), and 256 rows long.
 """
 
@@ -90,7 +90,6 @@ def chunk_scores_kernel(
     C_b,
     S,  # (B * nC, ROWS, ROWS) out
     ST,  # the same transposed, out, where TRANSPOSED
-    blocks,  # (B * nC, ROWS, 16) out: the 16 x 16 blocks on the diagonal, of S^T where TRANSPOSED
     stride_b,
     stride_l,
     L,
@@ -125,9 +124,6 @@ def chunk_scores_kernel(
     if TRANSPOSED:
         s = tl.trans(s)
         tl.store(ST + chunk * (ROWS * ROWS) + tj[:, None] * ROWS + ti[None, :], s)
-    if I == J:
-        same = (t // 16)[:, None] == (t // 16)[None, :]
-        tl.store(blocks + chunk * (ROWS * 16) + ti[:, None] * 16 + (t % 16)[None, :], s, mask=same)
 
 
 @triton.jit
@@ -215,7 +211,7 @@ def chunk_tail_grads_kernel(
     dy,
     S,  # (B * nC, ROWS, ROWS)
     table,  # (B * nC, H, 4, 256)
-    row_sums,  # (B * nC, H, NT + 3, 256) out, see score_grads_kernel (hopper.py)
+    row_sums,  # (B * nC, H, NT + 3, 256) out, see score_grads_kernel (hopper_scores.py)
     col_sums,  # (B * nC, H, NT + 1, 256) out
     dS,  # (B * nC, NT, NT, 64, 64) out
     dST,
@@ -392,7 +388,7 @@ def chunk_decay_backward_kernel(
     dtb_in,
     dt_bias,
     A,
-    row_sums,  # (B * nC, H, NT + 3, 256), see score_grads_kernel (hopper.py)
+    row_sums,  # (B * nC, H, NT + 3, 256), see score_grads_kernel (hopper_scores.py)
     col_sums,  # (B * nC, H, NT + 1, 256)
     outer,  # (B * nC, H, 4, 256), where HAS_STATE, see chunk_bc_grads_kernel
     through,  # (B, H, 2, nC), where HAS_STATE
@@ -566,7 +562,7 @@ def head_dots_kernel(
     tl.store(dots + (b * L + l) * H + h, tl.sum(xv * yv, axis=1), mask=h < H)
 
 
-HEADS = 12  # most heads a program of the product
+HEADS = 8  # most heads a program of the product
 MOST_HEADS = 64  # that fc_D's columns may be in shared memory at once
 
 
@@ -588,7 +584,7 @@ def in_chunks(
 def _gluon_is_known() -> bool:
     """Gluon is experimental: a Triton whose Gluon has other names runs the kernels in tiles, and says so once."""
     try:
-        from . import hopper_conv  # noqa: F401
+        from . import hopper_conv, hopper_mix, hopper_scores  # noqa: F401
     except (ImportError, AttributeError) as error:
         text = (
             f'the Gluon of triton {triton.__version__} is not known ({error}): the slower kernels in tiles run instead'
@@ -617,8 +613,8 @@ class Chunks:
 
     @property
     def NT(self) -> int:
-        """Tiles a chunk: those of the sequence up to 208 tokens, three beyond."""
-        return 4 if 192 < self.L <= 208 else min(3, -(-self.L // 64))
+        """Tiles a chunk: those of the sequence up to 200 tokens, three beyond."""
+        return 4 if 192 < self.L <= 200 else min(3, -(-self.L // 64))
 
     @property
     def tail(self) -> int:
@@ -670,16 +666,15 @@ def tables(c: Chunks, source: Any, both: bool) -> tuple[Tensor, Tensor, Tensor]:
     return table, transposed, totals
 
 
-def scores(c: Chunks, bc: tuple[Tensor, ...], transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """S and, where ``transposed``, S^T (B * nC, rows, rows), the blocks on its diagonal (B * nC, rows, 16), in wide."""
+def scores(c: Chunks, bc: tuple[Tensor, ...], transposed: bool) -> tuple[Tensor, Tensor]:
+    """S and, where ``transposed``, S^T, (B * nC, rows, rows) in wide."""
     S = c.empty(c.B * c.nC, c.rows, c.rows, dtype=c.wide)
     ST = torch.empty_like(S) if transposed else S
-    blocks = c.empty(c.B * c.nC, c.rows, 16, dtype=c.wide)
     launch(chunk_scores_kernel, (c.B * c.nC, c.NT, c.NT),
-        *bc, S, ST, blocks, bc[0].stride(0), bc[0].stride(1), c.L, c.nC,
+        *bc, S, ST, bc[0].stride(0), bc[0].stride(1), c.L, c.nC,
         ROWS=c.rows, TRANSPOSED=transposed, num_warps=4,
     )  # fmt: skip
-    return S, ST, blocks
+    return S, ST
 
 
 def states(
@@ -711,14 +706,14 @@ def forward(
         z: (B, L, >= H * 64).
         weight: (H * 64,).
     """
-    from .hopper import mix_chunks
+    from .hopper_mix import mix_chunks
 
     table, _, totals = tables(c, source, both=False)
-    S, _, blocks = scores(c, bc, transposed=False)
+    S, _ = scores(c, bc, transposed=False)
     entering = states(c, bc[0], bc[2], x, table, totals)[0] if c.nC > 1 else None
     squares = None if z is None else c.empty(c.B, c.H, c.L)
     gate = None if z is None else (z, weight, squares)
-    mix_chunks(c, x, out, S, blocks, table, diag, entering, (bc[1], bc[3]), gate=gate)
+    mix_chunks(c, x, out, S, table, diag, entering, (bc[1], bc[3]), gate=gate)
     return squares
 
 
@@ -774,17 +769,18 @@ def backward(
     dbc: tuple[Tensor, ...], fc: Optional[Tensor] = None, ddiag: Optional[Tensor] = None,
 ) -> ChunkSums:  # fmt: skip
     """Writes dx, dbc = dB_f, dC_f, dB_b, dC_b (common strides). With fc (H, H * 64), dx has ddiag (B, L, H) fc."""
-    from .hopper import mix_chunks, score_grads
+    from .hopper_mix import mix_chunks
+    from .hopper_scores import score_grads
 
     B_f, C_f, B_b, C_b = bc
     table, transposed, totals = tables(c, source, both=True)
-    S, ST, blocks = scores(c, bc, transposed=True)
+    S, ST = scores(c, bc, transposed=True)
     entering = leaving = through = None
     if c.nC > 1:
         entering, _ = states(c, B_f, B_b, x, table, totals)
         leaving, through = states(c, C_f, C_b, dy, table, totals, entering)
     diagonal = None if fc is None else (narrow(fc), ddiag)
-    mix_chunks(c, dy, dx, ST, blocks, transposed, diag, leaving, (B_b, B_f), transposed=True, diagonal=diagonal)
+    mix_chunks(c, dy, dx, ST, transposed, diag, leaving, (B_b, B_f), transposed=True, diagonal=diagonal)
     sums = [c.empty(c.B * c.nC, c.H, c.NT + planes, 256) for planes in (3, 1)]
     dS, dST = (c.empty(c.B * c.nC, c.NT, c.NT, 64, 64, dtype=c.wide) for _ in range(2))
     strides = (x.stride(0), x.stride(1), dy.stride(0), dy.stride(1))
