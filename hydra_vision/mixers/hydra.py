@@ -18,7 +18,16 @@ from ..ops.arguments import InnerArguments
 from ..ops.dispatch import check_backend_name, is_exporting
 from ..ops.inner import hydra_inner_late, mix_convolved, scale_rows, split_zxbcdt, unpack_convolved
 from ..ops.reference import accumulation_dtype
-from .base import GatedMixer, GatedRMSNorm, check_padding, check_sizes, convolved, is_plain, mask_projection
+from .base import (
+    GatedMixer,
+    GatedRMSNorm,
+    check_padding,
+    check_sizes,
+    convolved,
+    in_whole_columns,
+    is_plain,
+    mask_projection,
+)
 
 __all__ = ['Hydra']
 
@@ -321,7 +330,7 @@ class Hydra(GatedMixer):
         """
         if not torch.jit.is_scripting():
             valid, cu_seqlens = _untraced(valid), _untraced(cu_seqlens)
-        zxbcdt = self.in_proj(u)
+        zxbcdt = self.in_proj(u) if torch.jit.is_scripting() else in_whole_columns(self.in_proj, u)
         if cu_seqlens is not None:
             return self._forward_packed(zxbcdt, cu_seqlens)
         if valid is not None:
