@@ -39,6 +39,7 @@ __all__ = [
     'check_padding',
     'check_sizes',
     'convolved',
+    'in_whole_columns',
     'is_plain',
     'is_unwatched',
     'keyword_arguments',
