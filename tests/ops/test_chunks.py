@@ -39,8 +39,16 @@ def factors(c, table: Tensor) -> Tensor:
     return torch.exp2(exponent.masked_fill(i[:, None] == i, float('-inf')))
 
 
+def whole(c, S: Tensor) -> Tensor:
+    """(B * nC, rows, rows) with zeros where a tile that is not whole has no scores."""
+    known = c.rows - 64 + c.tail
+    assert S[:, :known, :known].isfinite().all()
+    return F.pad(S[:, :known, :known], (0, c.rows - known) * 2)
+
+
 def mix_chunks(c, v, out, S, table, diag, states, rows, transposed=False, gate=None, diagonal=None):
-    """``hopper_mix.mix_chunks``."""
+    """``hopper_mix.mix_chunks``: of a last tile that is not whole it reads the tail's scores only."""
+    S = whole(c, S)
     vc = chunked(c, v[..., : c.H * 64]).unflatten(2, (c.H, 64))
     y = torch.einsum('chij,cjhp->cihp', factors(c, table) * S[:, None], vc)
     if diag is not None:
@@ -65,6 +73,7 @@ def mix_chunks(c, v, out, S, table, diag, states, rows, transposed=False, gate=N
 
 def score_grads(c, x, dy, S, ST, table, row_sums, col_sums, dS, dST):
     """``hopper_scores.score_grads``: without the pairs among a tail, and nothing beyond it."""
+    S, ST = whole(c, S), whole(c, ST)
     assert torch.equal(ST, S.mT)
     xc, yc = (chunked(c, t[..., : c.H * 64]).unflatten(2, (c.H, 64)) for t in (x, dy))
     grad = torch.einsum('cihp,cjhp->chij', yc, xc) * factors(c, table)

@@ -21,41 +21,21 @@ from .scores import load_cols, load_rows
 
 
 @triton.jit
-def chunk_tables_kernel(
-    dtf_in,  # (B, L, H), rows of any stride
-    dtb_in,
-    dt_bias,  # (H,)
-    A,  # (H,)
-    table,  # (B * nC, H, 4, 256) float32 out: exponents for M
-    transposed,  # the same for M^T, where BOTH
-    totals,  # (B * nC, H, 2) float32 out: of the whole chunk, forward and backward
-    stride_b,
-    stride_l,
-    L,
-    H,
-    nC,
-    DT_MIN,
-    DT_MAX,
-    SOFTPLUS: tl.constexpr,
-    LIMIT: tl.constexpr,
-    A_IS_LOG: tl.constexpr,
-    FAST: tl.constexpr,
-    BOTH: tl.constexpr,
-    HB: tl.constexpr,
+def _write_exponents(
+    dtf_in, dtb_in, dt_bias, A, table, transposed, totals, chunk, heads, stride_b, stride_l, L, H, nC, DT_MIN, DT_MAX,
+    SOFTPLUS: tl.constexpr, LIMIT: tl.constexpr, A_IS_LOG: tl.constexpr, FAST: tl.constexpr, BOTH: tl.constexpr,
     ROWS: tl.constexpr,
-):
+):  # fmt: skip
     """log2 of the decays, summed over the chunk: l_f[t] from its first token through t, l_b[t] from t through its last.
 
     M: left = l_f[t - 1], left column = l_f[t] - log2 dt_f[t], right = l_b[t + 1], right column = l_b[t] - log2 dt_b[t].
     M^T: left = total_b - (l_b[t] - log2 dt_b[t]), left column = total_b - l_b[t + 1]; right likewise from l_f.
     """
-    chunk = tl.program_id(0).to(tl.int64)
     b = chunk // nC
     t = tl.arange(0, 256)
     rows = (chunk % nC) * ROWS + t
-    heads = tl.program_id(1) * HB + tl.arange(0, HB)
     ok = heads < H
-    bias = tl.zeros((HB,), tl.float32)
+    bias = tl.zeros_like(heads).to(tl.float32)
     if SOFTPLUS:
         bias = tl.load(dt_bias + heads, mask=ok, other=0.0).to(tl.float32)
     a = _head_decay(A, heads, H, A_IS_LOG)
@@ -83,47 +63,102 @@ def chunk_tables_kernel(
 
 
 @triton.jit
-def chunk_scores_kernel(
-    B_f,  # (B, L, 64), common strides
-    C_f,
-    B_b,
-    C_b,
-    S,  # (B * nC, ROWS, ROWS) out
-    ST,  # the same transposed, out, where TRANSPOSED
-    stride_b,
-    stride_l,
-    L,
-    nC,
-    ROWS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-):
-    """S[i, j] = C_f[i - 1] . B_f[j] below the diagonal, C_b[i + 1] . B_b[j] above it, a tile of 64 x 64 a program."""
-    chunk = tl.program_id(0).to(tl.int64)
-    I = tl.program_id(1)
-    J = tl.program_id(2)
+def _write_scores(
+    B_f, C_f, B_b, C_b, S, ST, chunk, i0, j0, stride_b, stride_l, L, nC,
+    TI: tl.constexpr, TJ: tl.constexpr, ROWS: tl.constexpr, BOTH: tl.constexpr,
+):  # fmt: skip
+    """Rows i0 .. i0 + TI - 1 and columns j0 .. j0 + TJ - 1 of S, and of S^T where BOTH."""
     base = (chunk // nC) * stride_b
-    t = tl.arange(0, 64)
     n = tl.arange(0, 64)
+    ti = i0 + tl.arange(0, TI)
+    tj = j0 + tl.arange(0, TJ)
     first = (chunk % nC) * ROWS
-    i = first + I * 64 + t
-    j = first + J * 64 + t
-    s = tl.zeros((64, 64), tl.float32)
-    if I >= J:
+    i = first + ti
+    j = first + tj
+    s = tl.zeros((TI, TJ), tl.float32)
+    if i0 >= j0:
         r = load_rows(C_f + base, i - 1, n, stride_l, L)
         c = load_cols(B_f + base, j, n, stride_l, L)
         s += tl.where(i[:, None] > j[None, :], tl.dot(r, c), 0.0)
-    if I <= J:
+    if i0 <= j0:
         r = load_rows(C_b + base, i + 1, n, stride_l, L)
         c = load_cols(B_b + base, j, n, stride_l, L)
         s += tl.where(i[:, None] < j[None, :], tl.dot(r, c), 0.0)
     # rows of padding would read C beyond their own token: row L pairs C_f[L - 1] with nothing
     s = tl.where((i < L)[:, None] & (j < L)[None, :], s, 0.0).to(S.dtype.element_ty)
-    ti = I * 64 + t
-    tj = J * 64 + t
     tl.store(S + chunk * (ROWS * ROWS) + ti[:, None] * ROWS + tj[None, :], s)
-    if TRANSPOSED:
-        s = tl.trans(s)
-        tl.store(ST + chunk * (ROWS * ROWS) + tj[:, None] * ROWS + ti[None, :], s)
+    if BOTH:
+        tl.store(ST + chunk * (ROWS * ROWS) + tj[:, None] * ROWS + ti[None, :], tl.trans(s))
+
+
+@triton.jit
+def chunk_prepare_kernel(
+    dtf_in,  # (B, L, H), rows of any stride
+    dtb_in,
+    dt_bias,  # (H,)
+    A,  # (H,)
+    B_f,  # (B, L, 64), common strides
+    C_f,
+    B_b,
+    C_b,
+    table,  # (B * nC, H, 4, 256) float32 out: exponents for M
+    transposed,  # the same for M^T, where BOTH
+    totals,  # (B * nC, H, 2) float32 out: of the whole chunk, forward and backward
+    S,  # (B * nC, ROWS, ROWS) out
+    ST,  # the same transposed, out, where BOTH
+    stride_dtb,
+    stride_dtl,
+    stride_b,
+    stride_l,
+    L,
+    H,
+    nC,
+    DT_MIN,
+    DT_MAX,
+    SOFTPLUS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    A_IS_LOG: tl.constexpr,
+    FAST: tl.constexpr,
+    BOTH: tl.constexpr,
+    HB: tl.constexpr,
+    HEADS: tl.constexpr,  # programs of a chunk for the exponents, HB heads each
+    ROWS: tl.constexpr,
+    FULL: tl.constexpr,  # whole tiles of a chunk
+    TAIL: tl.constexpr,  # rows and columns beyond them that are computed: 16 or 0
+):
+    """What the products need of a chunk: the exponents of its heads, and the scores, a tile a program:
+    S[i, j] = C_f[i - 1] . B_f[j] below the diagonal, C_b[i + 1] . B_b[j] above it."""
+    chunk = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    if part < HEADS:
+        heads = part * HB + tl.arange(0, HB)
+        _write_exponents(
+            dtf_in, dtb_in, dt_bias, A, table, transposed, totals, chunk, heads, stride_dtb, stride_dtl, L, H, nC,
+            DT_MIN, DT_MAX, SOFTPLUS, LIMIT, A_IS_LOG, FAST, BOTH, ROWS,
+        )  # fmt: skip
+    else:
+        tile = part - HEADS
+        edge: tl.constexpr = 64 * FULL
+        if tile < FULL * FULL:
+            _write_scores(
+                B_f, C_f, B_b, C_b, S, ST, chunk, tile // FULL * 64, tile % FULL * 64, stride_b, stride_l, L, nC,
+                64, 64, ROWS, BOTH,
+            )  # fmt: skip
+        if TAIL > 0:
+            tile -= FULL * FULL
+            if (tile >= 0) & (tile < FULL):
+                _write_scores(
+                    B_f, C_f, B_b, C_b, S, ST, chunk, tile * 64, edge, stride_b, stride_l, L, nC, 64, TAIL, ROWS, BOTH
+                )
+            tile -= FULL
+            if (tile >= 0) & (tile < FULL):
+                _write_scores(
+                    B_f, C_f, B_b, C_b, S, ST, chunk, edge, tile * 64, stride_b, stride_l, L, nC, TAIL, 64, ROWS, BOTH
+                )
+            if tile == FULL:
+                _write_scores(
+                    B_f, C_f, B_b, C_b, S, ST, chunk, edge, edge, stride_b, stride_l, L, nC, TAIL, TAIL, ROWS, BOTH
+                )
 
 
 @triton.jit
@@ -650,31 +685,29 @@ def narrow(t: Tensor) -> Tensor:
     return out
 
 
-def tables(c: Chunks, source: Any, both: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Exponents for M and, where ``both``, for M^T, (B * nC, H, 4, 256); sums of whole chunks (B * nC, H, 2)."""
+def prepare(
+    c: Chunks, bc: tuple[Tensor, ...], source: Any, both: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Exponents for M and, where ``both``, for M^T, (B * nC, H, 4, 256); sums of whole chunks (B * nC, H, 2); S and,
+    where ``both``, S^T, (B * nC, rows, rows) in wide: of a tile that is not whole only what ``Chunks.tail`` says."""
     table = c.empty(c.B * c.nC, c.H, 4, 256)
     transposed = torch.empty_like(table) if both else table
     totals = c.empty(c.B * c.nC, c.H, 2)
-    HB = min(4, triton.next_power_of_2(c.H))
-    bias = source.A if source.bias is None else source.bias
-    launch(chunk_tables_kernel, (c.B * c.nC, triton.cdiv(c.H, HB)),
-        source.dt_f, source.dt_b, bias, source.A, table, transposed, totals,
-        source.dt_f.stride(0), source.dt_f.stride(1), c.L, c.H, c.nC,
-        *source.bounds(), **source.flags(), FAST=fast_math(c.wide, c.device), BOTH=both, HB=HB, ROWS=c.rows,
-        num_warps=4,
-    )  # fmt: skip
-    return table, transposed, totals
-
-
-def scores(c: Chunks, bc: tuple[Tensor, ...], transposed: bool) -> tuple[Tensor, Tensor]:
-    """S and, where ``transposed``, S^T, (B * nC, rows, rows) in wide."""
     S = c.empty(c.B * c.nC, c.rows, c.rows, dtype=c.wide)
-    ST = torch.empty_like(S) if transposed else S
-    launch(chunk_scores_kernel, (c.B * c.nC, c.NT, c.NT),
-        *bc, S, ST, bc[0].stride(0), bc[0].stride(1), c.L, c.nC,
-        ROWS=c.rows, TRANSPOSED=transposed, num_warps=4,
+    ST = torch.empty_like(S) if both else S
+    HB = min(4, triton.next_power_of_2(c.H))
+    heads = triton.cdiv(c.H, HB)
+    tail = c.tail if c.tail < 64 else 0
+    full = c.NT - (tail > 0)
+    tiles = (full + (tail > 0)) ** 2
+    bias = source.A if source.bias is None else source.bias
+    launch(chunk_prepare_kernel, (c.B * c.nC, heads + tiles),
+        source.dt_f, source.dt_b, bias, source.A, *bc, table, transposed, totals, S, ST,
+        source.dt_f.stride(0), source.dt_f.stride(1), bc[0].stride(0), bc[0].stride(1), c.L, c.H, c.nC,
+        *source.bounds(), **source.flags(), FAST=fast_math(c.wide, c.device), BOTH=both, HB=HB, HEADS=heads,
+        ROWS=c.rows, FULL=full, TAIL=tail, num_warps=4, maxnreg=128,
     )  # fmt: skip
-    return S, ST
+    return table, transposed, totals, S, ST
 
 
 def states(
@@ -708,8 +741,7 @@ def forward(
     """
     from .hopper_mix import mix_chunks
 
-    table, _, totals = tables(c, source, both=False)
-    S, _ = scores(c, bc, transposed=False)
+    table, _, totals, S, _ = prepare(c, bc, source, both=False)
     entering = states(c, bc[0], bc[2], x, table, totals)[0] if c.nC > 1 else None
     squares = None if z is None else c.empty(c.B, c.H, c.L)
     gate = None if z is None else (z, weight, squares)
@@ -773,8 +805,7 @@ def backward(
     from .hopper_scores import score_grads
 
     B_f, C_f, B_b, C_b = bc
-    table, transposed, totals = tables(c, source, both=True)
-    S, ST = scores(c, bc, transposed=True)
+    table, transposed, totals, S, ST = prepare(c, bc, source, both=True)
     entering = leaving = through = None
     if c.nC > 1:
         entering, _ = states(c, B_f, B_b, x, table, totals)
