@@ -705,7 +705,7 @@ def prepare(
         source.dt_f, source.dt_b, bias, source.A, *bc, table, transposed, totals, S, ST,
         source.dt_f.stride(0), source.dt_f.stride(1), bc[0].stride(0), bc[0].stride(1), c.L, c.H, c.nC,
         *source.bounds(), **source.flags(), FAST=fast_math(c.wide, c.device), BOTH=both, HB=HB, HEADS=heads,
-        ROWS=c.rows, FULL=full, TAIL=tail, num_warps=4, maxnreg=128,
+        ROWS=c.rows, FULL=full, TAIL=tail, num_warps=4, maxnreg=128 if tail else 160,
     )  # fmt: skip
     return table, transposed, totals, S, ST
 
