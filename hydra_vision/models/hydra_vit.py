@@ -1013,9 +1013,9 @@ class HydraViT(nn.Module):
 
 
 @torch.jit.unused
-def _is_naflex(x: Any, *arguments: Any) -> bool:
+def _is_naflex(x: Any, patch_coord: Any, patch_valid: Any, cu_seqlens: Any) -> bool:
     """For torch.fx, whose stand-ins are no tensors, an argument that is left out is not there."""
-    return isinstance(x, dict) or any(isinstance(t, torch.Tensor) for t in arguments)
+    return isinstance(x, dict) or any(isinstance(t, torch.Tensor) for t in (patch_coord, patch_valid, cu_seqlens))
 
 
 def _check_choice(name: str, value: str, allowed: Tuple[str, ...]) -> None:
