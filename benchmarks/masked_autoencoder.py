@@ -228,7 +228,7 @@ def _parser() -> Parser:
     add('--pos-embed', choices=('learn', 'none'), default='learn', help='position embedding of the encoder')
     add('--patch-size', type=int, choices=(1, 2, 4), default=1, help='in px of 8 x 8; default 1')
     add('--mask-ratio', type=float, default=0.75, metavar='R', help='share of the patches dropped; default 0.75')
-    add('--epochs', type=positive, default=100, metavar='N', help='over 1,437 images; default 100')
+    add('--epochs', type=positive, default=30, metavar='N', help='over 1,437 images; default 30')
     add('--seeds', type=integer_list, default=[0, 1, 2], metavar='N,...', help='default 0,1,2')
     add('--output', type=path, required=True, metavar='DIR', help='new or empty folder')
     return parser
