@@ -6,7 +6,8 @@ ImageNet-1K recipe of Hydra-ViT-B. The same command is `hydra-vision train`.
 
 import sys
 
+from hydra_vision.cli import guarded
 from hydra_vision.train.main import main
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(guarded(main, lambda: 'train_imagenet.py'))

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from hydra_vision.errors import UserError, user_text
+from hydra_vision.cli import guarded
 
 GOALS = Path(__file__).with_name('goals.yaml')
 
@@ -21,12 +21,5 @@ def read_goals(path: Path = GOALS) -> dict[str, Any]:
 
 
 def run(main: Callable[[], int], name: str) -> None:
-    """Run a command and exit as `hydra-vision` does: bad input is one line on stderr."""
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f'{name}: error: {user_text(error)}', file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
-        sys.exit(130)
+    """Run a command and exit as `hydra-vision` does: what goes wrong is one line on stderr."""
+    sys.exit(guarded(main, lambda: name))

@@ -8,14 +8,14 @@ import io
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .console import Parser, make_table, stdout_console
 from .errors import UserError, first_line, nearest, user_text
 from .version import __version__
 
-__all__ = ['main']
+__all__ = ['guarded', 'main']
 
 PROG = 'hydra-vision'
 
@@ -175,16 +175,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         line on stderr each; 130 after Ctrl-C. `train` stopped by a signal: 128 + its number.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    _prepare_streams()
     name = PROG
-    try:
-        code = 0
+
+    def run() -> int:
+        nonlocal name
         name, command, rest = _find(argv)
-        code = _run(name, command, rest)
+        return _run(name, command, rest)
+
+    return guarded(run, lambda: name)
+
+
+def guarded(run: Callable[[], int], name: Callable[[], str]) -> int:
+    """Run a command whose errors are a line on stderr each.
+
+    Args:
+        run: Returns the exit code.
+        name: Returns what stands before the errors.
+
+    Returns:
+        Exit code, as that of ``main``.
+    """
+    _prepare_streams()
+    code = 0
+    try:
+        code = run()
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f'{name}: error: {user_text(error)}', file=sys.stderr)
+        print(f'{name()}: error: {user_text(error)}', file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
@@ -194,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except (OSError, MemoryError) as error:  # a full disk behind stdout, a file that vanished
         _silence()
-        print(f'{name}: error: {first_line(error)}', file=sys.stderr)
+        print(f'{name()}: error: {first_line(error)}', file=sys.stderr)
         return 1
 
 

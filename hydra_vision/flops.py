@@ -5,6 +5,10 @@ Operations: ``torch.utils.flop_counter`` over one image. Matrix products with we
 Depthwise convolutions count as convolutions; elementwise work, norms and softmax do not count. The backward pass of a
 projection is two products of its size, that of the patch embedding one: its input is an image.
 
+Counters that watch a model run on CUDA see less: a Triton kernel is no operator to them, and the global hooks of
+``FlopCounterMode`` make a mixer call its convolution, ``fc_D`` and norm instead of the fused operator. Hence the meta
+device and the backend 'chunked', whose products are the same in both forms.
+
 Memory traffic, a lower bound in elements, for a perfect cache inside every stage and none between stages:
 
     a projection        forward: reads input and weight, writes output

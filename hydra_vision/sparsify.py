@@ -14,11 +14,14 @@ product and stay.
 The attention over the chosen keys is plain PyTorch on any device, or FlexAttention with a block mask, whose blocks are
 far larger than the paper's. No speed is promised at the numbers of tokens that images have. What a model loses
 by it depends on how peaked its attention is: `agreement` measures it.
+
+MonarchAttention, the second method, keeps every key and gives the weights a structure instead: see
+``hydra_vision.ops.monarch_attention``.
 """
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Callable, Iterator, Optional, Sequence
+from typing import Any, Callable, Iterator, Optional, Sequence, Union
 
 import timm.layers
 import torch
@@ -31,8 +34,9 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import nearest
 from .models.scan_order import raster_index
+from .ops.monarch_attention import monarch_attention
 
-__all__ = ['HipSettings', 'SparseAttention', 'agreement', 'select_key_blocks', 'sparsify_attention']
+__all__ = ['HipSettings', 'MonarchSettings', 'SparseAttention', 'agreement', 'select_key_blocks', 'sparsify_attention']
 
 _ATTENTIONS = (timm.layers.Attention, timm.layers.AttentionRope, BeitAttention, EvaAttention)
 _GATHERED = 1 << 24  # numbers gathered at once: query blocks are taken a few at a time
@@ -88,16 +92,41 @@ class HipSettings:
             )
 
 
+@dataclass(frozen=True)
+class MonarchSettings:
+    """The structure of MonarchAttention.
+
+    Attributes:
+        block: Patches of a block; None for the columns of the model's grid, so that a block is a row of patches.
+        steps: Updates of the two factors (the paper: 1 to 3 for ViTs).
+
+    Raises:
+        ValueError: A number below 1.
+    """
+
+    block: Optional[int] = None
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ('block', 'steps'):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f'{name}={value}; it must be at least 1')
+
+
+Settings = Union[HipSettings, MonarchSettings]
+
+
 class SparseAttention:
     """Handle of a model whose attention is sparse. A context manager: leaving it restores the model.
 
     Attributes:
         model: The model.
-        settings: How keys are chosen.
+        settings: Those of the method.
         names: Names of the sparse attention modules.
     """
 
-    def __init__(self, model: nn.Module, settings: HipSettings, modules: dict[str, nn.Module]) -> None:
+    def __init__(self, model: nn.Module, settings: Settings, modules: dict[str, nn.Module]) -> None:
         self.model, self.settings, self.names = model, settings, tuple(modules)
         self._modules = modules
 
@@ -125,10 +154,10 @@ def sparsify_attention(
 
     Args:
         model: The model; changed in place.
-        method: 'hip'.
+        method: 'hip', or 'monarch' for MonarchAttention.
         blocks: Which of the attention modules, in the model's order, negative from the end; None for all. The authors
             keep the first three or four dense.
-        **settings: Fields of ``HipSettings``.
+        **settings: Fields of ``HipSettings`` or ``MonarchSettings``.
 
     Returns:
         A handle, with ``restore()``.
@@ -138,13 +167,14 @@ def sparsify_attention(
             biases, a setting that is not allowed.
         TypeError: A setting that does not exist.
     """
-    if method != 'hip':
-        raise ValueError(f"method={method!r}; allowed: 'hip'")
-    fields = HipSettings.__dataclass_fields__
+    if method not in _METHODS:
+        raise ValueError(f'method={method!r}; allowed: {", ".join(map(repr, _METHODS))}')
+    kind, product = _METHODS[method]
+    fields = kind.__dataclass_fields__
     for name in settings:
         if name not in fields:
             raise TypeError(f'no setting {name!r}{nearest(name, fields)}; there are: {", ".join(fields)}')
-    chosen = HipSettings(**settings)
+    chosen = kind(**settings)
     found = [(name, module) for name, module in model.named_modules() if type(module) in _ATTENTIONS]
     if not found:
         raise ValueError(
@@ -160,9 +190,8 @@ def sparsify_attention(
     biased = any(getattr(module, table, None) is not None for module in modules.values() for table in tables)
     if biased or any(getattr(model, name, None) is not None for name in ('rel_pos_bias', 'shared_rel_pos')):
         raise ValueError(f'model={type(model).__name__}: its attention has relative position biases')
-    product = _HipProduct(model, chosen)
     for module in modules.values():
-        _install(module, product)
+        _install(module, product(model, chosen))
     return SparseAttention(model, chosen, modules)
 
 
@@ -203,10 +232,10 @@ class _Product(TorchFunctionMode):
         raise NotImplementedError
 
 
-class _HipProduct(_Product):
+class _SparseProduct(_Product):
     """Sparse attention instead of the dense one."""
 
-    def __init__(self, model: nn.Module, settings: HipSettings) -> None:
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
         super().__init__()
         self.model, self.settings = model, settings
 
@@ -218,9 +247,40 @@ class _HipProduct(_Product):
         scale = options.get('scale')
         if scale is not None:
             query = query * (scale * query.shape[-1] ** 0.5)
-        prefix = getattr(self.model, 'num_prefix_tokens', 0)
-        order = patch_order(self.model, query.shape[2] - prefix, self.settings, query.device)
-        return hip_attention(query, key, value, self.settings, prefix, order)
+        return self.attend(query, key, value, getattr(self.model, 'num_prefix_tokens', 0))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, prefix: int) -> Tensor:
+        raise NotImplementedError
+
+
+class _HipProduct(_SparseProduct):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, prefix: int) -> Tensor:
+        order = patch_order(self.model, q.shape[2] - prefix, self.settings, q.device)
+        return hip_attention(q, k, v, self.settings, prefix, order)
+
+
+class _MonarchProduct(_SparseProduct):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, prefix: int) -> Tensor:
+        block = self.settings.block or _grid(self.model, q.shape[2] - prefix, 'set block')[1]
+        return monarch_attention(q, k, v, block, self.settings.steps, prefix)
+
+
+_METHODS = {'hip': (HipSettings, _HipProduct), 'monarch': (MonarchSettings, _MonarchProduct)}
+
+
+def _grid(model: nn.Module, patches: int, remedy: str) -> tuple[int, int]:
+    """Rows and columns of the patches: the model's, or a square.
+
+    Raises:
+        ValueError: Patches of no known grid.
+    """
+    grid = tuple(getattr(getattr(model, 'patch_embed', None), 'grid_size', None) or (0, 0))
+    if grid[0] * grid[1] != patches:
+        side = round(patches**0.5)
+        grid = (side, side)
+    if grid[0] * grid[1] != patches:
+        raise ValueError(f"{patches} patches are not the model's grid and no square; {remedy}")
+    return grid
 
 
 def patch_order(model: nn.Module, patches: int, settings: HipSettings, device: torch.device) -> Optional[Tensor]:
@@ -231,12 +291,7 @@ def patch_order(model: nn.Module, patches: int, settings: HipSettings, device: t
     """
     if settings.order == 'row':
         return None
-    grid = tuple(getattr(getattr(model, 'patch_embed', None), 'grid_size', None) or (0, 0))
-    if grid[0] * grid[1] != patches:
-        side = round(patches**0.5)
-        grid = (side, side)
-    if grid[0] * grid[1] != patches:
-        raise ValueError(f"order='hilbert': {patches} patches are not the model's grid and no square; set order='row'")
+    grid = _grid(model, patches, "order='hilbert' needs one: set order='row'")
     return torch.tensor(raster_index('hilbert', *grid), device=device)
 
 
@@ -420,11 +475,11 @@ def agreement(
 ) -> dict[str, Any]:
     """What sparse attention changes in a dense model, on images.
 
-    Per attention module, on the inputs that the dense model has there: `recall`, the mean over patch queries of the
-    dense weights on the keys that are attended to; `oracle`, the same of as many blocks with the largest weights of a
-    block of queries; `random`, of as many random blocks (both with the same prefix tokens and own patches); `error`,
-    |y_sparse - y| / |y|. Of the whole model: `top1_agreement`, `logit_difference` (mean absolute), `kl` (of the sparse
-    from the dense prediction, nats), `cosine` of the logits; with labels `top1_dense` and `top1_sparse`.
+    Per attention module, on the inputs that the dense model has there: `error`, |y_sparse - y| / |y|; of HiP also
+    `recall`, the mean over patch queries of the dense weights on the keys that are attended to; `oracle`, the same of
+    as many blocks with the largest weights of a block of queries; `random`, of as many random blocks (both with the
+    same prefix tokens and own patches). Of the whole model: `top1_agreement`, `logit_difference` (mean absolute), `kl`
+    (of the sparse from the dense prediction, nats), `cosine` of the logits; with labels `top1_dense` and `top1_sparse`.
 
     Args:
         model: A dense model with a classifier, in eval mode.
@@ -443,7 +498,7 @@ def agreement(
     """
     with sparsify_attention(model, method, blocks, **settings) as handle:
         sparse = model(images).float()
-    meters = {name: _Meter(model, handle.settings) for name in handle.names}
+    meters = {name: _Meter(_METHODS[method][1](model, handle.settings)) for name in handle.names}
     for name, meter in meters.items():
         _install(model.get_submodule(name), meter)
     try:
@@ -468,18 +523,20 @@ def agreement(
 class _Meter(_Product):
     """Dense attention, and what a sparse one would have found in its place."""
 
-    def __init__(self, model: nn.Module, settings: HipSettings) -> None:
+    def __init__(self, sparse: _SparseProduct) -> None:
         super().__init__()
-        self.model, self.settings = model, settings
+        self.sparse = sparse
         self.found: dict[str, float] = {}
 
     def compute(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         dense = F.scaled_dot_product_attention(query, key, value, **options)
-        n = getattr(self.model, 'num_prefix_tokens', 0)
-        order = patch_order(self.model, query.shape[2] - n, self.settings, query.device)
-        sparse = hip_attention(query, key, value, self.settings, n, order)
+        sparse = self.sparse.compute(query, key, value, **options)
         self.found = {'error': ((sparse - dense).norm() / dense.norm()).item()}
-        self.found.update(_recall(query, key, self.settings, n, order))
+        settings, model = self.sparse.settings, self.sparse.model
+        if isinstance(settings, HipSettings):
+            n = getattr(model, 'num_prefix_tokens', 0)
+            order = patch_order(model, query.shape[2] - n, settings, query.device)
+            self.found.update(_recall(query, key, settings, n, order))
         return dense
 
 

@@ -1,11 +1,16 @@
-"""HiP attention: the tree search against a plain one, attention against a dense mask, timm's models, the report."""
+"""HiP attention: the tree search against a plain one, attention against a dense mask, timm's models, the report.
+
+MonarchAttention: against its formulas on the dense scores, where it is exact, its objective.
+"""
 
 import math
+from itertools import pairwise
 
 import pytest
 import timm
 import torch
 
+from hydra_vision.ops.monarch_attention import monarch_attention, monarch_attention_matrix
 from hydra_vision.sparsify import HipSettings, agreement, hip_attention, select_key_blocks, sparsify_attention
 
 SMALL = dict(img_size=96, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=5)  # 144 patches
@@ -13,7 +18,12 @@ SMALL = dict(img_size=96, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_
 
 def build(name: str = 'vit_tiny_patch16_224', **kwargs):
     torch.manual_seed(0)
-    return timm.create_model(name, **{**SMALL, **kwargs}).eval()
+    model = timm.create_model(name, **{**SMALL, **kwargs}).eval()
+    with torch.no_grad():
+        for parameter, value in model.named_parameters():
+            if 'gamma' in parameter:
+                value.fill_(1.0)  # layer scales of 1e-6 would hide what attention does
+    return model
 
 
 def images(size: int = 96) -> torch.Tensor:
@@ -228,3 +238,94 @@ def test_what_cannot_be_sparse():
         assert model(torch.randn(1, 3, 64, 64)).shape == (1, 5)  # a square
         with pytest.raises(ValueError, match="not the model's grid and no square"):
             model(torch.randn(1, 3, 64, 96))
+
+
+def plain_monarch(scores: torch.Tensor, block: int, steps: int, n: int) -> torch.Tensor:
+    """Weights (L, L) from the scores (L, L): the updates of the paper, number by number."""
+    L = len(scores)
+    blocks = [list(range(n, L))[a : a + block] for a in range(0, L - n, block)]
+    weights = scores.softmax(-1).clone()
+    for j in range(block):
+        queries = [(row, own[j]) for row, own in enumerate(blocks) if j < len(own)]
+        left = torch.eye(len(blocks), dtype=scores.dtype)
+        for _ in range(steps):
+            right = []
+            for k, keys in enumerate(blocks):
+                total = sum(left[row, k] for row, _ in queries)
+                mean = sum(left[row, k] * scores[query, keys] for row, query in queries)
+                right.append((mean / total if total > 0 else torch.zeros(len(keys), dtype=scores.dtype)).softmax(-1))
+            for row, query in queries:
+                logits = [r @ scores[query, keys] - r @ r.log() for r, keys in zip(right, blocks)]
+                left_row = torch.stack([*logits, *scores[query, :n]]).softmax(-1)
+                left[row] = left_row[: len(blocks)]
+                weights[query, :n] = left_row[len(blocks) :]
+                for keys, share, r in zip(blocks, left_row, right):
+                    weights[query, keys] = share * r
+    return weights
+
+
+@pytest.mark.parametrize(('L', 'block', 'n'), [(12, 4, 0), (13, 4, 1), (16, 5, 2), (7, 7, 0), (6, 1, 1)])
+@pytest.mark.parametrize('steps', [1, 3])
+def test_monarch_attention_is_the_papers(L, block, n, steps):
+    q, k, v = (2 * t for t in heads(L))
+    M = monarch_attention_matrix(q, k, block, steps, n)
+    scores = q @ k.mT / 2
+    for b in range(2):
+        for h in range(3):
+            torch.testing.assert_close(M[b, h], plain_monarch(scores[b, h], block, steps, n), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(monarch_attention(q, k, v, block, steps, n), M @ v)
+
+
+@pytest.mark.parametrize('block', [1, 15, 20])
+def test_monarch_attention_is_exact_with_one_block_or_blocks_of_one(block):
+    q, k, v = heads(17)
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(monarch_attention(q, k, v, block, 1, 2), exact)
+
+
+def test_each_step_of_monarch_attention_gains():
+    q, k, _ = (3 * t for t in heads(24))
+    scores, gained = q @ k.mT / 2, []
+    for steps in range(1, 6):
+        M = monarch_attention_matrix(q, k, 6, steps)
+        torch.testing.assert_close(M.sum(-1), torch.ones_like(M[..., 0]))
+        gained.append((M * scores + torch.special.entr(M)).sum((-1, -2)))
+    best = scores.logsumexp(-1).sum(-1)
+    for before, after in pairwise(gained):
+        assert (after >= before - 1e-9).all()
+        assert (after <= best).all()
+    assert (gained[-1] > gained[0] + 1e-3).all()
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'vit_small_patch16_dinov3', 'eva02_tiny_patch14_224'])
+def test_models_with_monarch_attention(name):
+    model, x = build(name), images()
+    with torch.no_grad():
+        dense = model(x)
+        with sparsify_attention(model, 'monarch') as handle:
+            assert handle.settings.steps == 1
+            assert not torch.equal(model(x), dense)
+        with sparsify_attention(model, 'monarch', block=1):
+            torch.testing.assert_close(model(x), dense, rtol=1e-3, atol=1e-4)
+        assert torch.equal(model(x), dense)
+
+
+def test_report_on_monarch_attention():
+    model = build()
+    found = agreement(model, images(), method='monarch', block=1)
+    assert set(found['layers'][0]) == {'name', 'error'}
+    assert max(layer['error'] for layer in found['layers']) < 1e-5
+    assert agreement(model, images(), method='monarch', steps=2)['layers'][0]['error'] > 1e-4
+
+
+@pytest.mark.parametrize(
+    ('settings', 'error', 'message'),
+    [
+        (dict(steps=0), ValueError, 'steps=0; it must be at least 1'),
+        (dict(block=0), ValueError, 'block=0; it must be at least 1'),
+        (dict(keys=8), TypeError, "no setting 'keys'.*block, steps"),
+    ],
+)
+def test_bad_settings_of_monarch_attention(settings, error, message):
+    with pytest.raises(error, match=message):
+        sparsify_attention(build(), 'monarch', **settings)

@@ -146,6 +146,15 @@ class VitAttention(Mixer, TimmAttention):
         return {'attn_mask': valid[:, None, None]}
 
     @torch.jit.ignore
+    def why_no_packing(self) -> Optional[str]:
+        return None
+
+    @torch.jit.ignore
+    def packing_arguments(self, cu_seqlens: Tensor) -> Dict[str, Tensor]:
+        segments = torch.repeat_interleave(cu_seqlens.diff())
+        return {'attn_mask': (segments[:, None] == segments)[None, None]}
+
+    @torch.jit.ignore
     def cross(self, u: Tensor, memory: Tensor) -> Tensor:
         """Attention of the tokens u (B, L, d_model) to a memory (B, any length, d_model), with the same parameters."""
         q = self.qkv(u).unflatten(-1, (3, self.num_heads, -1))[:, :, 0].transpose(1, 2)

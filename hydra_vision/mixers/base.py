@@ -36,6 +36,7 @@ __all__ = [
     'apply_matrix',
     'causal_conv',
     'check_arguments',
+    'check_packing',
     'check_padding',
     'check_sizes',
     'convolved',
@@ -224,8 +225,9 @@ class Mixer(nn.Module):
     """Contract of a sequence mixer, (B, L, d_model) -> (B, L, d_model).
 
     ``forward(u)``, or ``forward(u, grid)`` where ``takes_grid``; ``forward(u, **padding_arguments(valid))`` where it
-    can leave padding out; ``matrix(u)``, the matrix that it applies; and, for models, what it has to know of their
-    tokens and which of its parameters are not decayed.
+    can leave padding out, ``forward(u, **packing_arguments(cu_seqlens))`` where it knows borders; ``matrix(u)``, the
+    matrix that it applies; and, for models, what it has to know of their tokens and which of its parameters are not
+    decayed.
     """
 
     takes_grid = False  # whether forward takes the (H, W) of the patches
@@ -267,6 +269,20 @@ class Mixer(nn.Module):
         return {'valid': valid}
 
     @torch.jit.ignore
+    def why_no_packing(self) -> Optional[str]:
+        """None where the mixer takes ``cu_seqlens``: (sequences + 1,) borders of several sequences in one row, B = 1.
+
+        What a token becomes is then what it would be with its own sequence alone, to rounding. Otherwise why it does
+        not.
+        """
+        return f'{type(self).__name__} has no form for several sequences in one row'
+
+    @torch.jit.ignore
+    def packing_arguments(self, cu_seqlens: Tensor) -> Dict[str, Tensor]:
+        """What ``forward`` takes beside the row of tokens for the sequences in it to stay apart."""
+        return {'cu_seqlens': cu_seqlens}
+
+    @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
         """Parameters, relative to this module, that should not use weight decay."""
         return set()
@@ -303,6 +319,13 @@ class Mixer(nn.Module):
 def check_padding(mixer: Mixer, argument: str = 'valid') -> None:
     """Raises ValueError for a mixer that does not take ``valid``."""
     reason = mixer.why_no_padding()
+    if reason is not None:
+        raise ValueError(f'{argument}: {reason}')
+
+
+def check_packing(mixer: Mixer, argument: str = 'cu_seqlens') -> None:
+    """Raises ValueError for a mixer that does not take ``cu_seqlens``."""
+    reason = mixer.why_no_packing()
     if reason is not None:
         raise ValueError(f'{argument}: {reason}')
 

@@ -21,6 +21,7 @@ from ..ops.reference import accumulation_dtype
 from .base import (
     GatedMixer,
     GatedRMSNorm,
+    check_packing,
     check_padding,
     check_sizes,
     convolved,
@@ -233,6 +234,14 @@ class Hydra(GatedMixer):
             return 'learnable_init_states=True: a state that starts behind the padding is read by it'
         return check_step_limit(self.dt_limit_min)
 
+    @torch.jit.ignore
+    def why_no_packing(self) -> Optional[str]:
+        if self.init_states is not None:
+            return 'learnable_init_states=True: a learned state would have to start anew at every border'
+        if not self._lends_weights():
+            return 'conv1d, fc_D or norm was replaced, wrapped or hooked and knows no borders'
+        return None
+
     def __prepare_scriptable__(self):
         self.calls_parts = not self._lends_weights()
         return super().__prepare_scriptable__()
@@ -313,8 +322,7 @@ class Hydra(GatedMixer):
 
     @torch.jit.unused
     def _forward_packed(self, zxbcdt: Tensor, cu_seqlens: Tensor) -> Tensor:
-        if not self._lends_weights():
-            raise ValueError('cu_seqlens: conv1d, fc_D or norm was replaced, wrapped or hooked and knows no borders')
+        check_packing(self)
         return self._forward_scaled(zxbcdt, cu_seqlens)
 
     def forward(self, u: Tensor, valid: Optional[Tensor] = None, cu_seqlens: Optional[Tensor] = None) -> Tensor:

@@ -154,7 +154,8 @@ class Semiseparable(MatrixMixer):
 
     def _terms(self, v: Tensor, extras: Tensor, tokens: Optional[TokenGrid]) -> Tuple:
         """A (H,); dt, B and C of each direction, a list; the diagonal (B, L, H) or None."""
-        batch, L, H = v.shape[:3]
+        batch = extras.shape[0]  # of a trace for ONNX; v's, which was unflattened, is taken for a constant there
+        L, H = v.shape[1:3]
         acc = accumulation_dtype(v.dtype)
         if self.data_dependent:
             BC, dt = extras.split([self.conv_extras, self.plain_extras], dim=-1)

@@ -1,8 +1,9 @@
-"""Batches of images of several sizes, padded to one number of patches: where the tokens stand while the blocks run.
+"""Batches of images of several sizes, padded to one number of patches or packed into one row: where tokens stand.
 
 Each image is scanned as if it were alone: its own patches in scan order with the class token at its place among them,
 then the padding. Padding may stand anywhere in the batch that comes in; it is moved to the end, where a mixer can leave
-it out exactly (``Mixer.why_no_padding``).
+it out exactly (``Mixer.why_no_padding``). In a packed row there is none: the images stand one after the other, with
+borders between them (``Mixer.why_no_packing``).
 """
 
 from typing import Dict, Optional, Tuple, Union
@@ -11,23 +12,42 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
+from ..ops.packed import check_cu_seqlens
 from .scan_order import raster_index
 
-__all__ = ['grid_coordinates', 'naflex_inputs', 'reorder_tokens', 'sampled_pos_embed', 'scan_positions']
+__all__ = [
+    'grid_coordinates',
+    'naflex_inputs',
+    'packed_row',
+    'reorder_tokens',
+    'sampled_pos_embed',
+    'scan_positions',
+    'tokens_of_sequences',
+    'unpacked',
+]
 
 _FAR = 1 << 16  # above every row and column of a grid
 
 
 def naflex_inputs(
-    x: Union[Tensor, Dict[str, Tensor]], patch_coord: Optional[Tensor], patch_valid: Optional[Tensor]
-) -> Tuple[Tensor, Optional[Tensor], Tensor]:
-    """x, patch_coord and patch_valid of what a model was called with; a dict has them all, as in timm's NaFlexVit.
+    x: Union[Tensor, Dict[str, Tensor]],
+    patch_coord: Optional[Tensor],
+    patch_valid: Optional[Tensor],
+    cu_seqlens: Optional[Tensor],
+) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
+    """x, patch_coord, patch_valid and cu_seqlens of what a model was called with; a dict has them all, as in timm's
+    NaFlexVit. One of the last two is None.
 
     Raises:
         ValueError: Patches without coordinates, or shapes that do not fit.
     """
     if isinstance(x, dict):
-        x, patch_coord, patch_valid = x['patches'], x.get('patch_coord', patch_coord), x.get('patch_valid', patch_valid)
+        patch_coord, patch_valid = x.get('patch_coord', patch_coord), x.get('patch_valid', patch_valid)
+        x, cu_seqlens = x['patches'], x.get('cu_seqlens', cu_seqlens)
+    if cu_seqlens is not None and patch_valid is not None:
+        raise ValueError('cu_seqlens, patch_valid: a packed row has no padding; give one of the two')
+    if cu_seqlens is not None and x.ndim == 4:
+        raise ValueError('cu_seqlens: images (B, C, H, W) stand in no row; give patches with patch_coord')
     if x.ndim != 4 and patch_coord is None:
         raise ValueError(f'patch_coord: patches of shape {tuple(x.shape)} need the (y, x) of each, (B, N, 2)')
     if patch_coord is not None:
@@ -35,9 +55,27 @@ def naflex_inputs(
             raise ValueError('patch_coord: images (B, C, H, W) have their own; leave it out')
         if patch_coord.shape != (*x.shape[:2], 2):
             raise ValueError(f'patch_coord has shape {tuple(patch_coord.shape)}; it must be {(*x.shape[:2], 2)}')
-        if patch_valid is None:
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, x, None)
+        elif patch_valid is None:
             patch_valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    return x, patch_coord, patch_valid
+    return x, patch_coord, patch_valid, cu_seqlens
+
+
+def tokens_of_sequences(cu_seqlens: Tensor, prefix: int = 0) -> Tensor:
+    """(S, prefix + longest) Which tokens each of the S sequences of a row has, were they padded to one length."""
+    lengths = cu_seqlens.diff() + prefix
+    return torch.arange(int(lengths.max()), device=cu_seqlens.device) < lengths.unsqueeze(1)
+
+
+def unpacked(x: Tensor, own: Tensor) -> Tensor:
+    """A row (1, tokens, D) as (S, longest, D) with zeros behind shorter sequences; own: see `tokens_of_sequences`."""
+    return x.new_zeros(*own.shape, x.shape[-1]).masked_scatter(own.unsqueeze(-1), x)
+
+
+def packed_row(x: Tensor, own: Tensor) -> Tensor:
+    """(S, longest, D) as a row (1, tokens, D), without what is behind the sequences."""
+    return x[own].unsqueeze(0)
 
 
 def grid_coordinates(height: int, width: int, device: torch.device) -> Tensor:

@@ -52,10 +52,19 @@ from timm.models.naflexvit import global_pool_naflex
 from timm.models.vision_transformer import global_pool_nlc
 
 from ..mixers import BlockDiagonalLinear, Hydra, MonarchLinear, StructuredMlp
-from ..mixers.base import check_padding, is_plain, is_unwatched
+from ..mixers.base import check_packing, check_padding, is_plain, is_unwatched
 from ._layer_norm import BlockNorm, Branch, final_norm
 from ._mixer import mixer_factories, resample_mixer_parameter
-from ._padded import grid_coordinates, naflex_inputs, reorder_tokens, sampled_pos_embed, scan_positions
+from ._padded import (
+    grid_coordinates,
+    naflex_inputs,
+    packed_row,
+    reorder_tokens,
+    sampled_pos_embed,
+    scan_positions,
+    tokens_of_sequences,
+    unpacked,
+)
 from ._patch_embed import PatchEmbed
 from .scan_order import SCAN_ORDERS, block_order, reorder
 
@@ -129,6 +138,20 @@ class HydraBlock(nn.Module):
             x, y = self.norm2.after(x, branch)
             branch = Branch(self.mlp(y)).dropped(self.drop_path2)
         return x, branch
+
+    @torch.jit.ignore
+    def forward_packed(self, x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """x (1, L, dim), several sequences with borders cu_seqlens (S + 1,); each is dropped or kept by itself."""
+        segments = torch.repeat_interleave(cu_seqlens.diff())
+
+        def dropped(path: nn.Module, y: torch.Tensor) -> torch.Tensor:
+            return y * path(y.new_ones(len(cu_seqlens) - 1, 1))[segments] if isinstance(path, DropPath) else y
+
+        y = self.mixer(self.norm1(x), **self.mixer.packing_arguments(cu_seqlens))
+        x = x + dropped(self.drop_path1, self.drop1(y))
+        if self.mlp is not None:
+            x = x + dropped(self.drop_path2, self.mlp(self.norm2(x)))
+        return x
 
     def forward(
         self,
@@ -623,11 +646,14 @@ class HydraViT(nn.Module):
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
         output_dict: bool = False,
+        patch_coord: Optional[torch.Tensor] = None,
+        patch_valid: Optional[torch.Tensor] = None,
+        cu_seqlens: Optional[torch.Tensor] = None,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]], Dict[str, Any]]:
         """Forward features that returns intermediates.
 
         Args:
-            x: Input image tensor
+            x: Input image tensor, or what `forward` takes; patches have no common grid and need output_fmt NLC
             indices: Take last n blocks if int, all if None, select matching indices if sequence
             return_prefix_tokens: Return both prefix and spatial intermediate tokens
             norm: Apply norm layer to all intermediates
@@ -635,12 +661,21 @@ class HydraViT(nn.Module):
             output_fmt: Shape of intermediate feature outputs
             intermediates_only: Only return intermediate features
             output_dict: Return outputs as a dictionary with 'image_features' and 'image_intermediates' keys
+            patch_coord: As in `forward`
+            patch_valid: As in `forward`
+            cu_seqlens: As in `forward`; class tokens of packed images come as one (1, S, C) for each intermediate
         Returns:
             A tuple with (final_features, intermediates), a list of intermediate features, or a dictionary containing
-            'image_features' and 'image_intermediates' (and optionally 'image_intermediates_prefix')
+            'image_features' and 'image_intermediates' (and optionally 'image_intermediates_prefix'); of padded or
+            packed images also 'patch_valid' or 'cu_seqlens', of the patches in the intermediates
         """
         assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
         reshape = output_fmt == 'NCHW'
+        if not torch.jit.is_scripting() and _is_naflex(x, patch_coord, patch_valid, cu_seqlens):
+            return self._naflex_intermediates(
+                x, indices, return_prefix_tokens, norm, stop_early, reshape, intermediates_only, output_dict,
+                patch_coord, patch_valid, cu_seqlens,
+            )  # fmt: skip
         assert not (self.training and reshape and not isinstance(self.patch_drop, nn.Identity)), (
             'Dropped patches leave no feature map: use output_fmt NLC, eval mode or patch_drop_rate=0.'
         )
@@ -777,18 +812,27 @@ class HydraViT(nn.Module):
         return final_norm(self.norm, x, branch)
 
     @torch.jit.unused
-    def _forward_padded(
+    def _forward_naflex(
         self,
-        x: torch.Tensor,
+        x: Union[torch.Tensor, Dict[str, torch.Tensor]],
         patch_coord: Optional[torch.Tensor],
         patch_valid: Optional[torch.Tensor],
-    ) -> Dict[str, torch.Tensor]:
-        """`forward_features` of images or patches with padding among them."""
-        x, coord, valid = naflex_inputs(x, patch_coord, patch_valid)
+        cu_seqlens: Optional[torch.Tensor],
+        take_indices: Sequence[int] = (),
+        norm: bool = False,
+        depth: Optional[int] = None,
+    ) -> Tuple[Dict[str, torch.Tensor], List[torch.Tensor]]:
+        """`forward_features` of images of several sizes, padded or in one row, and the outputs of some blocks."""
+        x, coord, valid, cu_seqlens = naflex_inputs(x, patch_coord, patch_valid, cu_seqlens)
+        packed = cu_seqlens is not None
         for i, blk in enumerate(self.blocks):
-            check_padding(blk.mixer, f'patch_valid, block {i}')
+            if packed:
+                check_packing(blk.mixer, f'cu_seqlens, block {i}')
+            else:
+                check_padding(blk.mixer, f'patch_valid, block {i}')
         if self.training and not isinstance(self.patch_drop, nn.Identity):
-            raise ValueError('patch_valid: no patches are dropped from a padded batch; set patch_drop_rate=0')
+            name, kind = ('cu_seqlens', 'packed') if packed else ('patch_valid', 'padded')
+            raise ValueError(f'{name}: no patches are dropped from a {kind} batch; set patch_drop_rate=0')
         if coord is None:
             H, W = self._whole_grid(self._grid(x))
             x = self.patch_embed(x)
@@ -797,6 +841,12 @@ class HydraViT(nn.Module):
             valid = valid.flatten(1)
         else:
             x = self.patch_embed.from_patches(x)
+        if packed:
+            valid = tokens_of_sequences(cu_seqlens)
+            x, coord = unpacked(x, valid), unpacked(coord, valid)
+            cu_seqlens = cu_seqlens + self.num_prefix_tokens * torch.arange(
+                len(cu_seqlens), dtype=cu_seqlens.dtype, device=x.device
+            )
         if valid.shape != x.shape[:2] or valid.dtype != torch.bool:
             form = f'{tuple(valid.shape)}, {valid.dtype}'
             raise ValueError(f'patch_valid has shape {form}; it must be {tuple(x.shape[:2])}, torch.bool')
@@ -808,22 +858,97 @@ class HydraViT(nn.Module):
         x = self.norm_pre(x)
         in_scan = torch.arange(x.shape[1], device=x.device) < valid.sum(1, keepdim=True) + self.num_prefix_tokens
         order, place = None, None
-        for i, blk in enumerate(self.blocks):
+
+        def output(x: torch.Tensor) -> torch.Tensor:
+            """Tokens where they stood."""
+            x = reorder_tokens(unpacked(x, in_scan) if packed else x, place)
+            return packed_row(x, in_scan) if packed else x
+
+        intermediates = []
+        for i, blk in enumerate(self.blocks[:depth]):
             before, order = order, block_order(self.scan_order, i)
             if order != before:
                 if place is not None:
-                    x = reorder_tokens(x, place)
+                    x = reorder_tokens(unpacked(x, in_scan) if packed else x, place)
                 token = self.class_token_position if self.has_class_token else None
                 place = scan_positions(order, coord, valid, token)
                 x = reorder_tokens(x, place.argsort(1))
-            x = checkpoint(blk, x, None, in_scan) if self.grad_checkpointing else blk(x, None, in_scan)
-        return {'patches': reorder_tokens(self.norm(x), place), 'patch_valid': valid}
+                x = packed_row(x, in_scan) if packed else x
+            function, how = (blk.forward_packed, (cu_seqlens,)) if packed else (blk, (None, in_scan))
+            x = checkpoint(function, x, *how) if self.grad_checkpointing else function(x, *how)
+            if i in take_indices:
+                intermediates.append(output(self.norm(x) if norm else x))
+        borders = {'cu_seqlens': cu_seqlens} if packed else {'patch_valid': valid}
+        return {'patches': output(self.norm(x)), **borders}, intermediates
+
+    @torch.jit.unused
+    def _naflex_logits(
+        self,
+        x: Union[torch.Tensor, Dict[str, torch.Tensor]],
+        patch_coord: Optional[torch.Tensor],
+        patch_valid: Optional[torch.Tensor],
+        cu_seqlens: Optional[torch.Tensor],
+    ) -> torch.Tensor:
+        """`forward` of images of several sizes."""
+        return self.forward_head(**self._forward_naflex(x, patch_coord, patch_valid, cu_seqlens)[0])
+
+    @torch.jit.unused
+    def _naflex_intermediates(
+        self,
+        x: Union[torch.Tensor, Dict[str, torch.Tensor]],
+        indices: Optional[Union[int, List[int]]],
+        return_prefix_tokens: bool,
+        norm: bool,
+        stop_early: bool,
+        reshape: bool,
+        intermediates_only: bool,
+        output_dict: bool,
+        patch_coord: Optional[torch.Tensor],
+        patch_valid: Optional[torch.Tensor],
+        cu_seqlens: Optional[torch.Tensor],
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]], Dict[str, Any]]:
+        """`forward_intermediates` of images of several sizes."""
+        images = isinstance(x, torch.Tensor) and x.ndim == 4
+        if reshape and not images:
+            raise ValueError("output_fmt='NCHW': the images of a NaFlex batch have no common grid; use 'NLC'")
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        depth = max_index + 1 if stop_early else None
+        features, intermediates = self._forward_naflex(
+            x, patch_coord, patch_valid, cu_seqlens, take_indices, norm, depth
+        )
+        final, n = features['patches'], self.num_prefix_tokens
+        borders = features.get('cu_seqlens')
+        prefix_tokens = None
+        if n and borders is None:
+            prefix_tokens, intermediates = [y[:, :n] for y in intermediates], [y[:, n:] for y in intermediates]
+        elif n:
+            first = torch.zeros(final.shape[1], dtype=torch.bool, device=final.device)
+            first[borders[:-1].long()] = True
+            prefix_tokens, intermediates = [y[:, first] for y in intermediates], [y[:, ~first] for y in intermediates]
+        if reshape:
+            H, W = self._whole_grid(self._grid(x))
+            intermediates = [y.unflatten(1, (H, W)).permute(0, 3, 1, 2).contiguous() for y in intermediates]
+        if output_dict:
+            result_dict = {'image_intermediates': intermediates}
+            if prefix_tokens is not None and return_prefix_tokens:
+                result_dict['image_intermediates_prefix'] = prefix_tokens
+            if not intermediates_only:
+                result_dict['image_features'] = final
+            if borders is None:
+                result_dict['patch_valid'] = features['patch_valid']
+            else:
+                result_dict['cu_seqlens'] = borders - n * torch.arange(len(borders), device=borders.device)
+            return result_dict
+        if return_prefix_tokens and prefix_tokens is not None:
+            intermediates = list(zip(intermediates, prefix_tokens))
+        return intermediates if intermediates_only else (final, intermediates)
 
     def forward_features(
         self,
         x: torch.Tensor,
         patch_coord: Optional[torch.Tensor] = None,
         patch_valid: Optional[torch.Tensor] = None,
+        cu_seqlens: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         """Forward pass through feature layers (embeddings, blocks, final norm).
 
@@ -831,13 +956,16 @@ class HydraViT(nn.Module):
             x: Images (B, C, H, W), or what `forward` takes.
             patch_coord: As in `forward`.
             patch_valid: As in `forward`.
+            cu_seqlens: As in `forward`.
 
         Returns:
             (B, L, embed_dim); of a padded batch, as timm's NaFlexVit, the arguments of `forward_head`: a dictionary
             with 'patches' (B, L, embed_dim), the class token and then the patches where they stood, and 'patch_valid'.
+            Of a packed one 'patches' (1, L, embed_dim), each image's class token before its patches, and 'cu_seqlens',
+            the borders of these tokens.
         """
-        if not torch.jit.is_scripting() and _is_padded(x, patch_coord, patch_valid):
-            return self._forward_padded(x, patch_coord, patch_valid)
+        if not torch.jit.is_scripting() and _is_naflex(x, patch_coord, patch_valid, cu_seqlens):
+            return self._forward_naflex(x, patch_coord, patch_valid, cu_seqlens)[0]
         grid = self._grid(x)
         x = self.patch_embed(x)
         x = self._pos_embed(x, grid)
@@ -858,6 +986,7 @@ class HydraViT(nn.Module):
         x: torch.Tensor,
         pool_type: Optional[str] = None,
         patch_valid: Optional[torch.Tensor] = None,
+        cu_seqlens: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         """Apply pooling to feature tokens.
 
@@ -865,11 +994,17 @@ class HydraViT(nn.Module):
             x: Feature tensor.
             pool_type: Pooling type override.
             patch_valid: (B, N), False at patches that are padding.
+            cu_seqlens: (S + 1,), borders of S images in one row (1, L, embed_dim), class tokens counted.
 
         Returns:
             Pooled features.
         """
         pool_type = self.global_pool if pool_type is None else pool_type
+        if cu_seqlens is not None and not torch.jit.is_scripting():
+            if pool_type == '':
+                return x
+            own = tokens_of_sequences(cu_seqlens)
+            x, patch_valid = unpacked(x, own), own[:, self.num_prefix_tokens :]
         if patch_valid is not None and not torch.jit.is_scripting():
             wide = x if x.dtype == torch.float64 else x.float()  # bfloat16 does not count beyond 256
             return global_pool_naflex(wide, patch_valid, pool_type, self.num_prefix_tokens).to(x.dtype)
@@ -880,6 +1015,7 @@ class HydraViT(nn.Module):
         patches: torch.Tensor,
         pre_logits: bool = False,
         patch_valid: Optional[torch.Tensor] = None,
+        cu_seqlens: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         """Forward pass through classifier head.
 
@@ -887,11 +1023,12 @@ class HydraViT(nn.Module):
             patches: Feature tensor.
             pre_logits: Return features before final classifier.
             patch_valid: (B, N), False at patches that are padding.
+            cu_seqlens: As in `pool`.
 
         Returns:
             Output tensor.
         """
-        x = self.head_drop(self.pool(patches, patch_valid=patch_valid))
+        x = self.head_drop(self.pool(patches, patch_valid=patch_valid, cu_seqlens=cu_seqlens))
         return x if pre_logits else self.head(x)
 
     def forward(
@@ -899,30 +1036,34 @@ class HydraViT(nn.Module):
         x: torch.Tensor,
         patch_coord: Optional[torch.Tensor] = None,
         patch_valid: Optional[torch.Tensor] = None,
+        cu_seqlens: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         """Forward pass to logits (B, num_classes).
 
-        An image in a padded batch gets what it would get alone, to rounding.
+        An image in a padded or packed batch gets what it would get alone, to rounding.
 
         Args:
             x: Images (B, in_chans, H, W); patches (B, N, height * width * in_chans) or (B, N, height, width, in_chans)
-                with `patch_coord`; or a dictionary of timm's NaFlex loader: 'patches', 'patch_coord', 'patch_valid'.
+                with `patch_coord`; or a dictionary of timm's NaFlex loader: 'patches', 'patch_coord', 'patch_valid' (or
+                'cu_seqlens').
             patch_coord: (B, N, 2) Row and column of each patch in its image.
             patch_valid: (B, N) False at patches that are padding; N = h * w patches by rows for images.
+            cu_seqlens: (S + 1,) int32 or int64, from 0 to N: the patches of S images stand in one row, B = 1, patch
+                cu_seqlens[n] being the first of the n-th. The logits are (S, num_classes).
 
         Raises:
-            ValueError: A padded batch and a mixer that cannot leave padding out, or shapes that do not fit.
+            ValueError: A padded batch and a mixer that cannot leave padding out, a packed one and a mixer that knows no
+                borders, or shapes that do not fit.
         """
-        if not torch.jit.is_scripting() and _is_padded(x, patch_coord, patch_valid):
-            features = self._forward_padded(x, patch_coord, patch_valid)
-            return self.forward_head(features['patches'], patch_valid=features['patch_valid'])
+        if not torch.jit.is_scripting() and _is_naflex(x, patch_coord, patch_valid, cu_seqlens):
+            return self._naflex_logits(x, patch_coord, patch_valid, cu_seqlens)
         return self.forward_head(self.forward_features(x))
 
 
 @torch.jit.unused
-def _is_padded(x: Any, patch_coord: Any, patch_valid: Any) -> bool:
+def _is_naflex(x: Any, patch_coord: Any, patch_valid: Any, cu_seqlens: Any) -> bool:
     """For torch.fx, whose stand-ins are no tensors, an argument that is left out is not there."""
-    return isinstance(x, dict) or isinstance(patch_coord, torch.Tensor) or isinstance(patch_valid, torch.Tensor)
+    return isinstance(x, dict) or any(isinstance(t, torch.Tensor) for t in (patch_coord, patch_valid, cu_seqlens))
 
 
 def _check_choice(name: str, value: str, allowed: Tuple[str, ...]) -> None:

@@ -198,6 +198,7 @@ def test_bad_input(tmp_path, fails):
         dict(features_only=True, out_indices=[0]),
         *(dict(mixer=name, headdim=None) for name in ('m2', 'vim', 'vandermonde', 'dft', 'low_rank')),
         dict(mixer='semiseparable', mixer_kwargs=dict(variant='mult')),
+        dict(mixer='semiseparable', mixer_kwargs=dict(variant='causal', data_dependent=False)),
         dict(mixer='scout', mixer_kwargs=dict(segment=(2, 2))),
         dict(mlp='monarch', mlp_ratio=2.0),
     ],

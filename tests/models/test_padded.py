@@ -1,4 +1,4 @@
-"""Batches of images of several sizes: each image gets what it gets alone. And timm's NaFlex interface."""
+"""Batches of images of several sizes, padded or packed: each gets what it gets alone. And timm's NaFlex interface."""
 
 import pytest
 import timm
@@ -64,6 +64,19 @@ def padded_batch():
     return x, valid
 
 
+def packed_batch():
+    """A row of all images' patches, those of each image shuffled."""
+    batch = naflex_batch()
+    generator = torch.Generator().manual_seed(5)
+    valid, parts = batch['patch_valid'], {'patches': [], 'patch_coord': []}
+    for b, own in enumerate(valid):
+        order = torch.randperm(int(own.sum()), generator=generator)
+        for name, part in parts.items():
+            part.append(batch[name][b][own][order])
+    cu_seqlens = torch.nn.functional.pad(valid.sum(1).cumsum(0), (1, 0))
+    return {**{name: torch.cat(part).unsqueeze(0) for name, part in parts.items()}, 'cu_seqlens': cu_seqlens}
+
+
 @pytest.mark.parametrize('kwargs', VARIANTS, ids=str)
 def test_an_image_in_a_padded_batch_gets_what_it_gets_alone(kwargs):
     model = create(**kwargs)
@@ -74,17 +87,37 @@ def test_an_image_in_a_padded_batch_gets_what_it_gets_alone(kwargs):
         torch.testing.assert_close(rows, alone, rtol=1e-8, atol=1e-9)
 
 
-def test_gradients_in_a_padded_batch():
+@pytest.mark.parametrize('kwargs', [*VARIANTS[:9], dict(mixer=('hydra', 'vit_attention'), headdim=16)], ids=str)
+def test_an_image_in_a_packed_row_gets_what_it_gets_alone(kwargs):
+    model = create(**kwargs)
+    alone = torch.cat([model(image[None]) for image in images()])
+    rows = model(packed_batch())
+    assert rows.shape == alone.shape
+    torch.testing.assert_close(rows, alone, rtol=1e-8, atol=1e-9)
+
+
+def test_gradients_in_a_batch():
     model = create(class_token=True, class_token_position='last', pos_embed='learn').train()
     x, valid = padded_batch()
+    batches = [lambda: model(x, patch_valid=valid), lambda: model(packed_batch())]
     gradients = []
-    for out in (torch.cat([model(image[None]) for image in images()]), model(x, patch_valid=valid)):
+    for out in (torch.cat([model(image[None]) for image in images()]), *(batch() for batch in batches)):
         gradients.append(torch.autograd.grad(out.square().sum(), list(model.parameters())))
     model.set_grad_checkpointing()
-    gradients.append(torch.autograd.grad(model(x, patch_valid=valid).square().sum(), list(model.parameters())))
-    for alone, padded, checkpointed in zip(*gradients):
-        torch.testing.assert_close(padded, alone, rtol=1e-8, atol=1e-10)
-        torch.testing.assert_close(checkpointed, alone, rtol=1e-8, atol=1e-10)
+    for batch in batches:
+        gradients.append(torch.autograd.grad(batch().square().sum(), list(model.parameters())))
+    for alone, *others in zip(*gradients):
+        for other in others:
+            torch.testing.assert_close(other, alone, rtol=1e-8, atol=1e-10)
+
+
+def test_stochastic_depth_drops_packed_images_one_by_one():
+    model, batch = create(drop_path_rate=0.9, mlp_ratio=2.0).train(), packed_batch()
+    torch.manual_seed(0)
+    same = torch.stack([(model(batch) == model(batch)).all(1) for _ in range(40)])  # (40, images)
+    assert same.any()
+    assert not same.all()
+    assert (same.any(1) & ~same.all(1)).any()
 
 
 def test_features_stand_where_the_patches_stood():
@@ -95,6 +128,97 @@ def test_features_stand_where_the_patches_stood():
     alone = model.forward_features(images()[1][None])[0]
     torch.testing.assert_close(features['patches'][1, 0], alone[0])
     torch.testing.assert_close(features['patches'][1, 1:][valid[1].flatten()], alone[1:])
+
+
+@pytest.mark.parametrize('norm', [False, True])
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(),
+        dict(scan_order='alternate', class_token=True, class_token_position='middle', depth=3),
+        dict(scan_order='hilbert', pos_embed='learn'),
+    ],
+    ids=str,
+)
+def test_intermediates_of_an_image_are_those_it_has_alone(kwargs, norm):
+    model = create(**kwargs)
+    how = dict(indices=[0, 1], return_prefix_tokens=True, norm=norm, output_dict=True)
+    expected = [model.forward_intermediates(image[None], output_fmt='NLC', **how) for image in images()]
+    maps = [model.forward_intermediates(image[None], **how)['image_intermediates'] for image in images()]
+    x, valid = padded_batch()
+    padded = model.forward_intermediates(x, patch_valid=valid, **how)
+    naflex = model.forward_intermediates(naflex_batch(), output_fmt='NLC', **how)
+    batch = packed_batch()
+    packed = model.forward_intermediates(batch, output_fmt='NLC', **how)
+    assert torch.equal(naflex['patch_valid'], naflex_batch()['patch_valid'])
+    assert torch.equal(packed['cu_seqlens'], batch['cu_seqlens'])
+    n = model.num_prefix_tokens
+    features = model.forward_features(batch)
+    close = lambda got, wanted: torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-9)  # noqa: E731
+    for b, alone in enumerate(expected):
+        h, w = maps[b][0].shape[2:]
+        begin, end = batch['cu_seqlens'][b : b + 2].tolist()
+        by_rows = (batch['patch_coord'][0, begin:end] * torch.tensor([w, 1])).sum(1)
+        for i in (0, 1):
+            own = alone['image_intermediates'][i][0]
+            close(padded['image_intermediates'][i][b, :, :h, :w], maps[b][i][0])
+            close(naflex['image_intermediates'][i][b, : h * w], own)
+            close(packed['image_intermediates'][i][0, begin:end], own[by_rows])
+            for batched in (padded, naflex) if n else ():
+                close(batched['image_intermediates_prefix'][i][b], alone['image_intermediates_prefix'][i][0])
+            if n:
+                close(packed['image_intermediates_prefix'][i][:, b], alone['image_intermediates_prefix'][i][0])
+        begin, end = features['cu_seqlens'][b : b + 2].tolist()
+        final = torch.cat([alone['image_features'][0, :n], alone['image_features'][0, n:][by_rows]])
+        close(packed['image_features'][0, begin:end], final)
+        close(features['patches'][0, begin:end], final)
+
+
+def test_forms_of_intermediates():
+    model, batch = create(class_token=True), naflex_batch()
+    final, pairs = model.forward_intermediates(batch, 1, True, False, False, 'NLC')  # timm's order of arguments
+    only = model.forward_intermediates(batch, 1, True, False, True, 'NLC', True)
+    assert torch.equal(pairs[0][0], only[0][0])
+    assert torch.equal(pairs[0][1], only[0][1])
+    torch.testing.assert_close(final, model.forward_features(batch)['patches'])
+    parts = (batch['patches'], 1, True, False, False, 'NLC', True, False, batch['patch_coord'], batch['patch_valid'])
+    assert torch.equal(model.forward_intermediates(*parts)[0][0], only[0][0])
+    (early,) = model.forward_intermediates(batch, [0], stop_early=True, output_fmt='NLC', intermediates_only=True)
+    (late,) = model.forward_intermediates(batch, [0], output_fmt='NLC', intermediates_only=True)
+    assert torch.equal(early, late)
+    with pytest.raises(ValueError, match="output_fmt='NCHW': the images of a NaFlex batch have no common grid"):
+        model.forward_intermediates(batch)
+
+
+def test_unpooled_tokens_of_a_packed_row():
+    model, batch = create(global_pool=''), packed_batch()
+    assert model(batch).shape == (1, batch['patches'].shape[1], 5)
+
+
+def test_what_cannot_be_packed_is_named():
+    batch = packed_batch()
+    for kwargs, message in (
+        (dict(mixer=('hydra', 'mamba')), 'cu_seqlens, block 1: Mamba has no form for several sequences'),
+        (dict(learnable_init_states=True), 'cu_seqlens, block 0: learnable_init_states=True'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            create(**kwargs)(batch)
+    model, (x, _) = create(), padded_batch()
+    row, coord, cu_seqlens = batch.values()
+    for message, arguments in (
+        ('give one of the two', (row, coord, torch.ones(row.shape[:2], dtype=torch.bool), cu_seqlens)),
+        (r'images \(B, C, H, W\) stand in no row', (x, None, None, cu_seqlens)),
+        ('patches of shape .* need the', (row, None, None, cu_seqlens)),
+        (r'it must rise from 0 to L = ', (row, coord, None, cu_seqlens[:-1])),
+        ('the batch is 2', (row.expand(2, -1, -1), coord.expand(2, -1, -1), None, cu_seqlens)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(*arguments)
+    with pytest.raises(ValueError, match='dropped from a packed batch; set patch_drop_rate=0'):
+        create(patch_drop_rate=0.5).train()(batch)
+    model.blocks[1].mixer.conv1d.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match='cu_seqlens, block 1: conv1d, fc_D or norm was replaced'):
+        model(batch)
 
 
 def test_patches_as_tensors_and_of_another_size():

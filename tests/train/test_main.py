@@ -27,6 +27,16 @@ def script(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
 
 
+def test_a_full_disk_behind_stdout_is_one_line():
+    if not os.path.exists('/dev/full'):
+        pytest.skip('this system has no /dev/full')
+    with open('/dev/full', 'w') as full:
+        command = [sys.executable, str(ROOT / 'train_imagenet.py'), '--list-configs']
+        environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (1, 'train_imagenet.py: error: [Errno 28] No space left on device\n')
+
+
 @pytest.mark.slow
 def test_the_demonstration_learns_real_images_in_two_minutes(tmp_path):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
