@@ -18,13 +18,12 @@ No weights of ImageNet size are published yet; every variant is tagged `untraine
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Final, List, Literal, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, List, Literal, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
-    DropPath,
     LayerNorm,
     LayerType,
     Mlp,
@@ -51,9 +50,9 @@ from timm.models._manipulate import checkpoint
 from timm.models.naflexvit import global_pool_naflex
 from timm.models.vision_transformer import global_pool_nlc
 
-from ..mixers import BlockDiagonalLinear, Hydra, MonarchLinear, StructuredMlp
-from ..mixers.base import check_packing, check_padding, is_plain, is_unwatched
-from ._layer_norm import BlockNorm, Branch, final_norm
+from ..mixers import BlockDiagonalLinear, MonarchLinear, StructuredMlp
+from ..mixers.base import check_packing, check_padding, is_unwatched
+from ._block import BlockNorm, HydraBlock, final_norm
 from ._mixer import mixer_factories, resample_mixer_parameter
 from ._padded import (
     grid_coordinates,
@@ -74,106 +73,6 @@ torch.fx.wrap('reorder')  # one node: its index depends on sizes that a tracer d
 
 _POOLS = ('', 'avg', 'avgmax', 'max', 'token')
 _TOKEN_POSITIONS = ('first', 'middle', 'last')
-
-
-class HydraBlock(nn.Module):
-    """x + drop_path(mixer(norm1(x))), followed by the MLP of a classic block where `mlp_ratio` is above 0."""
-
-    takes_grid: Final[bool]
-
-    def __init__(
-        self,
-        dim: int,
-        mixer_layer: Callable,
-        mlp_layer: Callable = Mlp,
-        mlp_ratio: float = 0.0,
-        proj_drop: float = 0.0,
-        drop_path: float = 0.0,
-        norm_layer: LayerType = LayerNorm,
-        act_layer: LayerType = nn.GELU,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.norm1 = norm_layer(dim, **dd)
-        self.mixer = mixer_layer(dim, **dd)
-        self.takes_grid = self.mixer.takes_grid
-        self.drop1 = nn.Dropout(proj_drop) if proj_drop > 0 else nn.Identity()
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        if mlp_ratio > 0:
-            self.norm2 = norm_layer(dim, **dd)
-            self.mlp = mlp_layer(dim, hidden_features=int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
-            self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        else:
-            self.norm2 = self.mlp = self.drop_path2 = None
-
-    @torch.jit.unused
-    def _mix_valid(self, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        return self.mixer(x, **self.mixer.padding_arguments(valid))
-
-    @torch.jit.unused
-    def fuses(self, x: torch.Tensor) -> bool:
-        """Whether sums are one kernel with the norm behind them: where the norms are, and nobody watches them."""
-        if torch.compiler.is_compiling():
-            return False
-        norms = (self.norm1,) if self.mlp is None else (self.norm1, self.norm2)
-        return all(is_plain(norm, BlockNorm) and norm.fuses(x) for norm in norms)
-
-    @torch.jit.unused
-    def forward_open(
-        self,
-        x: torch.Tensor,
-        branch: Optional[Branch],
-        grid: Optional[Tuple[int, int]] = None,
-    ) -> Tuple[torch.Tensor, Branch]:
-        """`forward` of x with the branch added, where the block `fuses`; its own last branch is left to be added."""
-        x, y = self.norm1.after(x, branch)
-        if is_unwatched(self.mixer, Hydra) and is_unwatched(self.drop1, nn.Identity):
-            branch = Branch(*self.mixer.forward_late(y))
-        else:
-            branch = Branch(self.drop1(self.mixer(y, grid) if self.takes_grid else self.mixer(y)))
-        branch = branch.dropped(self.drop_path1)
-        if self.mlp is not None:
-            x, y = self.norm2.after(x, branch)
-            branch = Branch(self.mlp(y)).dropped(self.drop_path2)
-        return x, branch
-
-    @torch.jit.ignore
-    def forward_packed(self, x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        """x (1, L, dim), several sequences with borders cu_seqlens (S + 1,); each is dropped or kept by itself."""
-        segments = torch.repeat_interleave(cu_seqlens.diff())
-
-        def dropped(path: nn.Module, y: torch.Tensor) -> torch.Tensor:
-            return y * path(y.new_ones(len(cu_seqlens) - 1, 1))[segments] if isinstance(path, DropPath) else y
-
-        y = self.mixer(self.norm1(x), **self.mixer.packing_arguments(cu_seqlens))
-        x = x + dropped(self.drop_path1, self.drop1(y))
-        if self.mlp is not None:
-            x = x + dropped(self.drop_path2, self.mlp(self.norm2(x)))
-        return x
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        grid: Optional[Tuple[int, int]] = None,
-        valid: Optional[torch.Tensor] = None,
-    ) -> torch.Tensor:
-        """x (B, L, dim); grid: (H, W) of its patches, where they are not those the model was made for; valid: (B, L),
-        False at padding, which stands last."""
-        if not torch.jit.is_scripting() and valid is None and self.fuses(x):
-            x, branch = self.forward_open(x, None, grid)
-            return branch.added_to(x)
-        if valid is not None:
-            y = self._mix_valid(self.norm1(x), valid)
-        elif self.takes_grid:
-            y = self.mixer(self.norm1(x), grid)
-        else:
-            y = self.mixer(self.norm1(x))
-        x = x + self.drop_path1(self.drop1(y))
-        if self.mlp is not None:
-            x = x + self.drop_path2(self.mlp(self.norm2(x)))
-        return x
 
 
 class HydraViT(nn.Module):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm, drop_path
 
 from hydra_vision.mixers import hydra
-from hydra_vision.models._layer_norm import BlockNorm
+from hydra_vision.models._block import BlockNorm
 from hydra_vision.models.hydra_vit import HydraBlock
 
 
