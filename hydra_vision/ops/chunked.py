@@ -38,7 +38,7 @@ __all__ = ['mix_chunked']
 _SINGLE_CHUNK = 256  # a sequence up to this long is one chunk: its matrix costs less there than states
 _CHUNK = 128  # Q, at most, of longer sequences
 _TILE = 32  # q, at most
-_SLICE = 2**18  # entries of the matrices that are formed at a time
+_SLICE = 2**19  # entries of the matrices that are formed at a time
 _SCAN_WIDTH = 32  # chunks (then groups of chunks, ...) combined by one small matrix product
 
 
