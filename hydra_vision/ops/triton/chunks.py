@@ -597,7 +597,7 @@ def head_dots_kernel(
     tl.store(dots + (b * L + l) * H + h, tl.sum(xv * yv, axis=1), mask=h < H)
 
 
-HEADS = 8  # most heads a program of the product
+HEADS = 8  # most heads a program of the product, whose weights it keeps (hopper_mix.py)
 MOST_HEADS = 64  # that fc_D's columns may be in shared memory at once
 
 
