@@ -1,8 +1,8 @@
 """MonarchAttention: softmax attention projected on the Monarch matrices, without training, in O(L sqrt(L) P).
 
 Yaras, Xu, Abillama, Lee, Balzano, "MonarchAttention: Zero-Shot Conversion to Fast, Hardware-Aware Structured
-Attention", NeurIPS 2025, https://arxiv.org/abs/2505.18698. The problem is the paper's, the updates below are derived from
-it here and were not compared with the paper's code.
+Attention", NeurIPS 2025, https://arxiv.org/abs/2505.18698. The problem is the paper's; the updates below are derived
+from it here and were not compared with the paper's code.
 
 A row of softmax(S) is the distribution a that maximises <a, S> + H(a), H being the entropy. With L = m b, query (l, j)
 and key (k, i) for block and place in it, the distributions are restricted to
