@@ -152,6 +152,12 @@ def validated(run) -> Callable[..., dict]:
     return call
 
 
+def _autograd_has_threads() -> bool:
+    """Whether an earlier test of this process has started them, where the system tells."""
+    names = (path.read_text() for path in Path('/proc/self/task').glob('*/comm'))
+    return any(name.startswith('pt_autograd') for name in names)
+
+
 class Processes:
     """Training commands in processes that are forked from this one, where everything is imported already.
 
@@ -169,6 +175,8 @@ class Processes:
         self.ids = [self._fork(rank, port, [str(argument) for argument in arguments]) for rank in range(world)]
 
     def _fork(self, rank: int, port: int, arguments: list[str]) -> int:
+        if _autograd_has_threads():
+            return self._spawn(rank, port, arguments)
         process = os.fork()
         if process:
             return process
@@ -186,6 +194,19 @@ class Processes:
         finally:
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
+
+    def _spawn(self, rank: int, port: int, arguments: list[str]) -> int:
+        """A new interpreter, which imports everything: autograd does not survive a fork once it has threads."""
+        environment = dict(os.environ)
+        if self.world > 1:
+            environment.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.world))
+            environment.update(LOCAL_WORLD_SIZE=str(self.world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        log = os.open(self.folder / f'{rank}.log', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        command = [sys.executable, '-m', 'hydra_vision.train', *arguments]
+        actions = [(os.POSIX_SPAWN_DUP2, log, 1), (os.POSIX_SPAWN_DUP2, log, 2)]
+        process = os.posix_spawn(sys.executable, command, environment, file_actions=actions)
+        os.close(log)
+        return process
 
     def kill(self, number: int) -> None:
         """Sends a signal to all of them."""
