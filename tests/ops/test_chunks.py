@@ -41,7 +41,7 @@ def factors(c, table: Tensor) -> Tensor:
 
 def whole(c, S: Tensor) -> Tensor:
     """(B * nC, rows, rows) with zeros where a tile that is not whole has no scores."""
-    known = c.rows - 64 + c.tail
+    known = 64 * c.full + c.tail
     assert S[:, :known, :known].isfinite().all()
     return F.pad(S[:, :known, :known], (0, c.rows - known) * 2)
 
@@ -78,7 +78,7 @@ def score_grads(c, x, dy, S, ST, table, row_sums, col_sums, dS, dST):
     xc, yc = (chunked(c, t[..., : c.H * 64]).unflatten(2, (c.H, 64)) for t in (x, dy))
     grad = torch.einsum('cihp,cjhp->chij', yc, xc) * factors(c, table)
     G = grad * S[:, None]
-    sizes = [64] * (c.NT - 1) + [c.tail]
+    sizes = [64] * c.full + [c.tail] * (c.NT - c.full)
     for I in range(c.NT):
         i = slice(64 * I, 64 * I + sizes[I])
         for J in range(c.NT):

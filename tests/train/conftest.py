@@ -177,6 +177,7 @@ class Processes:
     def _fork(self, rank: int, port: int, arguments: list[str]) -> int:
         if _autograd_has_threads():
             return self._spawn(rank, port, arguments)
+        environment = self._environment(rank, port)
         process = os.fork()
         if process:
             return process
@@ -185,9 +186,7 @@ class Processes:
             log = os.open(self.folder / f'{rank}.log', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1), os.dup2(log, 2)
             sys.stdout, sys.stderr = open(1, 'w', closefd=False), open(2, 'w', closefd=False)  # noqa: SIM115
-            if self.world > 1:
-                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.world))
-                os.environ.update(LOCAL_WORLD_SIZE=str(self.world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+            os.environ.update(environment)
             code = main(arguments)
         except BaseException:
             traceback.print_exc()
@@ -195,12 +194,16 @@ class Processes:
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
 
+    def _environment(self, rank: int, port: int) -> dict[str, str]:
+        """What torchrun sets; nothing for a single process."""
+        if self.world == 1:
+            return {}
+        own = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.world), LOCAL_WORLD_SIZE=str(self.world))
+        return own | dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+
     def _spawn(self, rank: int, port: int, arguments: list[str]) -> int:
         """A new interpreter, which imports everything: autograd does not survive a fork once it has threads."""
-        environment = dict(os.environ)
-        if self.world > 1:
-            environment.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.world))
-            environment.update(LOCAL_WORLD_SIZE=str(self.world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        environment = os.environ | self._environment(rank, port)
         log = os.open(self.folder / f'{rank}.log', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         command = [sys.executable, '-m', 'hydra_vision.train', *arguments]
         actions = [(os.POSIX_SPAWN_DUP2, log, 1), (os.POSIX_SPAWN_DUP2, log, 2)]

@@ -121,7 +121,7 @@ def chunk_prepare_kernel(
     FAST: tl.constexpr,
     BOTH: tl.constexpr,
     HB: tl.constexpr,
-    HEADS: tl.constexpr,  # programs of a chunk for the exponents, HB heads each
+    GROUPS: tl.constexpr,  # of HB heads: programs of a chunk for the exponents, before those for the scores
     ROWS: tl.constexpr,
     FULL: tl.constexpr,  # whole tiles of a chunk
     TAIL: tl.constexpr,  # rows and columns beyond them that are computed: 16 or 0
@@ -130,14 +130,14 @@ def chunk_prepare_kernel(
     S[i, j] = C_f[i - 1] . B_f[j] below the diagonal, C_b[i + 1] . B_b[j] above it."""
     chunk = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    if part < HEADS:
+    if part < GROUPS:
         heads = part * HB + tl.arange(0, HB)
         _write_exponents(
             dtf_in, dtb_in, dt_bias, A, table, transposed, totals, chunk, heads, stride_dtb, stride_dtl, L, H, nC,
             DT_MIN, DT_MAX, SOFTPLUS, LIMIT, A_IS_LOG, FAST, BOTH, ROWS,
         )  # fmt: skip
     else:
-        tile = part - HEADS
+        tile = part - GROUPS
         edge: tl.constexpr = 64 * FULL
         if tile < FULL * FULL:
             _write_scores(
@@ -652,9 +652,14 @@ class Chunks:
         return 4 if 192 < self.L <= 200 else min(3, -(-self.L // 64))
 
     @property
+    def full(self) -> int:
+        """Whole tiles a chunk."""
+        return min(3, self.NT)
+
+    @property
     def tail(self) -> int:
-        """Rows and columns of the last tile that are computed, where it is not whole."""
-        return 16 if self.NT == 4 else 64
+        """Rows and columns of the tile after them that are computed; 0 where there is none."""
+        return 16 if self.NT == 4 else 0
 
     @property
     def rows(self) -> int:
@@ -689,23 +694,20 @@ def prepare(
     c: Chunks, bc: tuple[Tensor, ...], source: Any, both: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Exponents for M and, where ``both``, for M^T, (B * nC, H, 4, 256); sums of whole chunks (B * nC, H, 2); S and,
-    where ``both``, S^T, (B * nC, rows, rows) in wide: of a tile that is not whole only what ``Chunks.tail`` says."""
+    where ``both``, S^T, (B * nC, rows, rows) in wide: of the tile after the whole ones only the tail."""
     table = c.empty(c.B * c.nC, c.H, 4, 256)
     transposed = torch.empty_like(table) if both else table
     totals = c.empty(c.B * c.nC, c.H, 2)
     S = c.empty(c.B * c.nC, c.rows, c.rows, dtype=c.wide)
     ST = torch.empty_like(S) if both else S
     HB = min(4, triton.next_power_of_2(c.H))
-    heads = triton.cdiv(c.H, HB)
-    tail = c.tail if c.tail < 64 else 0
-    full = c.NT - (tail > 0)
-    tiles = (full + (tail > 0)) ** 2
+    groups = triton.cdiv(c.H, HB)
     bias = source.A if source.bias is None else source.bias
-    launch(chunk_prepare_kernel, (c.B * c.nC, heads + tiles),
+    launch(chunk_prepare_kernel, (c.B * c.nC, groups + c.NT**2),
         source.dt_f, source.dt_b, bias, source.A, *bc, table, transposed, totals, S, ST,
         source.dt_f.stride(0), source.dt_f.stride(1), bc[0].stride(0), bc[0].stride(1), c.L, c.H, c.nC,
-        *source.bounds(), **source.flags(), FAST=fast_math(c.wide, c.device), BOTH=both, HB=HB, HEADS=heads,
-        ROWS=c.rows, FULL=full, TAIL=tail, num_warps=4, maxnreg=128 if tail else 160,
+        *source.bounds(), **source.flags(), FAST=fast_math(c.wide, c.device), BOTH=both, HB=HB, GROUPS=groups,
+        ROWS=c.rows, FULL=c.full, TAIL=c.tail, num_warps=4, maxnreg=128 if c.tail else 160,
     )  # fmt: skip
     return table, transposed, totals, S, ST
 
@@ -816,7 +818,7 @@ def backward(
     dS, dST = (c.empty(c.B * c.nC, c.NT, c.NT, 64, 64, dtype=c.wide) for _ in range(2))
     strides = (x.stride(0), x.stride(1), dy.stride(0), dy.stride(1))
     score_grads(c, x, dy, S, ST, table, *sums, dS, dST)
-    if c.tail < 64:
+    if c.tail:
         launch(chunk_tail_grads_kernel, (c.B * c.nC,),
             x, dy, S, table, *sums, dS, dST, *strides, c.L, c.H, c.nC,
             NT=c.NT, T=c.tail, STAGES=3, num_warps=1, num_stages=3,

@@ -545,7 +545,6 @@ def mix_chunks(
 ) -> None:  # fmt: skip
     """Writes M v into ``out``; sizes ``c`` and the other arguments as in chunks.py."""
     width = c.H * 64
-    full = 3 if c.NT == 4 else c.NT
     box = 64 if c.nC > 1 else {1: 64, 2: 128}.get(c.NT, 256)
     v_desc = _rows_of(v, width, box)
     z, weight, squares = (v, table, table) if gate is None else gate
@@ -560,8 +559,8 @@ def mix_chunks(
         unused if diagonal is None else _flat(fc, FC, 64, WHOLE),
         S, table if diag is None else diag, weight, squares, *rows, ddiag, z, out,
         c.L, c.H, c.turns, c.nC, rows[0].stride(0), rows[0].stride(1), z.stride(0), z.stride(1), out.stride(0),
-        out.stride(1), ROWS=c.rows, JT=full, TAIL=16 if c.NT == 4 else 0,
-        BOXES=-(-64 * full // box), BUFFERS=2 if c.nC > 1 else 1, GATE=gate is not None,
+        out.stride(1), ROWS=c.rows, JT=c.full, TAIL=c.tail,
+        BOXES=-(-64 * c.full // box), BUFFERS=2 if c.nC > 1 else 1, GATE=gate is not None,
         Z_MAP=z_map, HAS_STATE=states is not None, LEFT=int(transposed), SHIFT=0 if transposed else 1, FC=FC,
         DIAGONAL=0 if diag is None else min(diag.ndim, 2), num_warps=4, maxnreg=168 if states is None else 240,
     )  # fmt: skip

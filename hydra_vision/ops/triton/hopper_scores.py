@@ -424,11 +424,9 @@ def score_grads(
 ) -> None:  # fmt: skip
     """The scores' gradient and the sums of G; arguments as in chunks.py."""
     width = c.H * 64
-    tail = 16 if c.NT == 4 else 0
-    full = 3 if c.NT == 4 else c.NT
-    launch(score_grads_kernel, (c.B * c.nC * full,),
+    launch(score_grads_kernel, (c.B * c.nC * c.full,),
         _rows_of(x, width), _rows_of(dy, width), _rows_of(x, width, 16), _rows_of(dy, width, 16),
         _flat(S, 64, 64, WHOLE), _flat(S, 64, 32, HALF), _flat(S, 64, 16, SIXTEEN), _flat(ST, 64, 16, SIXTEEN),
         _flat(table, 4, 256, PLAIN), table, row_sums, col_sums, dS, dST, c.H, c.nC,
-        FULL=full, TAIL=tail, STAGES=3, num_warps=4, maxnreg=REGISTERS[full + 1],
+        FULL=c.full, TAIL=c.tail, STAGES=3, num_warps=4, maxnreg=REGISTERS[c.full + 1],
     )  # fmt: skip
